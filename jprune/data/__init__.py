@@ -1,0 +1,29 @@
+"""Data sets as two splits of deterministic, resumable batches."""
+
+from jprune.data.augment import pad_crop_flip
+from jprune.data.dataset import (
+    ArraySplit,
+    Augmentation,
+    Batch,
+    Dataset,
+    Split,
+    epoch_batches,
+    eval_batches,
+    steps_per_epoch,
+    stream,
+)
+from jprune.data.digits import load_digits
+
+__all__ = [
+    "ArraySplit",
+    "Augmentation",
+    "Batch",
+    "Dataset",
+    "Split",
+    "epoch_batches",
+    "eval_batches",
+    "load_digits",
+    "pad_crop_flip",
+    "steps_per_epoch",
+    "stream",
+]

@@ -1,0 +1,21 @@
+"""One training loop and one evaluation for the whole library."""
+
+from jprune.training.config import TrainConfig, learning_rates, sgd
+from jprune.training.evaluate import Evaluation, evaluate
+from jprune.training.forward import Forward, as_forward
+from jprune.training.loop import train
+from jprune.training.loss import Loss, cross_entropy, mean_cross_entropy
+
+__all__ = [
+    "Evaluation",
+    "Forward",
+    "Loss",
+    "TrainConfig",
+    "as_forward",
+    "cross_entropy",
+    "evaluate",
+    "learning_rates",
+    "mean_cross_entropy",
+    "sgd",
+    "train",
+]

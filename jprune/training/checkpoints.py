@@ -1,0 +1,65 @@
+"""Checkpoints of a run: the whole training state, and the recipe it belongs to, so that a killed run goes on exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jprune.training.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run under `folder`; orbax renames each into place when it is complete."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
+        self.folder = folder
+        self.recipe = json.loads(json.dumps(recipe))  # as it will be read back: tuples become lists
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """The last complete step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, sums: dict[str, float]) -> None:
+        """Start writing the state at `step`; returns as soon as the state may change again."""
+        run = {"recipe": self.recipe, "hash": _digest(self.recipe), "sums": sums}
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), run=ocp.args.JsonSave(run))
+        )
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, float]]:
+        """The state and the epoch's running sums at `step`; ValueError if it belongs to another recipe or is damaged."""
+        run = self._read(step, run=ocp.args.JsonRestore())["run"]
+        if run["hash"] != _digest(self.recipe):
+            old, new = run["recipe"], self.recipe
+            changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)]
+            raise ValueError(
+                f"{self.folder} holds a run with another recipe ({'; '.join(changed)}): "
+                "resume with the same recipe, or choose another folder"
+            )
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
+        state = self._read(step, state=ocp.args.StandardRestore(target))["state"]
+        return TrainState(**state), run["sums"]
+
+    def close(self) -> None:
+        """Wait for the last checkpoint to be complete."""
+        self._manager.close()
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # orbax and tensorstore raise a dozen unrelated types for damaged folders
+            raise ValueError(
+                f"cannot read checkpoint {self.folder / str(step)} ({type(error).__name__}: {error}): it is damaged or was "
+                "written by another optimiser or model; delete it to resume from the one before, or start in another folder"
+            ) from error
+
+
+def _digest(recipe: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,99 @@
+"""The training state and the one compiled step that advances it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jprune.training.forward import Forward
+from jprune.training.loss import Loss
+from jprune.training.placement import shardings_of
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes: trainable parameters, the other collections, optimiser state, steps done (int32)."""
+
+    params: Any
+    rest: Mapping[str, Any]
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The static part of a step; equal recipes share one compiled program."""
+
+    forward: Forward
+    optimizer: optax.GradientTransformation
+    loss: Loss
+    dtype: str
+    wrapped: bool  # the variables are {"params": .., collections}, not a bare parameter tree
+    shardings: tuple[NamedSharding, ...]  # of the state's leaves, in jax's flattening order
+
+
+def init_state(params: Any, rest: Mapping[str, Any], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A fresh state on the mesh; the caller's arrays are copied, since steps give their buffers away.
+
+    Moments that have the shape of the parameters take the parameters' sharding; everything else is replicated.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params, rest = (_copy_to(tree, shardings_of(tree, mesh)) for tree in (params, rest))
+    opt_state = jax.jit(optimizer.init)(params)
+    placed = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda leaf, param: jax.device_put(leaf, param.sharding if leaf.shape == param.shape else everywhere),
+        opt_state,
+        params,
+        transform_non_params=lambda leaf: jax.device_put(leaf, everywhere),
+    )
+    return TrainState(params, rest, placed, jax.device_put(jnp.zeros((), jnp.int32), everywhere))
+
+
+def _copy_to(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.device_put(jnp.array(x, copy=True), s), tree, shardings)
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_step(recipe: Recipe) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array, jax.Array], Any]:
+    """jit of (state, batch, key, learning rate) -> (state, metrics); the state is donated, metrics are float32 scalars."""
+    optimizer = optax.with_extra_args_support(recipe.optimizer)
+
+    def low(tree):
+        if recipe.dtype == "float32":
+            return tree
+        return jax.tree.map(lambda x: x.astype(recipe.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, batch, key, rate):
+        key = jax.random.fold_in(key, state.step)
+
+        def objective(params):
+            variables = {"params": low(params), **state.rest} if recipe.wrapped else low(params)
+            logits, updates = recipe.forward.train(variables, low(batch["image"]), key)
+            logits = logits.astype(jnp.float32)
+            out = recipe.loss(logits, batch, params)
+            value, extra = out if isinstance(out, tuple) else (out, {})
+            return value, (logits, updates, extra)
+
+        (value, (logits, updates, extra)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        if unknown := set(updates) - set(state.rest):
+            raise ValueError(f"the model updates the collections {sorted(unknown)}, which its variables do not have")
+        deltas, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=rate)
+        metrics = {"loss": value, "learning_rate": rate, **extra}
+        if logits.ndim == 2:
+            metrics["accuracy"] = (logits.argmax(axis=-1) == batch["label"]).mean()
+        new = TrainState(
+            optax.apply_updates(state.params, deltas), {**state.rest, **updates}, opt_state, state.step + 1
+        )
+        leaves, treedef = jax.tree.flatten(new)
+        leaves = [jax.lax.with_sharding_constraint(x, s) for x, s in zip(leaves, recipe.shardings, strict=True)]
+        return treedef.unflatten(leaves), {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
+
+    return step
