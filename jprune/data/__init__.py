@@ -1,6 +1,7 @@
 """Data sets as two splits of deterministic, resumable batches."""
 
 from jprune.data.augment import pad_crop_flip
+from jprune.data.cifar import load_cifar
 from jprune.data.dataset import (
     ArraySplit,
     Augmentation,
@@ -13,16 +14,20 @@ from jprune.data.dataset import (
     stream,
 )
 from jprune.data.digits import load_digits
+from jprune.data.images import ImageFolder, load_image_folder
 
 __all__ = [
     "ArraySplit",
     "Augmentation",
     "Batch",
     "Dataset",
+    "ImageFolder",
     "Split",
     "epoch_batches",
     "eval_batches",
+    "load_cifar",
     "load_digits",
+    "load_image_folder",
     "pad_crop_flip",
     "steps_per_epoch",
     "stream",

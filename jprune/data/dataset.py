@@ -102,7 +102,7 @@ def epoch_batches(split: Split, batch_size: int, *, seed: int, epoch: int) -> gr
 
 
 def eval_batches(split: Split, batch_size: int) -> grain.MapDataset[Batch]:
-    """All examples in order, in batches of one size: the last is padded and "weight" (b,) float32 is 0 on the padding."""
+    """All examples in order, in batches of one size; "weight" (b,) float32 is 0 on the padding of the last."""
     n = len(split)
     if n == 0 or batch_size < 1:
         raise ValueError(f"cannot cut {n} examples into batches of {batch_size}: both must be at least 1")

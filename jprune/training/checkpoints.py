@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the whole training state, and the recipe it belongs to, so that a killed run goes on exactly."""
+"""Checkpoints of a run: the whole training state, and the recipe it belongs to, so that a killed run can go on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Checkpoints:
         )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, float]]:
-        """The state and the epoch's running sums at `step`; ValueError if it belongs to another recipe or is damaged."""
+        """The state and the epoch's sums at `step`; ValueError if it is damaged or belongs to another recipe."""
         run = self._read(step, run=ocp.args.JsonRestore())["run"]
         if run["hash"] != _digest(self.recipe):
             old, new = run["recipe"], self.recipe
@@ -55,9 +55,10 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise a dozen unrelated types for damaged folders
+            cause = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(
-                f"cannot read checkpoint {self.folder / str(step)} ({type(error).__name__}: {error}): it is damaged or was "
-                "written by another optimiser or model; delete it to resume from the one before, or start in another folder"
+                f"cannot read checkpoint {self.folder / str(step)} ({cause}): it is damaged or belongs to "
+                "another optimiser; delete it to resume from the one before, or start in another folder"
             ) from error
 
 

@@ -26,7 +26,7 @@ class Forward:
 
 
 def as_forward(model: Any) -> Forward:
-    """The Forward of a linen module, of its `apply`, of a function apply(variables, x, train=, mutable=), or of fn(variables, x).
+    """The Forward of a linen module or its `apply`, of apply(variables, x, train=, mutable=), or of fn(variables, x).
 
     A function without a `train` argument (such as a replayed one) is taken as it is in both modes: a BatchNorm
     inside keeps the statistics it was traced with.
@@ -43,8 +43,8 @@ def as_forward(model: Any) -> Forward:
             return _of_module(model)
     if not callable(model):
         raise ValueError(
-            f"cannot train a {type(model).__name__}: give a linen module, a function apply(variables, x, train=, mutable=) "
-            "or a function fn(variables, x)"
+            f"cannot train a {type(model).__name__}: give a linen module, a function "
+            "apply(variables, x, train=, mutable=) or a function fn(variables, x)"
         )
     try:
         return _of_function(model)
@@ -101,7 +101,6 @@ def _of_function(fn: Callable[..., Any]) -> Forward:
         return fn(variables, x, train=True, mutable=_collections(variables), **rngs)
 
     def evaluate(variables, x):
-        out = fn(variables, x, train=False, mutable=False)
-        return out
+        return fn(variables, x, train=False, mutable=False)
 
     return Forward(train, evaluate)

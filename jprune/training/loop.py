@@ -66,8 +66,8 @@ def train(
     loss(logits, batch, params): a scalar, or (scalar, {name: scalar}) whose entries are logged.
     mesh: batches are split over its axis "data"; parameters that lie on it keep their sharding, others are replicated.
     out: folder for metrics.jsonl and checkpoints. resume: go on from its last checkpoint, or start if there is none.
-    on_step(step, metrics) is called, some steps late, for every step; on_epoch(epoch, variables) after every epoch: what
-        it returns joins the epoch's record, and it must not keep the variables, whose buffers the next step reuses.
+    on_step(step, metrics) is called for every step, a little late; on_epoch(epoch, variables) after every epoch: what it
+        returns joins the epoch's record, and it must not keep the variables, whose buffers the next step reuses.
 
     Raises ValueError for a recipe that does not fit, a folder with another run, or a loss that is no longer finite.
     """

@@ -14,7 +14,7 @@ Update: TypeAlias = Callable[[int, str], None]
 
 @contextlib.contextmanager
 def bar(show: bool | rich_progress.Progress, total: int, title: str) -> Iterator[Update]:
-    """update(steps done, text) on a new bar, or on a task of the caller's; silent if `show` is False or nobody watches."""
+    """update(steps done, text) on a new bar or a task of the caller's; silent if not `show` or nobody watches."""
     if isinstance(show, rich_progress.Progress):
         task = show.add_task(title, total=total)
         yield lambda done, text: show.update(task, completed=done, description=f"{title} {text}")

@@ -62,7 +62,7 @@ def _copy_to(tree: Any, shardings: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def compiled_step(recipe: Recipe) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array, jax.Array], Any]:
-    """jit of (state, batch, key, learning rate) -> (state, metrics); the state is donated, metrics are float32 scalars."""
+    """jit of (state, batch, key, rate) -> (state, metrics); the state is donated, metrics are float32 scalars."""
     optimizer = optax.with_extra_args_support(recipe.optimizer)
 
     def low(tree):
