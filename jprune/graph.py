@@ -1,0 +1,179 @@
+"""The one object users hold: trace a function once, then mask, compact, replay, cost, plan, calibrate, explain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jprune.surgery import compact as _compact
+from jprune.surgery import compact_like as _compact_like
+from jprune.surgery import mask as _mask
+from jprune.surgery.decision import Decision, Keep, decide
+from jprune.surgery.plan import Plan, plan_of
+from jprune.surgery.replay import Replay
+from jprune.trace import cost as _cost
+from jprune.trace import explain as _explain
+from jprune.trace import taps as _taps
+from jprune.trace.analysis import Rule
+from jprune.trace.cost import Cost, LayerCost
+from jprune.trace.structure import Structure, analyse
+
+
+class Graph(Structure):
+    """Dependency groups, cost and taps of one traced function; static and hashable (by identity).
+
+    See `jprune.trace.structure.Structure` for the attributes; the methods below take parameters in and give
+    parameters (or functions, numbers, statistics) out.
+    """
+
+    def decide(self, keep: Keep, allow_inexact: bool = False, allow_empty: bool = False) -> Decision:
+        """Check a keep set against this graph; raises KeepError or NotPrunable."""
+        return decide(self, keep, allow_inexact, allow_empty)
+
+    def mask(self, params: Any, keep: Keep) -> Any:
+        """Same shapes, zeros (or soft gates) at the units to remove; jit-able and differentiable in `keep`."""
+        return _mask.mask(self, params, keep)
+
+    def compact(self, params: Any, keep: Keep, *, stacked: str = "pad", allow_inexact: bool = False,
+                allow_empty: bool = False, verify: str | None = "shape", inputs: Sequence[Any] | None = None) -> Any:  # fmt: skip
+        """Really smaller parameters.
+
+        Args:
+          params: the traced tree (jax arrays, numpy arrays or `ShapeDtypeStruct`s).
+          keep: {group id: bool (size,) or (layers, size)}; True = keep, absent groups stay whole.
+          stacked: what becomes of scan layers that keep different numbers of units: "pad", "bucket" or "unstack".
+          allow_inexact: prune groups whose removal is not the same as zeroing them.
+          allow_empty: allow a group to lose all its units.
+          verify: "shape" re-evaluates the pruned function's shapes; "numeric" compares it with the masked function on
+            `inputs` (arrays) and raises on a mismatch; None trusts.
+
+        Raises:
+          KeepError, NotPrunable, ValueError.
+        """
+        decision = decide(self, keep, allow_inexact, allow_empty)
+        small = _compact.compact(decision, params, stacked)
+        if verify is not None:
+            self._verify(decision, params, small, stacked, verify, inputs)
+        return small
+
+    def expand(self, small: Any, keep: Keep, *, stacked: str = "pad") -> Any:
+        """Compacted parameters back at their traced shapes, zeros at the removed positions."""
+        return _compact.expand(decide(self, keep, True, True), small, stacked)
+
+    def compact_like(self, tree: Any, keep: Keep, *, stacked: str = "pad") -> Any:
+        """Slice a tree that mirrors the parameters: optimizer states, averages, gradients."""
+        return _compact_like.compact_like(decide(self, keep, True, True), tree, stacked)
+
+    def replay(self, keep: Keep | None = None, *, stacked: str = "pad", allow_inexact: bool = False,
+               allow_empty: bool = False) -> Replay:  # fmt: skip
+        """The pruned function `(small_params, *inputs) -> outputs` itself."""
+        return Replay(decide(self, keep or {}, allow_inexact, allow_empty), stacked)
+
+    def plan(self, keep: Keep, *, allow_inexact: bool = False) -> Plan:
+        """The decision as plain data, to save and to apply to other copies of the weights."""
+        return plan_of(decide(self, keep, allow_inexact))
+
+    def widths(self, keep: Keep | None = None, *, stacked: str = "pad") -> dict[str, Any]:
+        """Units kept per group; groups that lose nothing included."""
+        out: dict[str, Any] = {g: info.size for g, info in self.groups.items()}
+        if keep:
+            out.update(decide(self, keep, True, True).widths(stacked))
+        return out
+
+    def cost(self, keep: Keep | None = None, *, widths: Mapping[str, Any] | None = None, stacked: str = "pad") -> Cost:
+        """Exact cost at a keep set, or at given widths (numbers, or vectors per layer; traced and real-valued allowed)."""
+        if widths is None:
+            widths = decide(self, keep, True, True).widths(stacked) if keep else {}
+        for g in widths:
+            if g not in self.groups:
+                decide(self, {g: np.ones(1, bool)})
+        return _cost.evaluate(self, widths)
+
+    def layer_costs(self, keep: Keep | None = None) -> list[LayerCost]:
+        """Multiply-accumulates and widths of every convolution and matrix product, in program order."""
+        return _cost.per_layer(self, decide(self, keep, True, True).widths() if keep else {})
+
+    def marginal_cost(self, widths: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+        """Per group, what its last unit costs: {"macs", "params", "state", "bytes", "activation_bytes"}."""
+        return _cost.marginal(self, widths or {})
+
+    def calibrate(self, params: Any, batches: Iterable[Any], reducers: Mapping[str, _taps.Reducer],
+                  taps: Iterable[str] | None = None, side: str = "in", progress: bool = False) -> dict[str, dict[str, Any]]:  # fmt: skip
+        """Statistics of activations, streamed over batches: {tap id: {reducer name: result}}."""
+        return _taps.calibrate(self, params, batches, reducers, taps, side, progress)
+
+    def explain(self, path: str | None = None, axis: int | None = None) -> str:
+        """Groups, members and every unprunable axis with its reason and source line, as text."""
+        return _explain.explain(self, path, axis)
+
+    def summary(self) -> str:
+        """Counts: groups, prunable units, and unprunable parameters by reason."""
+        return _explain.summary(self)
+
+    def cost_table(self, keep: Keep | None = None) -> Any:
+        """A rich table of cost per layer, before and (with `keep`) after."""
+        return _explain.cost_table(self, self.layer_costs(), self.layer_costs(keep) if keep else None)
+
+    def dense(self, params: Any, *inputs: Any) -> Any:
+        """The traced function, unpruned."""
+        return Replay(Decision(self, {}))(params, *inputs)
+
+    def verify(self, params: Any, keep: Keep, *inputs: Any, allow_inexact: bool = False, stacked: str = "pad") -> float:
+        """Largest difference between the pruned and the masked function, relative to the outputs' largest entry."""
+        decision = decide(self, keep, allow_inexact)
+        small = _compact.compact(decision, params, stacked)
+        got = jax.tree.leaves(Replay(decision, stacked)(small, *inputs))
+        want = jax.tree.leaves(self.dense(_mask.mask(self, params, decision.keep), *inputs))
+        error = scale = 0.0
+        for k, (g, w) in enumerate(zip(got, want, strict=True)):
+            w = _compact.take(w, "output", _compact.indices_of(self.output_layouts[k], decision.slots, None))
+            g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+            if not np.isfinite(w).all():
+                raise ValueError("the masked function gives NaN or infinity (NAN_REFERENCE): it divides by what was masked")
+            error = max(error, float(np.abs(g - w).max(initial=0.0)))
+            scale = max(scale, float(np.abs(w).max(initial=0.0)))
+        return error / max(scale, np.finfo(np.float64).tiny)
+
+    def _verify(self, decision: Decision, params: Any, small: Any, stacked: str, how: str, inputs: Any) -> None:
+        if how == "shape":
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), small)
+            jax.eval_shape(Replay(decision, stacked), shapes, *self.example_inputs)
+        elif how == "numeric":
+            if inputs is None:
+                raise ValueError("verify='numeric' needs inputs=(...), the arrays to compare on")
+            error = self.verify(params, decision.keep, *inputs, allow_inexact=True, stacked=stacked)
+            if not error <= 1e-4:
+                raise ValueError(f"the pruned function differs from the masked one by {error:.2e} of its output's scale")
+        else:
+            raise ValueError(f"verify must be 'shape', 'numeric' or None, not {how!r}")
+
+
+def trace(fn: Callable[..., Any], params: Any, *inputs: Any, output_free: Sequence[tuple[str, int]] = (),
+          rules: Mapping[str, Rule] | None = None, fold_constants: bool = False,
+          is_param: Callable[[str], bool] | None = None) -> Graph:  # fmt: skip
+    """Look at `fn(params, *inputs)` once and learn which axes are tied, what they cost and where to read activations.
+
+    Nothing is computed: `params` and `inputs` may be arrays or `jax.ShapeDtypeStruct`s. Any traceable function
+    qualifies (linen `apply`, nnx `split`/`merge`, Equinox, Haiku, plain code); give it in evaluation mode.
+
+    Args:
+      fn: the function; its first argument is the tree to prune (all collections of it).
+      params: the variables.
+      *inputs: example inputs. Keep the batch larger than 1 to be able to replay at other batch sizes.
+      output_free: (output path, axis) pairs the caller allows to shrink; other outputs keep their sizes. State that
+        is returned under its own path (updated running statistics) shrinks with its leaf.
+      rules: extra rules by primitive name, for this trace only (see `register_rule`).
+      fold_constants: evaluate subgraphs of constants (rotary tables, position grids) and slice them like parameters,
+        so that they do not freeze the axes they meet.
+      is_param: which leaf paths count as parameters; by default those under "params/", or all if there are none.
+
+    Raises:
+      TraceError: the function is not traceable, or the parameters are not arrays.
+    """
+    parts = analyse(fn, params, inputs, output_free, rules, fold_constants, is_param)
+    graph = Graph(**parts)
+    graph.example_inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), tuple(inputs))
+    return graph

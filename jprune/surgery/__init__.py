@@ -1,0 +1,1 @@
+"""What is done with a decision: mask, compact, expand, replay, plan."""

@@ -1,0 +1,213 @@
+"""Compacting: really smaller arrays; and expand, its inverse up to zeros. Indices are chosen on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jprune.surgery.decision import Decision, axis_index, slots_of, touched
+from jprune.trace import layout as L
+from jprune.trace.errors import KeepError
+from jprune.trace.leafpaths import flatten, path_str
+from jprune.trace.layout import Layout
+from jprune.trace.structure import Leaf
+
+STACKED = ("pad", "bucket", "unstack")
+
+
+def compact(decision: Decision, params: Any, stacked: str = "pad") -> Any:
+    """Remove every unit that is not kept from all leaves of `params`.
+
+    Leaves may be jax arrays (shardings are kept), numpy arrays (stay numpy) or `ShapeDtypeStruct`s. Where layers of a
+    scan keep different numbers of units, `stacked` says what becomes of the stacked leaf: "pad" fills the narrower
+    layers with zeros up to the widest, "bucket" returns a list with one array per run of equally wide layers,
+    "unstack" a list with one array (of one layer) per layer. `replay` must be given the same choice.
+
+    Raises:
+      KeepError: a leaf does not have the shape that was traced.
+      ValueError: a sharded axis whose new size its mesh axes do not divide.
+    """
+    check_shapes(decision, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: compact_leaf(decision, decision.structure.leaves[path_str(path)], x, stacked), params
+    )
+
+
+def check_shapes(decision: Decision, params: Any) -> None:
+    """Raise unless `params` is the tree that was traced."""
+    seen = set()
+    for path, x in flatten(params):
+        leaf = decision.structure.leaves.get(path)
+        if leaf is None:
+            raise KeepError(f"leaf {path!r} was not among the traced parameters; use compact_like for other trees")
+        if tuple(x.shape) != leaf.shape:
+            raise KeepError(f"leaf {path!r} has shape {tuple(x.shape)}, but {leaf.shape} was traced")
+        seen.add(path)
+    for path in decision.structure.leaves:
+        if path not in seen:
+            raise KeepError(f"leaf {path!r} is missing from the parameters")
+
+
+def compact_leaf(decision: Decision, leaf: Leaf, x: Any, stacked: str = "pad") -> Any:
+    """One leaf, or the list of its runs of layers."""
+    if stacked not in STACKED:
+        raise ValueError(f"stacked must be one of {STACKED}, not {stacked!r}")
+    symbol = uneven_scan(decision, leaf)
+    if symbol is None or stacked == "pad":
+        return take(x, leaf.path, indices_of(leaf.layouts, decision.slots, leaf.layer_axis))
+    runs = decision.segments if stacked == "bucket" else decision.single_layers()
+    assert leaf.layer_axis is not None
+    out = []
+    for lo, hi, _ in runs[symbol]:
+        rows = {g: slots_of(k[lo:hi] if k.ndim == 2 else k) for g, k in decision.keep.items()}
+        part = _slice_layers(x, lo, hi, leaf.layer_axis)
+        out.append(take(part, leaf.path, indices_of(leaf.layouts, rows, leaf.layer_axis)))
+    return out
+
+
+def uneven_scan(decision: Decision, leaf: Leaf) -> str | None:
+    """Symbol of the scan whose layers keep different numbers of this leaf's units, or None."""
+    if leaf.layer_axis is None:
+        return None
+    for lay in leaf.layouts:
+        for g in L.groups_in(lay):
+            if g in decision.keep and decision.uneven(g):
+                return decision.structure.groups[g].scan
+    return None
+
+
+Indices = dict[int, tuple[np.ndarray, np.ndarray]]  # axis -> (positions, valid), (k,) or (layers, k)
+
+
+def indices_of(layouts: tuple[Layout, ...], slots: Mapping[str, np.ndarray], layer_axis: int | None) -> Indices:
+    out: Indices = {}
+    for axis, lay in enumerate(layouts):
+        if touched(lay, slots):
+            index, valid = axis_index(lay, slots)
+            if index.ndim == 2:
+                assert layer_axis is not None
+                if layer_axis > axis:
+                    index, valid = index.T, valid.T
+            out[axis] = (index, valid)
+    if layer_axis is not None:
+        out = {a: (i, v) if i.ndim == 1 else (_align(i, a, layer_axis, len(layouts)), _align(v, a, layer_axis, len(layouts)))
+               for a, (i, v) in out.items()}  # fmt: skip
+    return out
+
+
+def _align(m: np.ndarray, axis: int, layer_axis: int, rank: int) -> np.ndarray:
+    """A per-layer index matrix with size 1 on every other axis of the leaf."""
+    shape = [1] * rank
+    lo, hi = sorted((axis, layer_axis))
+    shape[lo], shape[hi] = m.shape
+    return m.reshape(shape)
+
+
+def _slice_layers(x: Any, lo: int, hi: int, axis: int) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((*x.shape[:axis], hi - lo, *x.shape[axis + 1 :]), x.dtype)
+    return x[(slice(None),) * axis + (slice(lo, hi),)]
+
+
+def take(x: Any, path: str, indices: Indices) -> Any:
+    """Gather the kept positions of each axis, zeros where a position is not valid; keeps shardings."""
+    if not indices:
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        shape = [indices[a][0].shape[a if indices[a][0].ndim > 1 else 0] if a in indices else n
+                 for a, n in enumerate(x.shape)]  # fmt: skip
+        return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+    def gather(x: Any) -> Any:
+        xp = np if isinstance(x, np.ndarray) else jnp
+        for axis, (index, valid) in indices.items():
+            if index.ndim == 1:
+                x = xp.take(x, index, axis=axis)
+            else:
+                x = xp.take_along_axis(x, index, axis=axis)
+                if not valid.all():
+                    x = xp.where(valid, x, xp.zeros((), x.dtype))
+        return x
+
+    return keep_sharding(x, path, gather)
+
+
+def keep_sharding(x: Any, path: str, f: Callable[[Any], Any]) -> Any:
+    """f(x) laid out over the mesh as x is."""
+    sharding = None if isinstance(x, jax.core.Tracer | np.ndarray) else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not any(s is not None for s in sharding.spec):
+        return f(x)
+    shape = jax.eval_shape(f, x).shape
+    sizes = dict(zip(sharding.mesh.axis_names, sharding.mesh.devices.shape, strict=True))
+    for axis, names in enumerate(sharding.spec):
+        if names is None:
+            continue
+        names = (names,) if isinstance(names, str) else names
+        parts = int(np.prod([sizes[n] for n in names]))
+        if shape[axis] % parts:
+            raise ValueError(
+                f"axis {axis} of {path!r} would have size {shape[axis]}, which the {parts} devices along mesh "
+                f"axes {names} do not divide; allocate with multiple_of={parts} (or a multiple of it)"
+            )
+    return jax.jit(f, out_shardings=sharding)(x)
+
+
+def expand(decision: Decision, small: Any, stacked: str = "pad") -> Any:
+    """Put compacted leaves back to their traced shapes, zeros at the removed positions.
+
+    Raises:
+      KeepError: a leaf is not what `compact` returned for this decision.
+    """
+    lists = stacked != "pad"
+    by_path = {}
+    for path, x in jax.tree_util.tree_flatten_with_path(small, is_leaf=lambda t: lists and is_run_list(t))[0]:
+        by_path[path_str(path)] = x
+    out = []
+    for path, leaf in decision.structure.leaves.items():
+        if path not in by_path:
+            raise KeepError(f"leaf {path!r} is missing from the compacted parameters")
+        out.append(_expand_leaf(decision, leaf, by_path[path], stacked))
+    return jax.tree.unflatten(decision.structure.param_treedef, out)
+
+
+def is_run_list(t: Any) -> bool:
+    return isinstance(t, list) and bool(t) and all(hasattr(x, "shape") for x in t)
+
+
+def _expand_leaf(decision: Decision, leaf: Leaf, x: Any, stacked: str) -> Any:
+    symbol = uneven_scan(decision, leaf)
+    if symbol is not None and stacked != "pad":
+        runs = (decision.segments if stacked == "bucket" else decision.single_layers())[symbol]
+        assert leaf.layer_axis is not None
+        parts = []
+        for (lo, hi, _), part in zip(runs, x, strict=True):
+            rows = {g: slots_of(k[lo:hi] if k.ndim == 2 else k) for g, k in decision.keep.items()}
+            parts.append(_scatter(part, leaf, indices_of(leaf.layouts, rows, leaf.layer_axis)))
+        return jnp.concatenate(parts, axis=leaf.layer_axis)
+    return _scatter(x, leaf, indices_of(leaf.layouts, decision.slots, leaf.layer_axis))
+
+
+def _scatter(x: Any, leaf: Leaf, indices: Indices) -> Any:
+    def scatter(x: Any) -> Any:
+        x = jnp.asarray(x)
+        for axis, (index, valid) in indices.items():
+            size = index.shape[axis if index.ndim > 1 else 0]
+            if x.shape[axis] != size:
+                raise KeepError(f"axis {axis} of leaf {leaf.path!r} has size {x.shape[axis]}; this decision keeps {size}")
+            shape = (*x.shape[:axis], leaf.shape[axis], *x.shape[axis + 1 :])
+            if index.ndim == 1:
+                at = (slice(None),) * axis + (index,)
+                x = jnp.zeros(shape, x.dtype).at[at].set(x)
+            else:  # positions past the end are dropped, so that padding lands nowhere
+                where = jnp.broadcast_to(np.where(valid, index, leaf.shape[axis]), x.shape)
+                grid = list(jnp.indices(x.shape, sparse=True))
+                grid[axis] = where
+                x = jnp.zeros(shape, x.dtype).at[tuple(grid)].set(x, mode="drop")
+        return x
+
+    return keep_sharding(x, leaf.path, scatter)

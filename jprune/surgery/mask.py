@@ -1,0 +1,58 @@
+"""Masking: the same shapes with zeros (or soft gates) at the units to remove; jit-able, differentiable in the gates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jprune.surgery.decision import Keep, check_names, touched
+from jprune.trace import layout as L
+from jprune.trace.errors import KeepError
+from jprune.trace.leafpaths import path_str
+from jprune.trace.structure import Leaf, Structure
+
+
+def leaf_mask(leaf: Leaf, keep: Keep, dtype: Any) -> Any:
+    """Product of the keep vectors over a leaf's axes, broadcastable against it; None where nothing applies."""
+    mask = None
+    for axis, lay in enumerate(leaf.layouts):
+        if not touched(lay, keep):
+            continue
+        vectors = {g: jnp.asarray(keep[g]).astype(dtype) for g in set(L.groups_in(lay)) if g in keep}
+        v = L.spread(lay, vectors, jnp, jnp.ones((1,), dtype))
+        shape = [1] * len(leaf.shape)
+        shape[axis] = v.shape[-1]
+        if v.ndim == 2:
+            assert leaf.layer_axis is not None
+            shape[leaf.layer_axis] = v.shape[0]
+            if leaf.layer_axis > axis:
+                v = v.T
+        v = v.reshape(shape)
+        mask = v if mask is None else mask * v
+    return mask
+
+
+def mask(structure: Structure, params: Any, keep: Keep) -> Any:
+    """Multiply every member slice by its unit's keep value (bool, 0/1, or a soft gate in [0, 1]); shapes unchanged.
+
+    The gates may be traced: changing a decision costs no recompilation and gradients flow to soft gates. Groups absent
+    from `keep` are untouched; inexact groups are allowed, because a mask is a statement about weights, not about sizes.
+
+    Raises:
+      KeepError: unknown group or wrong shape.
+    """
+    check_names(structure, keep)
+    for g, v in keep.items():
+        group = structure.groups[g]
+        if np.shape(v) not in (group.shape, (group.size,)):
+            raise KeepError(f"keep[{g!r}] has shape {np.shape(v)}; group {g!r} wants {group.shape}")
+
+    def one(path: Any, x: Any) -> Any:
+        leaf = structure.leaves[path_str(path)]
+        m = leaf_mask(leaf, keep, jnp.promote_types(x.dtype, jnp.float32))
+        return x if m is None else (x * m).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)

@@ -1,0 +1,84 @@
+"""Replay: the traced function itself, run on compacted parameters, with no edit to the code that defined it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jprune.surgery.compact import STACKED, compact_leaf, indices_of, is_run_list, take, uneven_scan
+from jprune.surgery.decision import Decision
+from jprune.trace.errors import KeepError
+from jprune.trace.evaluate import Evaluator, Segments
+from jprune.trace.leafpaths import path_str
+
+
+class Replay:
+    """The pruned function `(small_params, *inputs) -> outputs`; pure, jit-able and differentiable.
+
+    Input dimensions that nothing in the function depends on (the batch, usually) may differ from the traced ones;
+    `free_dimensions` lists them as (input path, axis).
+    """
+
+    def __init__(self, decision: Decision, stacked: str = "pad"):
+        if stacked not in STACKED:
+            raise ValueError(f"stacked must be one of {STACKED}, not {stacked!r}")
+        self.decision = decision
+        self.stacked = stacked
+        s = decision.structure
+        widths = decision.widths("pad")
+        segments: dict[str, Any] = {}
+        if stacked != "pad":
+            segments = dict(decision.segments if stacked == "bucket" else decision.single_layers())
+        self._segments = segments
+        self._widths = widths
+        folded = {
+            path: [take(v.const, "constant", indices_of(tuple(s.layout(t) for t in v.tags), decision.slots, None)) for v in vals]
+            for path, vals in s.analysis.folded.items()
+        }
+        self._folded = folded
+        self._consts = [
+            take(v.const, "constant", indices_of(tuple(s.layout(t) for t in v.tags), decision.slots, None))
+            if v.const is not None else c
+            for c, v in zip(s.jaxpr.consts, s.const_vals, strict=True)
+        ]  # fmt: skip
+        self._expected = {
+            path: compact_leaf(decision, leaf, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stacked)
+            for path, leaf in s.leaves.items()
+        }
+
+    @property
+    def free_dimensions(self) -> list[tuple[str, int]]:
+        """Input dimensions that may change from call to call."""
+        return [(p, a) for p, dims in self.decision.structure.input_dims for a, symbol in enumerate(dims) if symbol]
+
+    def __call__(self, small: Any, *inputs: Any) -> Any:
+        """Evaluate on compacted parameters and inputs of the traced shapes (but for free dimensions)."""
+        s = self.decision.structure
+        leaves = self._check_params(small)
+        flat, symbols = s.bind_inputs(inputs)
+        ev = Evaluator(s.rules, s.layouts_at, self._folded, s.analysis.jaxprs, {**self._widths, **symbols}, self._segments,
+                       s.scan_symbols)  # fmt: skip
+        outs = ev.run(s.jaxpr.jaxpr, self._consts, s.select_used(leaves, flat), ())
+        if any(isinstance(o, Segments) for o in outs):
+            outs = [o.parts if isinstance(o, Segments) else o for o in outs]
+        return jax.tree.unflatten(s.out_tree, outs)
+
+    def _check_params(self, small: Any) -> list[Any]:
+        found = {path_str(p): x for p, x in
+                 jax.tree_util.tree_flatten_with_path(small, is_leaf=is_run_list if self._segments else None)[0]}  # fmt: skip
+        out = []
+        for path, want in self._expected.items():
+            if path not in found:
+                raise KeepError(f"leaf {path!r} is missing from the compacted parameters")
+            x = found[path]
+            shapes = [tuple(w.shape) for w in want] if isinstance(want, list) else tuple(want.shape)
+            got = [tuple(w.shape) for w in x] if isinstance(x, list) else tuple(x.shape)
+            if shapes != got:
+                raise KeepError(f"leaf {path!r} has shape {got}, but this decision makes {shapes}; "
+                                f"compact with the same keep and stacked={self.stacked!r}")  # fmt: skip
+            leaf = self.decision.structure.leaves[path]
+            symbol = uneven_scan(self.decision, leaf) if isinstance(x, list) else None
+            out.append(Segments(symbol, x) if symbol else x)
+        return out
+

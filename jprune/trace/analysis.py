@@ -1,0 +1,288 @@
+"""The abstract walk over a jaxpr: tags and zero flags of every value, equation by equation.
+
+Nothing is computed and nothing is allocated. Each equation's rule (jprune.trace.rules) unifies the tags of the
+axes it ties together, freezes what it cannot follow, and says which results are known to be zero at removed
+positions: that is the exactness certificate. Results are kept per call path - never per jaxpr object, which jax
+shares between call sites - so that replay, cost and taps find the layouts of exactly this call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from jprune.trace import tags as T
+from jprune.trace.tags import Frozen, Misaligned, Tag
+
+# Starts a note that leaves replay exact: re-running the model's own Python code would divide by the new width.
+DIVISOR = "reconfigure:"
+
+Path: TypeAlias = tuple[int | str, ...]
+Eqn: TypeAlias = Any  # jax.extend.core.JaxprEqn
+
+
+@dataclasses.dataclass(slots=True)
+class Val:
+    """What is known of one traced value.
+
+    Attributes:
+      shape, dtype: of the value.
+      tags: one tag per axis.
+      zero: per axis, whether the value is 0 at positions that pruning removes from that axis.
+      scalar: the number every entry equals, where it is a known constant.
+      leaf: the parameter leaf these entries come from unchanged (through casts and layout changes only).
+      const: the value itself, where it is a folded constant.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    tags: tuple[Tag, ...]
+    zero: tuple[bool, ...]
+    scalar: float | None = None
+    leaf: str | None = None
+    const: np.ndarray | None = None
+
+    def flag(self, axis: int, n: int) -> bool:
+        """Whether this operand is zero at removed positions of an axis of size n that it may be broadcast along."""
+        if self.scalar is not None:
+            return self.scalar == 0
+        return bool(self.shape) and self.shape[axis] == n and self.zero[axis]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How one primitive is followed.
+
+    Attributes:
+      propagate: (analysis, equation, operand values) -> result values; unifies, freezes, certifies.
+      rewrite: (equation, sizes) -> equation parameters for the pruned sizes; None: parameters hold no sizes.
+      evaluate: (evaluator, equation, operands, path) -> results; only for primitives that contain jaxprs.
+    """
+
+    propagate: Callable[[Analysis, Eqn, list[Val]], list[Val]]
+    rewrite: Callable[[Eqn, Any], dict[str, Any]] | None = None
+    evaluate: Callable[[Any, Eqn, list[Any], Path], list[Any]] | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Use:
+    """One place where a parameter leaf meets data: the raw material of taps, roles and isomorphism classes."""
+
+    path: Path
+    primitive: str
+    leaf: str
+    leaf_operand: int
+    data_operand: int
+    role: str
+    leaf_tags: tuple[Tag, ...]  # the axes of the leaf operand, and below those that are contracted
+    contracted: tuple[Tag, ...]
+    data_features: tuple[int, ...]  # axes of the data operand that are indexed by the leaf
+    out_features: tuple[int, ...]  # axes of the result that are indexed by the leaf
+    where: str
+
+
+@dataclasses.dataclass(slots=True)
+class MacTerm:
+    """Multiply-accumulates of one contraction: coefficient times the sizes of these tags."""
+
+    path: Path
+    primitive: str
+    leaf: str | None
+    coefficient: int
+    factors: tuple[Tag, ...]
+    out_tags: tuple[Tag, ...]
+    itemsize: int
+    where: str
+
+
+def user_line(eqn: Eqn) -> str:
+    """'file.py:line (function)' of the innermost frame that is not inside an array or module library."""
+    traceback = getattr(eqn.source_info, "traceback", None)
+    if traceback is None:
+        return ""
+    inside = ("/site-packages/", "/dist-packages/", os.sep + os.path.join("jprune", "trace") + os.sep)
+    for frame in traceback.frames:
+        if not frame.file_name.startswith("<") and not any(s in frame.file_name for s in inside):
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+    return ""
+
+
+class Analysis:
+    """State of one walk: the records per call path and what the rules found."""
+
+    def __init__(self, rules: Mapping[str, Rule], fold_constants: bool = False):
+        self.rules = rules
+        self.fold_constants = fold_constants
+        self.records: dict[Path, tuple[list[Val], list[Val]]] = {}
+        self.folded: dict[Path, list[Val]] = {}
+        self.uses: dict[tuple[Path, int], Use] = {}
+        self.macs: dict[Path, MacTerm] = {}
+        self.unsupported: dict[str, list[str]] = {}
+        self.scan_of: dict[Path, T.Atom] = {}  # layer axis of the scan equation at this path
+        self.jaxprs: dict[Path, Any] = {}  # jaxprs made on the way (derivative rules), by the path they were walked at
+        self.shadow = False  # walking a derivative rule: sizes count, certificates and costs do not
+        self.path: Path = ()
+        self.eqn: Eqn = None
+        self._lines: dict[int, str] = {}
+
+    # -- values -------------------------------------------------------------------------------------------------
+
+    def fresh(self, n: int) -> Tag:
+        """A new prunable axis (nothing to prune on size 1)."""
+        return (T.Atom(n),) if n != 1 else ()
+
+    def fixed(self, n: int, code: str, detail: str = "") -> Tag:
+        """A new axis that is unprunable for the given reason."""
+        return (T.Atom(n, Frozen(code, detail, self.where)),) if n != 1 else ()
+
+    def value(self, aval: Any, tags: Sequence[Tag], zero: Sequence[bool] | None = None, **known: Any) -> Val:
+        """A result with these tags; zero flags default to False."""
+        zero = tuple(zero) if zero is not None else (False,) * len(aval.shape)
+        return Val(tuple(aval.shape), aval.dtype, tuple(tags), zero, **known)
+
+    def opaque(self, aval: Any, code: str, detail: str = "") -> Val:
+        """A result none of whose axes can be pruned."""
+        return self.value(aval, [self.fixed(n, code, detail) for n in aval.shape])
+
+    def constant(self, value: Any, code: str = "CONST_CAPTURED") -> Val:
+        """An array the function closes over: frozen, or a sliceable constant when folding."""
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+            return self.opaque(jax.typeof(value), code)
+        if np.ndim(value) == 0:
+            return Val((), value.dtype, (), (), scalar=_as_float(value))
+        if self.fold_constants:
+            return Val(np.shape(value), value.dtype, tuple(self.fresh(n) for n in np.shape(value)),
+                       (False,) * np.ndim(value), const=np.asarray(value))  # fmt: skip
+        return self.opaque(value, code)
+
+    # -- what rules say -----------------------------------------------------------------------------------------
+
+    @property
+    def where(self) -> str:
+        """The user's source line of the current equation."""
+        if self.eqn is None:
+            return ""
+        key = id(self.eqn)
+        if key not in self._lines:
+            self._lines[key] = user_line(self.eqn)
+        return self._lines[key]
+
+    def unify(self, a: Tag, b: Tag, code: str = "MISALIGNED") -> None:
+        """Tie two axes; where they have no common pieces both are frozen."""
+        try:
+            T.unify(a, b)
+        except Misaligned:
+            self.freeze(a, code)
+            self.freeze(b, code)
+
+    def freeze(self, tag: Tag, code: str, detail: str = "") -> None:
+        """Freeze one axis for a reason at the current equation."""
+        T.freeze(tag, Frozen(code, detail, self.where))
+
+    def freeze_all(self, vals: Sequence[Val], code: str, detail: str = "") -> None:
+        """Freeze every axis of these values."""
+        for v in vals:
+            for t in v.tags:
+                self.freeze(t, code, detail)
+
+    def inexact(self, tag: Tag, what: str) -> None:
+        """Note that values at removed positions of this axis reach the result through the current equation."""
+        if not self.shadow and T.is_live(tag):
+            T.note(tag, f"{what} at {self.where}" if self.where else what)
+
+    def use(self, vals: Sequence[Val], leaf_operand: int, data_operand: int, role: str, contracted: Sequence[Tag],
+            data_features: Sequence[int], out_features: Sequence[int]) -> None:  # fmt: skip
+        """Record that a leaf meets data here."""
+        v = vals[leaf_operand]
+        if self.shadow:
+            return
+        assert v.leaf is not None
+        self.uses[self.path, leaf_operand] = Use(
+            self.path, self.eqn.primitive.name, v.leaf, leaf_operand, data_operand, role, v.tags,
+            tuple(contracted), tuple(data_features), tuple(out_features), self.where)  # fmt: skip
+
+    def count(self, leaf: str | None, coefficient: int, factors: Sequence[Tag], out_tags: Sequence[Tag]) -> None:
+        """Record the multiply-accumulates of the current contraction."""
+        if self.shadow:
+            return
+        itemsize = self.eqn.outvars[0].aval.dtype.itemsize
+        self.macs[self.path] = MacTerm(self.path, self.eqn.primitive.name, leaf, coefficient, tuple(factors),
+                                       tuple(out_tags), itemsize, self.where)  # fmt: skip
+
+    @contextlib.contextmanager
+    def in_shadow(self) -> Iterator[None]:
+        """Walk the jaxpr of a derivative rule."""
+        self.shadow = True
+        try:
+            yield
+        finally:
+            self.shadow = False
+
+    # -- the walk -----------------------------------------------------------------------------------------------
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Val], path: Path) -> list[Val]:
+        """Walk one (open) jaxpr on these values and return its results."""
+        env: dict[Any, Val] = {}
+        for var, c in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = c if isinstance(c, Val) else self.constant(c)
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(v: Any) -> Val:
+            return self.constant(np.asarray(v.val)) if isinstance(v, jex.Literal) else env[v]
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            ins = [read(v) for v in eqn.invars]
+            self.path, self.eqn = (*path, i), eqn
+            outs = self._apply(eqn, ins)
+            self.records[(*path, i)] = (ins, outs)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def run_closed(self, closed: Any, args: Sequence[Val], name: int | str) -> list[Val]:
+        """Walk a closed jaxpr held by the current equation; `name` tells it from the equation's other jaxprs."""
+        path, eqn = self.path, self.eqn
+        jaxpr = getattr(closed, "jaxpr", closed)
+        outs = self.run(jaxpr, getattr(closed, "consts", ()), args, (*path, name))
+        self.path, self.eqn = path, eqn
+        return outs
+
+    def _apply(self, eqn: Eqn, ins: list[Val]) -> list[Val]:
+        name = eqn.primitive.name
+        rule = self.rules.get(name)
+        if rule is None:
+            self.unsupported.setdefault(name, []).append(self.where)
+            self.freeze_all(ins, "UNSUPPORTED", name)
+            return [self.opaque(v.aval, "UNSUPPORTED", name) for v in eqn.outvars]
+        if self.fold_constants and rule.evaluate is None:
+            folded = self._fold(eqn, ins)
+            if folded is not None:
+                return folded
+        return rule.propagate(self, eqn, ins)
+
+    def _fold(self, eqn: Eqn, ins: list[Val]) -> list[Val] | None:
+        """Evaluate an equation whose operands are all known constants, at least one of them (or the result) an array."""
+        made = eqn.primitive.name == "iota"
+        if not made and not any(v.const is not None for v in ins):
+            return None
+        if any(v.const is None and v.scalar is None for v in ins) or eqn.effects:
+            return None
+        args = [v.const if v.const is not None else np.full(v.shape, v.scalar, v.dtype) for v in ins]
+        with jax.ensure_compile_time_eval():
+            outs = eqn.primitive.bind(*args, **eqn.params)
+        outs = list(outs) if eqn.primitive.multiple_results else [outs]
+        self.folded[self.path] = vals = [self.constant(np.asarray(o)) for o in outs]
+        return vals
+
+
+def _as_float(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,122 @@
+"""The cost polynomial: multiply-accumulates, parameters and bytes as functions of the group widths.
+
+Every term is a product of axis widths, so integer widths give exact Python integers and real-valued (traced) widths
+give differentiable ones. A group that lives in a scan body may have one width per layer: its terms are summed over
+the layers instead of multiplied by their number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jprune.trace import layout as L
+from jprune.trace.layout import Fixed, Layout
+from jprune.trace.structure import Structure
+
+Widths = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a function costs for one call at the traced input sizes.
+
+    Attributes:
+      macs: multiply-accumulates of all convolutions and matrix products (padding positions counted).
+      params: entries of the parameter leaves.
+      state: entries of the other leaves (running statistics).
+      bytes: bytes of all leaves.
+      activation_bytes: bytes written by all convolutions and matrix products.
+    """
+
+    macs: Any
+    params: Any
+    state: Any
+    bytes: Any
+    activation_bytes: Any
+
+
+def product(layouts: Iterable[Layout], widths: Widths) -> Any:
+    """Product of axis widths, summed over layers where a width is a vector with one entry per layer."""
+    total: Any = 1
+    lengths: Any = 1
+    for lay in layouts:
+        if len(lay) == 1 and isinstance(lay[0], Fixed) and lay[0].symbol and lay[0].symbol.startswith("@scan"):
+            lengths = lengths * widths.get(lay[0].symbol, lay[0].size)
+        else:
+            total = L.width(lay, widths) * total
+    if getattr(total, "ndim", 0):
+        if lengths == total.shape[0]:
+            return total.sum()
+        return total.sum() * (lengths // total.shape[0])
+    return lengths * total
+
+
+def evaluate(structure: Structure, widths: Widths) -> Cost:
+    """Cost at these widths: {group id: number, or (layers,) vector}; absent groups are whole."""
+    widths = {k: _exact(v) for k, v in widths.items()}
+    macs: Any = 0
+    activations: Any = 0
+    for term in structure.contractions:
+        macs = term.coefficient * product(term.factors, widths) + macs
+        activations = term.itemsize * product(term.out, widths) + activations
+    params: Any = 0
+    state: Any = 0
+    nbytes: Any = 0
+    for leaf in structure.leaves.values():
+        n = product(leaf.layouts, widths)
+        nbytes = leaf.dtype.itemsize * n + nbytes
+        if leaf.is_param:
+            params = n + params
+        else:
+            state = n + state
+    return Cost(*(_plain(x) for x in (macs, params, state, nbytes, activations)))
+
+
+def _exact(w: Any) -> Any:
+    """Integer widths as Python integers (or int64 vectors), so that products cannot overflow or round."""
+    if isinstance(w, bool | np.bool_):
+        raise ValueError("a width is a number of units, not a truth value; pass keep sets to graph.cost(keep=...)")
+    if isinstance(w, int | np.integer):
+        return int(w)
+    if isinstance(w, np.ndarray) and np.issubdtype(w.dtype, np.integer):
+        return int(w) if w.ndim == 0 else w.astype(object)
+    return w
+
+
+def _plain(x: Any) -> Any:
+    return int(x) if isinstance(x, np.integer) else x
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """One row of the per-layer table."""
+
+    name: str
+    primitive: str
+    macs: int
+    out_widths: tuple[int, ...]
+
+
+def per_layer(structure: Structure, widths: Widths) -> list[LayerCost]:
+    """Cost of every contraction, in program order."""
+    widths = {k: _exact(v) for k, v in widths.items()}
+    rows = []
+    for term in structure.contractions:
+        sizes = tuple(int(np.max(L.width(lay, widths))) for lay in term.out)
+        rows.append(LayerCost(term.name, term.primitive, int(term.coefficient * product(term.factors, widths)), sizes))
+    return rows
+
+
+def marginal(structure: Structure, widths: Widths) -> dict[str, dict[str, Any]]:
+    """Per group, what its last unit costs (for a stacked group: one more unit in every layer)."""
+    base = {g: widths.get(g, info.size) for g, info in structure.groups.items()}
+    here = evaluate(structure, base)
+    out = {}
+    for g in structure.groups:
+        less = evaluate(structure, {**base, g: base[g] - 1})
+        out[g] = {f.name: getattr(here, f.name) - getattr(less, f.name) for f in dataclasses.fields(Cost)}
+    return out

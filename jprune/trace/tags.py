@@ -1,0 +1,335 @@
+"""Axis algebra: while a function is traced, every array axis carries a tag, and tags are refined until they agree.
+
+A tag is a product (major to minor) of dims; a dim is an `Atom` (an index nobody has cut yet) or a `Sum`
+(axes concatenated along this one). Meeting axes are unified. Unification substitutes: an atom that turns out
+to be a product or a concatenation is replaced by it everywhere at once, so atoms only ever get finer and the
+process ends. Why not one label per index: a head axis split from a kernel axis must stay prunable as heads and
+as head dims, with the choice made later. What cannot be aligned raises `Misaligned`; the caller then freezes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import TypeAlias
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Why an axis may not be pruned: a reason code, what it concerns, and the user's source line."""
+
+    code: str
+    detail: str = ""
+    where: str = ""
+
+    def __str__(self) -> str:
+        head = f"{self.code}({self.detail})" if self.detail else self.code
+        return f"{head} at {self.where}" if self.where else head
+
+
+class Misaligned(Exception):
+    """Two axes cannot be cut into common pieces; the rule that met them freezes both."""
+
+
+class Atom:
+    """An index of size `n` that nothing has refined; frozen once it has a `reason`."""
+
+    __slots__ = ("input_dim", "n", "notes", "reason", "rigid", "scan", "subst")
+
+    def __init__(self, n: int, reason: Frozen | None = None, input_dim: int | None = None, scan: int | None = None):
+        self.n = n
+        self.reason = reason
+        self.subst: Tag | None = None
+        self.notes: set[str] = set()
+        self.input_dim = input_dim  # which run-time input dimension this is, for atoms made from the inputs
+        self.rigid = False  # an input dimension whose traced size something depends on
+        self.scan = scan  # the scan whose layer axis this is
+
+    def piece(self, n: int) -> Atom:
+        """A new atom of size n that inherits what is known of this one."""
+        new = Atom(n, self.reason)
+        new.notes = set(self.notes)
+        return new
+
+
+class Sum:
+    """Axes laid one after the other along one dim."""
+
+    __slots__ = ("n", "parts")
+
+    def __init__(self, parts: tuple[Tag, ...]):
+        self.parts = parts
+        self.n = sum(size(p) for p in parts)
+
+
+Dim: TypeAlias = Atom | Sum
+Tag: TypeAlias = tuple[Dim, ...]
+
+SINGLE_INDEX, SEGMENT_AXIS, MISALIGNED_SLICE = "SINGLE_INDEX", "SEGMENT_AXIS", "MISALIGNED_SLICE"
+INNOCENT = ("MODEL_INPUT", "MODEL_OUTPUT")  # reasons that leave an input dimension free to change at run time
+
+
+def size(tag: Tag) -> int:
+    """Number of positions of the axis."""
+    return math.prod(d.n for d in tag)
+
+
+def norm(tag: Tag) -> Tag:
+    """The tag with all substitutions resolved, nested products spliced and nested sums flattened."""
+    for d in tag:
+        if type(d) is not Atom or d.subst is not None:
+            break
+    else:
+        return tag
+    out: list[Dim] = []
+    for d in tag:
+        if isinstance(d, Atom):
+            if d.subst is None:
+                out.append(d)
+            else:
+                d.subst = norm(d.subst)
+                out.extend(d.subst)
+            continue
+        parts: list[Tag] = []
+        for p in d.parts:
+            p = norm(p)
+            if len(p) == 1 and isinstance(p[0], Sum):
+                parts.extend(p[0].parts)
+            else:
+                parts.append(p)
+        if len(parts) == 1:
+            out.extend(parts[0])
+        elif len(parts) == len(d.parts) and all(a is b for a, b in zip(parts, d.parts, strict=True)):
+            out.append(d)
+        else:
+            out.append(Sum(tuple(parts)))
+    return tuple(out)
+
+
+def atoms(tag: Tag) -> Iterator[Atom]:
+    """Every unsubstituted atom of the axis, with repetition."""
+    for d in norm(tag):
+        if isinstance(d, Atom):
+            yield d
+        else:
+            for p in d.parts:
+                yield from atoms(p)
+
+
+def is_live(tag: Tag) -> bool:
+    """Whether any part of the axis is still prunable."""
+    return any(a.reason is None for a in atoms(tag))
+
+
+def freeze(tag: Tag, reason: Frozen) -> None:
+    """Make every atom below unprunable; the first reason wins."""
+    for a in atoms(tag):
+        if reason.code not in INNOCENT:
+            a.rigid = True
+        if a.reason is None:
+            a.reason = reason
+
+
+def stiffen(tag: Tag) -> None:
+    """Record that a traced size depends on this axis, so that an input dimension in it may not change."""
+    for a in atoms(tag):
+        a.rigid = True
+
+
+def note(tag: Tag, text: str) -> None:
+    """Record why pruning the live part of this axis changes more than it removes."""
+    for a in atoms(tag):
+        if a.reason is None:
+            a.notes.add(text)
+
+
+def substitute(atom: Atom, tag: Tag) -> None:
+    """Replace a live atom by a tag of equal size everywhere."""
+    for a in atoms(tag):
+        a.notes |= atom.notes
+        a.rigid |= atom.rigid
+    atom.subst = tag
+
+
+def split_atom(atom: Atom, q: int) -> tuple[Tag, Tag]:
+    """Cut an atom into (major of size q, minor)."""
+    front, back = atom.piece(q), atom.piece(atom.n // q)
+    if atom.reason is None:
+        atom.subst = (front, back)
+    else:
+        atom.rigid = True
+        if atom.input_dim is None and atom.scan is None:
+            atom.subst = (front, back)
+    return (front,), (back,)
+
+
+def split_sum(total: Sum, q: int) -> tuple[Tag, Tag]:
+    """Cut a concatenation into (major of size q, minor of size n/q)."""
+    m = total.n // q
+    if all(size(p) % m == 0 for p in total.parts):
+        fronts: list[Tag] = []
+        back: Tag | None = None
+        for p in total.parts:
+            front, rest = split_front(norm(p), size(p) // m)
+            fronts.append(front)
+            if back is None:
+                back = rest
+            else:
+                unify(back, rest)
+        assert back is not None
+        return norm((Sum(tuple(fronts)),)), norm(back)
+    whole: Tag = (total,)
+    parts = [slice_tag(whole, i * m, (i + 1) * m) for i in range(q)]
+    for p in parts[1:]:
+        unify(parts[0], p)
+    return (Atom(q, Frozen(SEGMENT_AXIS)),), norm(parts[0])
+
+
+def split_front(tag: Tag, n: int) -> tuple[Tag, Tag]:
+    """(front of size n, rest) of an axis, cutting the dim that straddles the boundary."""
+    tag = norm(tag)
+    front: list[Dim] = []
+    for i, d in enumerate(tag):
+        if n == 1:
+            return tuple(front), tag[i:]
+        if d.n <= n:
+            if n % d.n:
+                raise Misaligned
+            front.append(d)
+            n //= d.n
+            continue
+        if d.n % n:
+            raise Misaligned
+        head, back = split_atom(d, n) if isinstance(d, Atom) else split_sum(d, n)
+        # splitting may refine the dims behind as well (they can share atoms)
+        return norm((*front, *head)), norm((*back, *tag[i + 1 :]))
+    if n != 1:
+        raise Misaligned
+    return tuple(front), ()
+
+
+def slice_tag(tag: Tag, lo: int, hi: int, where: str = "") -> Tag:
+    """The tag of positions lo..hi-1, cutting atoms at both ends."""
+    tag = norm(tag)
+    if lo == 0 and hi == size(tag):
+        return tag
+    major, rest = tag[0], tag[1:]
+    inner = size(rest)
+    if lo % inner == 0 and hi % inner == 0:
+        middle = _slice_dim(major, lo // inner, hi // inner, where)
+        return norm((*middle, *rest))
+    first, last = lo // inner, (hi - 1) // inner
+    if first == last:
+        freeze(_slice_dim(major, first, first + 1, where), Frozen(SINGLE_INDEX, "", where))
+        return slice_tag(rest, lo - first * inner, hi - first * inner, where)
+    reason = Frozen(MISALIGNED_SLICE, "", where)
+    freeze(rest, reason)
+    parts: list[Tag] = []
+    whole_lo, whole_hi = -(-lo // inner), hi // inner
+    if lo % inner:
+        freeze(_slice_dim(major, first, first + 1, where), reason)
+        parts.append((Atom(whole_lo * inner - lo, reason),))
+    if whole_hi > whole_lo:
+        parts.append((*slice_tag((major,), whole_lo, whole_hi, where), *rest))
+    if hi % inner:
+        freeze(slice_tag((major,), last, last + 1, where), reason)
+        parts.append((Atom(hi - whole_hi * inner, reason),))
+    return norm((Sum(tuple(parts)),))
+
+
+def _slice_dim(d: Dim, lo: int, hi: int, where: str) -> Tag:
+    if lo == 0 and hi == d.n:
+        return (d,)
+    if isinstance(d, Sum):
+        parts: list[Tag] = []
+        offset = 0
+        for p in d.parts:
+            n = size(p)
+            a, b = max(lo - offset, 0), min(hi - offset, n)
+            if a < b:
+                parts.append(slice_tag(p, a, b, where))
+            offset += n
+        return norm((Sum(tuple(parts)),))
+    if d.reason is not None:
+        d.rigid = True
+        return (d.piece(hi - lo),)
+    pieces = [d.piece(n) if n else None for n in (lo, hi - lo, d.n - hi)]
+    middle = pieces[1]
+    assert middle is not None
+    d.subst = (Sum(tuple((p,) for p in pieces if p is not None)),)
+    return (middle,)
+
+
+def unify(a: Tag, b: Tag) -> None:
+    """Declare two axes of equal size to be the same axis; raises Misaligned if they have no common pieces."""
+    a, b = norm(a), norm(b)
+    if a == b:
+        return
+    if not a or not b:  # size 1 against a cut-off single unit: that unit has to stay
+        freeze(a or b, Frozen(SINGLE_INDEX))
+    elif len(a) == 1 and isinstance(a[0], Atom):
+        _merge(a[0], b)
+    elif len(b) == 1 and isinstance(b[0], Atom):
+        _merge(b[0], a)
+    elif len(a) == 1 and len(b) == 1 and isinstance(a[0], Sum) and isinstance(b[0], Sum):
+        _unify_sums(a[0], b[0])
+    elif a[0].n == 1 or b[0].n == 1:  # a cut-off single unit inside a product
+        if a[0].n == b[0].n:
+            unify((a[0],), (b[0],))
+            unify(a[1:], b[1:])
+        else:
+            single, rest, other = (a[0], a[1:], b) if a[0].n == 1 else (b[0], b[1:], a)
+            freeze((single,), Frozen(SINGLE_INDEX))
+            unify(rest, other)
+    else:
+        n = min(a[0].n, b[0].n)
+        front_a, rest_a = split_front(a, n)
+        front_b, rest_b = split_front(norm(b), n)
+        unify(front_a, front_b)
+        unify(rest_a, rest_b)
+
+
+def _merge(atom: Atom, tag: Tag) -> None:
+    other = tag[0] if len(tag) == 1 and isinstance(tag[0], Atom) else None
+    if other is not None and atom.reason is not None and other.reason is None:
+        atom, other, tag = other, atom, (atom,)
+    if atom.reason is None:
+        if any(x is atom for x in atoms(tag)):  # only possible around size-1 pieces of itself
+            freeze(tag, Frozen(SEGMENT_AXIS))
+        else:
+            substitute(atom, tag)
+    elif other is None:
+        stiffen((atom,))
+        freeze(tag, atom.reason)
+    elif atom.input_dim is not None and other.input_dim is not None:
+        substitute(atom, tag)  # two inputs that share this dimension
+    elif atom.scan is not None and other.scan is not None:
+        substitute(atom, tag)  # two scans over the same layers
+    else:
+        atom.rigid = other.rigid = True
+
+
+def _unify_sums(a: Sum, b: Sum) -> None:
+    left, right = list(a.parts), list(b.parts)
+    while left:
+        x, y = norm(left.pop(0)), norm(right.pop(0))
+        if len(x) == 1 and isinstance(x[0], Sum):
+            left[:0] = x[0].parts
+            right.insert(0, y)
+            continue
+        if len(y) == 1 and isinstance(y[0], Sum):
+            right[:0] = y[0].parts
+            left.insert(0, x)
+            continue
+        nx, ny = size(x), size(y)
+        if nx > ny:
+            head = slice_tag(x, 0, ny)
+            left.insert(0, slice_tag(norm(x), ny, nx))
+            unify(head, y)
+        elif ny > nx:
+            head = slice_tag(y, 0, nx)
+            right.insert(0, slice_tag(norm(y), nx, ny))
+            unify(x, head)
+        else:
+            unify(x, y)

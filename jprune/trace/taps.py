@@ -1,0 +1,200 @@
+"""Taps: statistics of the activations around any parameter, for any function, streamed and jitted.
+
+JAX has no forward hooks. The traced equations are evaluated again and, at each tapped one, a reducer folds the
+activation - seen as (samples, features), features being what the parameter indexes - into a running state. States
+go through scans (one per layer where the parameter is stacked), branches and loops; sums over a sharded batch axis
+are global, because they are ordinary jitted sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from rich.progress import track
+
+from jprune.trace import layout as L
+from jprune.trace.errors import TraceError, suggest
+from jprune.trace.evaluate import Evaluator
+from jprune.trace.leafpaths import flatten
+from jprune.trace.structure import Structure, Tap
+
+
+@dataclasses.dataclass(frozen=True)
+class Reducer:
+    """A streamed statistic.
+
+    Attributes:
+      init: number of features -> state (a pytree of arrays).
+      update: (state, activation (samples, features) float32) -> state.
+      finish: state -> result.
+    """
+
+    init: Callable[[int], Any]
+    update: Callable[[Any, Float[Array, "samples features"]], Any]
+    finish: Callable[[Any], Any] = lambda state: state
+
+
+def sum_of_squares() -> Reducer:
+    """Sum over all samples of x^2, per feature."""
+    return Reducer(lambda n: jnp.zeros(n), lambda s, x: s + jnp.sum(x * x, axis=0))
+
+
+def mean() -> Reducer:
+    """Mean over all samples, per feature."""
+    return Reducer(
+        lambda n: (jnp.zeros(n), jnp.zeros(())),
+        lambda s, x: (s[0] + jnp.sum(x, axis=0), s[1] + x.shape[0]),
+        lambda s: s[0] / s[1][..., None],
+    )
+
+
+def variance() -> Reducer:
+    """Population variance over all samples, per feature (batches merged pairwise, so that no large sums cancel)."""
+
+    def update(s: Any, x: Any) -> Any:
+        n, m, m2 = s
+        k = x.shape[0]
+        mean_x = jnp.mean(x, axis=0)
+        delta = mean_x - m
+        total = n + k
+        m2 = m2 + jnp.sum((x - mean_x) ** 2, axis=0) + delta**2 * n * k / total
+        return total, m + delta * k / total, m2
+
+    return Reducer(lambda n: (jnp.zeros(()), jnp.zeros(n), jnp.zeros(n)), update, lambda s: s[2] / s[0][..., None])
+
+
+def second_moment() -> Reducer:
+    """Mean over all samples of x x^T, (features, features)."""
+    return Reducer(
+        lambda n: (jnp.zeros((n, n)), jnp.zeros(())),
+        lambda s, x: (s[0] + jnp.einsum("si,sj->ij", x, x, precision="highest"), s[1] + x.shape[0]),
+        lambda s: s[0] / s[1][..., None, None],
+    )
+
+
+def absolute_maximum() -> Reducer:
+    """Largest |x| over all samples, per feature."""
+    return Reducer(lambda n: jnp.zeros(n), lambda s, x: jnp.maximum(s, jnp.max(jnp.abs(x), axis=0)))
+
+
+def quantiles(at: tuple[float, ...], accuracy: float = 0.02, smallest: float = 1e-6, largest: float = 1e6) -> Reducer:
+    """Quantiles over all samples, per feature: (len(at), features), each within a factor 1 +- accuracy.
+
+    Counts in geometric bins of |x| for each sign; magnitudes outside [smallest, largest] are clipped (to 0 below).
+
+    Raises:
+      ValueError: a quantile outside [0, 1] or an accuracy outside (0, 1).
+    """
+    if not all(0 <= q <= 1 for q in at) or not 0 < accuracy < 1:
+        raise ValueError(f"quantiles must be in [0, 1] and accuracy in (0, 1); got {at} and {accuracy}")
+    step = float(np.log((1 + accuracy) / (1 - accuracy)))
+    bins = int(np.ceil(np.log(largest / smallest) / step)) + 1
+    magnitude = smallest * np.exp(step * (np.arange(bins) + 0.5))
+    values = jnp.asarray(np.concatenate([-magnitude[::-1], [0.0], magnitude]), jnp.float32)
+
+    def update(s: Any, x: Any) -> Any:
+        size = jnp.clip(jnp.floor(jnp.log(jnp.maximum(jnp.abs(x), smallest) / smallest) / step), 0, bins - 1).astype(int)
+        slot = jnp.where(jnp.abs(x) < smallest, bins, jnp.where(x > 0, bins + 1 + size, bins - 1 - size))
+        return s.at[slot, jnp.arange(x.shape[1])[None, :]].add(1)
+
+    def finish(s: Any) -> Any:
+        cumulative = jnp.cumsum(s, axis=-2)
+        total = cumulative[..., -1:, :]
+        rows = [jnp.sum(cumulative < jnp.maximum(q * total, 1), axis=-2) for q in at]
+        return jnp.stack([values[r] for r in rows], axis=-2)
+
+    return Reducer(lambda n: jnp.zeros((2 * bins + 1, n), jnp.int32), update, finish)
+
+
+def calibrate(structure: Structure, params: Any, batches: Iterable[Any], reducers: Mapping[str, Reducer],
+              taps: Iterable[str] | None, side: str, progress: bool) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Stream batches through the traced function and reduce the activations at each tap.
+
+    Args:
+      structure: the graph.
+      params: the (unpruned) parameters.
+      batches: of inputs, each a tuple like the traced inputs, or the one array where there is one input.
+      reducers: name -> reducer.
+      taps: tap ids (leaf paths); default: every convolution and matrix product.
+      side: "in" for the activation that meets the parameter, "out" for the result.
+      progress: show a progress bar.
+
+    Returns:
+      {tap id: {reducer name: result}}; results have a leading layer axis for parameters stacked over a scan.
+
+    Raises:
+      TraceError: unknown taps, no batches, or batches that do not fit.
+    """
+    chosen = _choose(structure, taps, side)
+    names = list(reducers)
+
+    def start(tap: Tap) -> Any:
+        layouts = tap.in_layouts if side == "in" else tap.out_layouts
+        features = int(np.prod([L.full_size(a) for a in layouts], dtype=np.int64))
+        state = {r: reducers[r].init(features) for r in names}
+        if tap.layers is None:
+            return state
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (tap.layers, *x.shape)), state)
+
+    tap_paths = {t.id: (t.use.path, t.scan_path) for t in chosen}
+    at: dict[Any, list[Tap]] = {}
+    for t in chosen:
+        at.setdefault(t.use.path, []).append(t)
+
+    def observe(path: Any, eqn: Any, ins: list[Any], outs: list[Any], states: dict[str, Any]) -> None:
+        for tap in at[path]:
+            value, axes = (ins[tap.use.data_operand], tap.use.data_features) if side == "in" else (outs[0], tap.use.out_features)
+            x = _as_samples(value, axes)
+            states[tap.id] = {r: reducers[r].update(states[tap.id][r], x) for r in names}
+
+    @jax.jit
+    def step(states: Any, params: Any, inputs: Any) -> Any:
+        flat, symbols = structure.bind_inputs(inputs)
+        leaves = [x for _, x in flatten(params)]
+        ev = Evaluator(structure.rules, structure.layouts_at, _folded(structure), structure.analysis.jaxprs, symbols,
+                       None, structure.scan_symbols, observe, tap_paths, dict(states))  # fmt: skip
+        ev.run(structure.jaxpr.jaxpr, structure.jaxpr.consts, structure.select_used(leaves, flat), ())
+        return ev.states
+
+    states = {t.id: start(t) for t in chosen}
+    seen = 0
+    for batch in track(batches, "calibrating", disable=not progress):
+        inputs = batch if isinstance(batch, tuple) else (batch,)
+        states = step(states, params, inputs)
+        seen += 1
+    if not seen:
+        raise TraceError("calibration got no batches; pass at least one")
+    return {t: {r: reducers[r].finish(s[r]) for r in names} for t, s in states.items()}
+
+
+def _choose(structure: Structure, taps: Iterable[str] | None, side: str) -> list[Tap]:
+    if side not in ("in", "out"):
+        raise TraceError(f"side must be 'in' or 'out', not {side!r}")
+    if taps is None:
+        names = [t for t, tap in structure.taps.items() if tap.primitive in ("dot_general", "conv_general_dilated")]
+    else:
+        names = list(taps)
+        for t in names:
+            if t not in structure.taps:
+                raise TraceError(f"there is no tap {t!r}{suggest(t, structure.taps)}")
+    chosen = [structure.taps[t] for t in names]
+    for tap in chosen:
+        if not (tap.in_layouts if side == "in" else tap.out_layouts):
+            raise TraceError(f"tap {tap.id!r} ({tap.primitive}) has no feature axes on its {side!r} side")
+    return chosen
+
+
+def _folded(structure: Structure) -> dict[Any, Any]:
+    return {path: [v.const for v in vals] for path, vals in structure.analysis.folded.items()}
+
+
+def _as_samples(x: Any, axes: tuple[int, ...]) -> Any:
+    rest = [i for i in range(x.ndim) if i not in axes]
+    features = int(np.prod([x.shape[i] for i in axes], dtype=np.int64))
+    return jnp.transpose(x, (*rest, *axes)).reshape(-1, features).astype(jnp.float32)
