@@ -1,0 +1,56 @@
+"""A three-layer network and a small data set on which the training tests run; scripts in other processes use them too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from jprune.data import ArraySplit, Dataset
+
+
+class ToyCNN(nn.Module):
+    """Three convolutions with BatchNorm and a classifier."""
+
+    width: int = 8
+    momentum: float = 0.8
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        for width, stride in ((self.width, 1), (2 * self.width, 2), (2 * self.width, 1)):
+            x = nn.Conv(width, (3, 3), strides=stride, use_bias=False)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=self.momentum)(x))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+def init(model=None):
+    """Variables of the toy network."""
+    return (model or ToyCNN()).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+
+
+def small_dataset(n_train=96, n_test=50):
+    """Ten blurred patterns with noise: learnable in a few steps, drawn without scikit-learn."""
+    rng = np.random.default_rng(0)
+    patterns = rng.standard_normal((10, 8, 8, 1))
+
+    def split(n, noise):
+        labels = rng.integers(0, 10, n).astype(np.int32)
+        images = patterns[labels] + 0.5 * rng.standard_normal((n, 8, 8, 1))
+        return ArraySplit(images.astype(np.float32), labels, noise=noise)
+
+    return Dataset(split(n_train, 0.1), split(n_test, 0.0), 10, (8, 8, 1), "patterns")
+
+
+@pytest.fixture
+def model():
+    return ToyCNN()
+
+
+@pytest.fixture
+def variables(model):
+    return init(model)
+
+
+@pytest.fixture
+def dataset():
+    return small_dataset()
