@@ -1,0 +1,1 @@
+"""Pallas kernels for sparse attention and sparse experts; imports nothing of jprune."""
