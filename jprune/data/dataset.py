@@ -78,7 +78,8 @@ class ArraySplit:
         return {"image": images, "label": self.labels[indices].astype(np.int32)}
 
     def _normalise(self, images: Num[np.ndarray, "b h w c"]) -> Float32[np.ndarray, "b h w c"]:
-        return (images.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        return (images.astype(np.float32) - mean) / std
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:

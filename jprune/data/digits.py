@@ -14,8 +14,8 @@ def load_digits(seed: int = 0, n_train: int = 1200, noise: float = 0.3) -> Datas
     """
     from sklearn import datasets  # here, because importing scikit-learn costs a second that other data need not pay
 
-    digits = datasets.load_digits()
-    images, labels = np.float32(digits.images)[..., None], digits.target.astype(np.int32)
+    pixels, target = datasets.load_digits(return_X_y=True)
+    images, labels = np.asarray(pixels, np.float32).reshape(-1, 8, 8, 1), np.asarray(target, np.int32)
     if not 0 < n_train < len(labels):
         raise ValueError(f"n_train is {n_train}: it must leave both splits non-empty, 1 to {len(labels) - 1}")
     if noise < 0:

@@ -130,7 +130,8 @@ def centre(image: Image.Image, size: int, resize: int) -> UInt8[np.ndarray, "s s
 
 def normalise(pixels: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b h w 3"]:
     """Pixels 0..255 to the range published weights expect."""
-    return (pixels.astype(np.float32) - 255 * np.float32(MEAN)) / (255 * np.float32(STD))
+    mean, std = 255 * np.array(MEAN, np.float32), 255 * np.array(STD, np.float32)
+    return (pixels.astype(np.float32) - mean) / std
 
 
 @functools.cache

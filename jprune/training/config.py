@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -74,7 +74,7 @@ def learning_rates(config: TrainConfig, steps_per_epoch: int) -> Float32[np.ndar
     else:
         factor = config.decay ** np.searchsorted(np.array(config.milestones) * steps_per_epoch, step, side="right")
     ramp = np.minimum((step + 1) / warmup, 1.0) if warmup else 1.0
-    return np.float32(config.learning_rate * factor * ramp)
+    return np.asarray(config.learning_rate * factor * ramp, np.float32)
 
 
 @functools.lru_cache(maxsize=32)
@@ -85,8 +85,9 @@ def sgd(weight_decay: float, momentum: float, nesterov: bool) -> optax.GradientT
     length or schedule share one compiled step.
     """
 
-    def scale(updates, state, params=None, *, learning_rate, **extra):
-        del params, extra
+    def scale(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        del params
+        learning_rate = extra["learning_rate"]
         return jax.tree.map(lambda u: -learning_rate.astype(u.dtype) * u, updates), state
 
     return optax.chain(

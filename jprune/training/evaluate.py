@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jprune.data import Dataset, Split, eval_batches, stream
 from jprune.training.forward import Forward, as_forward
 from jprune.training.loss import cross_entropy
-from jprune.training.placement import data_sharding, place_variables
+from jprune.training.placement import batch_sharding, data_mesh, place_variables
 
 
 class Evaluation(NamedTuple):
@@ -31,12 +31,15 @@ def evaluate(
     program serves all batches; batch_size is rounded up to a multiple of the mesh's "data" axis.
     """
     split = data.test if isinstance(data, Dataset) else data
-    sharding = data_sharding(mesh)
+    mesh = data_mesh(mesh)
     batch_size = min(batch_size, len(split))
-    batch_size += -batch_size % sharding.mesh.shape["data"]
+    batch_size += -batch_size % mesh.shape["data"]
     step = _compiled(as_forward(model))
-    variables = place_variables(variables, sharding.mesh)
-    totals = [step(variables, jax.device_put(b, sharding)) for b in stream(eval_batches(split, batch_size))]
+    variables = place_variables(variables, mesh)
+    totals: list[tuple[jax.Array, ...]] = []
+    for batch in stream(eval_batches(split, batch_size)):
+        totals.append(step(variables, jax.device_put(batch, batch_sharding(mesh))))
+        jax.block_until_ready(totals[-3:-2])  # else a slow device would collect the batches of a fast host
     correct, loss, weight = (sum(float(t[i]) for t in totals) for i in range(3))
     return Evaluation(correct / weight, loss / weight)
 

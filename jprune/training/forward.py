@@ -72,12 +72,13 @@ def _collections(variables: Any) -> list[str]:
 
 def _of_module(module: nn.Module) -> Forward:
     has_mode = "train" in inspect.signature(type(module).__call__).parameters
-    on, off = ({"train": True}, {"train": False}) if has_mode else ({}, {})
+    on: dict[str, Any] = {"train": True} if has_mode else {}
+    off: dict[str, Any] = {"train": False} if has_mode else {}
 
-    def train(variables, x, key):
+    def train(variables: Any, x: jax.Array, key: jax.Array) -> Any:
         return module.apply(variables, x, mutable=_collections(variables), rngs={"dropout": key}, **on)
 
-    def evaluate(variables, x):
+    def evaluate(variables: Any, x: jax.Array) -> Any:
         return module.apply(variables, x, **off)
 
     return Forward(train, evaluate)

@@ -34,9 +34,9 @@ from jprune.training.evaluate import evaluate
 from jprune.training.forward import Forward, as_forward, join_variables, split_variables
 from jprune.training.loss import Loss, mean_cross_entropy
 from jprune.training.metrics import Averages, MetricsLog
-from jprune.training.placement import data_sharding
+from jprune.training.placement import batch_sharding, data_mesh
 from jprune.training.progress import bar
-from jprune.training.state import Recipe, TrainState, compiled_step, init_state
+from jprune.training.state import Recipe, TrainState, compiled_step, init_state, update_of
 
 ALOFT = 2  # steps whose metrics are not fetched yet: fetching each at once would leave the device idle in between
 
@@ -58,22 +58,22 @@ def train(
     progress: bool | Progress = True,
     title: str = "train",
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """Train `variables` and return them with the history, one record an epoch.
+    """Train `variables`; returns the trained ones and the history, one record an epoch.
 
     model: whatever `as_forward` takes. variables: {"params": .., collections} or a bare parameter tree; left untouched.
-    transform: put between the gradients and weight decay; its update receives the parameters and, if it takes extra
-        arguments, `learning_rate`. optimizer: replaces weight decay, momentum and learning rate.
+    transform: put between the gradients and weight decay; its update receives the parameters and, if it is one with
+        extra arguments, `learning_rate`. Two with the same `update` and different states share a compiled step.
+    optimizer: replaces weight decay, momentum and learning rate.
     loss(logits, batch, params): a scalar, or (scalar, {name: scalar}) whose entries are logged.
     mesh: batches are split over its axis "data"; parameters that lie on it keep their sharding, others are replicated.
     out: folder for metrics.jsonl and checkpoints. resume: go on from its last checkpoint, or start if there is none.
-    on_step(step, metrics) is called for every step, a little late; on_epoch(epoch, variables) after every epoch: what it
-        returns joins the epoch's record, and it must not keep the variables, whose buffers the next step reuses.
+    on_step(step, metrics) is called for every step, a little late; on_epoch(epoch, variables) after every epoch: what
+        it returns joins the epoch's record; it must copy what it keeps, for the next step reuses the buffers.
 
     Raises ValueError for a recipe that does not fit, a folder with another run, or a loss that is no longer finite.
     """
     per_epoch = steps_per_epoch(dataset.train, config.batch_size)
-    batch_sharding = data_sharding(mesh)
-    mesh = batch_sharding.mesh
+    mesh = data_mesh(mesh)
     if config.batch_size % mesh.shape["data"]:
         raise ValueError(
             f"batch_size {config.batch_size} does not divide over {mesh.shape['data']} devices: use a multiple"
@@ -88,14 +88,15 @@ def train(
     if loss is None:
         _check_logits(forward, variables, dataset, config.batch_size)
         loss = mean_cross_entropy(config.label_smoothing)
-    tx = optimizer if optimizer is not None else sgd(config.weight_decay, config.momentum, config.nesterov)
-    if transform is not None:
-        tx = optax.chain(transform, tx)
+    descent = optimizer if optimizer is not None else sgd(config.weight_decay, config.momentum, config.nesterov)
+    stages = (descent,) if transform is None else (transform, descent)
 
     params, rest = split_variables(variables)
-    state = init_state(params, rest, tx, mesh)
+    state = init_state(params, rest, stages, mesh)
     shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(state))
-    advance = compiled_step(Recipe(forward, tx, loss, config.dtype, params is not variables, shardings))
+    advance = compiled_step(
+        Recipe(forward, tuple(map(update_of, stages)), loss, config.dtype, params is not variables, shardings)
+    )
     rates = learning_rates(config, per_epoch)
     key = jax.random.key(config.seed)
 
@@ -129,7 +130,7 @@ def train(
             epoch, began = step // per_epoch, time.monotonic()
             batches = epoch_batches(dataset.train, config.batch_size, seed=config.seed, epoch=epoch)
             for batch in stream(batches, start=step % per_epoch):
-                state, metrics = advance(state, jax.device_put(batch, batch_sharding), key, rates[step])
+                state, metrics = advance(state, jax.device_put(batch, batch_sharding(mesh)), key, rates[step])
                 step += 1
                 flying.append((step, metrics))
                 land(ALOFT)

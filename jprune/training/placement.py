@@ -9,12 +9,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
-def data_sharding(mesh: Mesh | None) -> NamedSharding:
-    """Batches split over the axis "data"; without a mesh, over one device."""
+def data_mesh(mesh: Mesh | None) -> Mesh:
+    """The mesh, which must have an axis "data"; without one, the first device alone."""
     if mesh is None:
-        mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+        return Mesh(np.array(jax.devices()[:1]), ("data",))
     if "data" not in mesh.axis_names:
         raise ValueError(f'the mesh has the axes {mesh.axis_names}: name the axis that batches are split over "data"')
+    return mesh
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are split over the axis "data"."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 

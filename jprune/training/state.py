@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,29 +31,39 @@ class Recipe:
     """The static part of a step; equal recipes share one compiled program."""
 
     forward: Forward
-    optimizer: optax.GradientTransformation
+    updates: tuple[tuple[Callable[..., Any], bool], ...]  # of the optimiser's stages; whether each takes learning_rate
     loss: Loss
     dtype: str
     wrapped: bool  # the variables are {"params": .., collections}, not a bare parameter tree
     shardings: tuple[NamedSharding, ...]  # of the state's leaves, in jax's flattening order
 
 
-def init_state(params: Any, rest: Mapping[str, Any], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(
+    params: Any, rest: Mapping[str, Any], stages: Sequence[optax.GradientTransformation], mesh: Mesh
+) -> TrainState:
     """A fresh state on the mesh; the caller's arrays are copied, since steps give their buffers away.
 
     Moments that have the shape of the parameters take the parameters' sharding; everything else is replicated.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     params, rest = (_copy_to(tree, shardings_of(tree, mesh)) for tree in (params, rest))
-    opt_state = jax.jit(optimizer.init)(params)
-    placed = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda leaf, param: jax.device_put(leaf, param.sharding if leaf.shape == param.shape else everywhere),
-        opt_state,
-        params,
-        transform_non_params=lambda leaf: jax.device_put(leaf, everywhere),
-    )
-    return TrainState(params, rest, placed, jax.device_put(jnp.zeros((), jnp.int32), everywhere))
+
+    def init(stage: optax.GradientTransformation) -> Any:
+        return optax.tree_utils.tree_map_params(
+            stage,
+            lambda leaf, param: _copy_to(leaf, param.sharding if leaf.shape == param.shape else everywhere),
+            stage.init(params),
+            params,
+            transform_non_params=lambda leaf: _copy_to(leaf, everywhere),
+        )
+
+    opt_state = tuple(init(stage) for stage in stages)
+    return TrainState(params, rest, opt_state, jax.device_put(jnp.zeros((), jnp.int32), everywhere))
+
+
+def update_of(stage: optax.GradientTransformation) -> tuple[Callable[..., Any], bool]:
+    """What a step needs of an optimiser: without its `init`, stages that differ only in their state compile once."""
+    return stage.update, isinstance(stage, optax.GradientTransformationExtraArgs)
 
 
 def _copy_to(tree: Any, shardings: Any) -> Any:
@@ -63,7 +73,6 @@ def _copy_to(tree: Any, shardings: Any) -> Any:
 @functools.lru_cache(maxsize=16)
 def compiled_step(recipe: Recipe) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array, jax.Array], Any]:
     """jit of (state, batch, key, rate) -> (state, metrics); the state is donated, metrics are float32 scalars."""
-    optimizer = optax.with_extra_args_support(recipe.optimizer)
 
     def low(tree):
         if recipe.dtype == "float32":
@@ -85,12 +94,15 @@ def compiled_step(recipe: Recipe) -> Callable[[TrainState, Mapping[str, jax.Arra
         (value, (logits, updates, extra)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         if unknown := set(updates) - set(state.rest):
             raise ValueError(f"the model updates the collections {sorted(unknown)}, which its variables do not have")
-        deltas, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=rate)
+        opt_state = []
+        for (update, takes_rate), old in zip(recipe.updates, state.opt_state, strict=True):
+            grads, new = update(grads, old, state.params, **({"learning_rate": rate} if takes_rate else {}))
+            opt_state.append(new)
         metrics = {"loss": value, "learning_rate": rate, **extra}
         if logits.ndim == 2:
             metrics["accuracy"] = (logits.argmax(axis=-1) == batch["label"]).mean()
         new = TrainState(
-            optax.apply_updates(state.params, deltas), {**state.rest, **updates}, opt_state, state.step + 1
+            optax.apply_updates(state.params, grads), {**state.rest, **updates}, tuple(opt_state), state.step + 1
         )
         leaves, treedef = jax.tree.flatten(new)
         leaves = [jax.lax.with_sharding_constraint(x, s) for x, s in zip(leaves, recipe.shardings, strict=True)]

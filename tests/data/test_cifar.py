@@ -9,7 +9,7 @@ from jprune.data import load_cifar, pad_crop_flip
 
 
 def write(folder, classes, n=6):
-    """The files of a small CIFAR; the pixel at (row, column, channel) of record r is (r + 3 row + 5 column + 7 channel)."""
+    """The files of a small CIFAR; pixel (row, column, channel) of record r is r + 3 row + 5 column + 7 channel."""
     folder.mkdir(parents=True, exist_ok=True)
     channel, row, column = np.meshgrid(np.arange(3), np.arange(32), np.arange(32), indexing="ij")
     names = (

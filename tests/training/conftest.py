@@ -1,4 +1,4 @@
-"""A three-layer network and a small data set on which the training tests run; scripts in other processes use them too."""
+"""A three-layer network and a small data set for the training tests, also for those in processes of their own."""
 
 import jax
 import jax.numpy as jnp

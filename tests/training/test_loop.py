@@ -86,6 +86,28 @@ def test_the_transform_sees_gradients_parameters_and_the_rate_before_weight_deca
     np.testing.assert_allclose(decayed["params"]["Conv_0"]["kernel"], 0.95 * kernel, rtol=1e-5)
 
 
+def test_transforms_that_differ_in_their_state_only_compile_once(dataset):
+    traces = []
+
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            traces.append(train)
+            return nn.Dense(10)(x.reshape(len(x), -1))
+
+    def update(grads, strength, params=None):
+        return jax.tree.map(lambda g, p: g + strength * jnp.sign(p), grads, params), strength
+
+    variables = Counting().init(jax.random.key(0), dataset.test.images[:1])
+    traces.clear()
+    sizes = []
+    for strength in (0.0, 0.3):
+        transform = optax.GradientTransformation(lambda params, s=strength: jnp.float32(s), update)
+        trained, _ = train(Counting(), variables, dataset, SHORT, transform=transform)
+        sizes.append(jnp.abs(trained["params"]["Dense_0"]["kernel"]).sum())
+    assert sizes[1] < 0.8 * sizes[0] and traces.count(True) == 1
+
+
 def test_an_optimizer_replaces_the_recipes(model, variables, dataset):
     trained, _ = train(model, variables, dataset, SHORT, optimizer=optax.set_to_zero())
     assert same(trained["params"], variables["params"])
