@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import grain
 import numpy as np
@@ -19,6 +19,7 @@ Batch: TypeAlias = dict[str, np.ndarray]
 Augmentation: TypeAlias = Callable[[np.random.Generator, np.ndarray], np.ndarray]
 
 
+@runtime_checkable
 class Split(Protocol):
     """Examples that can be read by index, for training (`draw`) and for evaluation (`read`)."""
 

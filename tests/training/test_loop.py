@@ -156,6 +156,19 @@ def test_an_explicit_forward_and_dropout_keys(dataset):
     assert same(a, b)
 
 
+def test_every_step_has_a_key_of_its_own(dataset):
+    forward = Forward(
+        lambda v, x, key: (x.reshape(len(x), -1) @ v["params"], {"drawn": jax.random.uniform(key)}),
+        lambda v, x: x.reshape(len(x), -1) @ v["params"],
+    )
+    variables = {"params": jnp.zeros((64, 10)), "drawn": jnp.zeros(())}
+    drawn = []
+    for seed in (0, 1):
+        config = TrainConfig(epochs=3, batch_size=96, seed=seed)
+        train(forward, variables, dataset, config, on_epoch=lambda _, v: drawn.append(float(v["drawn"])))
+    assert len(set(drawn)) == 6
+
+
 def test_bfloat16_computes_low_and_keeps_parameters_high(model, variables, dataset):
     seen = []
 

@@ -53,12 +53,12 @@ def test_killed_run_ends_with_the_same_bits(tmp_path, model, variables, dataset,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
     )
     deadline = time.monotonic() + 60
-    while not (out / "metrics.jsonl").exists() or len(lines(out)) < 17:
+    while not (out / "metrics.jsonl").exists() or len(lines(out)) < 12:
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 17 <= len(lines(out)) < 40
+    assert 12 <= len(lines(out)) < 40
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')  # as torn as a killed writer can leave it
 
@@ -72,7 +72,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_at", [3, 13])
+@pytest.mark.parametrize("stop_at", [3, 11])
 def test_an_exception_loses_nothing_either(tmp_path, model, variables, dataset, whole, stop_at):
     def stop(step, metrics):
         if step == stop_at:
