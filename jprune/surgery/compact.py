@@ -141,6 +141,9 @@ def keep_sharding(x: Any, path: str, f: Callable[[Any], Any]) -> Any:
     """f(x) laid out over the mesh as x is."""
     sharding = None if isinstance(x, jax.core.Tracer | np.ndarray) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not any(s is not None for s in sharding.spec):
+        if sharding is not None and len(sharding.device_set) == 1 and next(iter(sharding.device_set)).platform == "cpu":
+            # a CPU array is host memory already: numpy gathers from it without a compilation per shape
+            return jax.device_put(f(np.asarray(x)), sharding)
         return f(x)
     shape = jax.eval_shape(f, x).shape
     sizes = dict(zip(sharding.mesh.axis_names, sharding.mesh.devices.shape, strict=True))
@@ -194,7 +197,7 @@ def _expand_leaf(decision: Decision, leaf: Leaf, x: Any, stacked: str) -> Any:
 
 def _scatter(x: Any, leaf: Leaf, indices: Indices) -> Any:
     def scatter(x: Any) -> Any:
-        x = jnp.asarray(x)
+        x = jnp.asarray(x)  # scattering needs jax's indexed update also where the leaf is numpy
         for axis, (index, valid) in indices.items():
             size = index.shape[axis if index.ndim > 1 else 0]
             if x.shape[axis] != size:

@@ -130,6 +130,7 @@ class Analysis:
         self.shadow = False  # walking a derivative rule: sizes count, certificates and costs do not
         self.path: Path = ()
         self.eqn: Eqn = None
+        self._callers: list[Eqn] = []
         self._lines: dict[int, str] = {}
 
     # -- values -------------------------------------------------------------------------------------------------
@@ -166,13 +167,16 @@ class Analysis:
 
     @property
     def where(self) -> str:
-        """The user's source line of the current equation."""
-        if self.eqn is None:
-            return ""
-        key = id(self.eqn)
-        if key not in self._lines:
-            self._lines[key] = user_line(self.eqn)
-        return self._lines[key]
+        """The user's source line of the current equation, or of the nearest call around it that has one."""
+        for eqn in (self.eqn, *reversed(self._callers)):
+            if eqn is None:
+                continue
+            key = id(eqn)
+            if key not in self._lines:
+                self._lines[key] = user_line(eqn)
+            if self._lines[key]:
+                return self._lines[key]
+        return ""
 
     def unify(self, a: Tag, b: Tag, code: str = "MISALIGNED") -> None:
         """Tie two axes; where they have no common pieces both are frozen."""
@@ -249,7 +253,9 @@ class Analysis:
         """Walk a closed jaxpr held by the current equation; `name` tells it from the equation's other jaxprs."""
         path, eqn = self.path, self.eqn
         jaxpr = getattr(closed, "jaxpr", closed)
+        self._callers.append(eqn)
         outs = self.run(jaxpr, getattr(closed, "consts", ()), args, (*path, name))
+        self._callers.pop()
         self.path, self.eqn = path, eqn
         return outs
 

@@ -1,0 +1,9 @@
+"""Budgets: targets, allocation of units to them, sparsity schedules, measured latency."""
+
+from jprune.budget.allocate import Allocation as Allocation
+from jprune.budget.allocate import allocate as allocate
+from jprune.budget.allocate import isomorphic as isomorphic
+from jprune.budget.allocate import ranked as ranked
+from jprune.budget.allocate import uniform as uniform
+from jprune.budget.schedules import Schedule as Schedule
+from jprune.budget.target import Target as Target

@@ -1,0 +1,59 @@
+"""First- and second-order importance: Taylor (weight x gradient) and the diagonal Fisher / Hessian estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jprune.importance.reduce import WEIGHTS, Scores, group_scores, leaf_values, per_unit
+from jprune.trace.structure import Structure
+
+
+def taylor(graph: Structure, params: Any, grads: Any, *, signed_sum: bool = False, reduce: str = "mean",
+           normalise: str = "mean", roles: Sequence[str] = WEIGHTS) -> Scores:  # fmt: skip
+    """|w g| summed over each unit, or |sum of w g| with `signed_sum` (Molchanov et al. 2019, eq. 8).
+
+    Args:
+      grads: gradient of the loss, a tree like `params` (or its "params" collection inside the same nesting).
+    """
+    g = leaf_values(grads)
+
+    def local(m: Any, w: Any) -> Any:
+        product = w.astype(jnp.float32) * _gradient(g, m.path).astype(jnp.float32)
+        return jnp.abs(per_unit(m, product)) if signed_sum else per_unit(m, jnp.abs(product))
+
+    return group_scores(graph, leaf_values(params), local, reduce=reduce, normalise=normalise, roles=roles)
+
+
+def fisher(graph: Structure, params: Any, squared_grads: Any, *, reduce: str = "mean", normalise: str = "mean",
+           roles: Sequence[str] = WEIGHTS) -> Scores:  # fmt: skip
+    """w^2 times the mean squared per-sample gradient, summed over each unit: OBD with the empirical Fisher diagonal.
+
+    Args:
+      squared_grads: from `mean_squared_gradients`.
+    """
+    g = leaf_values(squared_grads)
+
+    def local(m: Any, w: Any) -> Any:
+        return per_unit(m, w.astype(jnp.float32) ** 2 * _gradient(g, m.path).astype(jnp.float32))
+
+    return group_scores(graph, leaf_values(params), local, reduce=reduce, normalise=normalise, roles=roles)
+
+
+def _gradient(grads: dict[str, Any], path: str) -> Any:
+    if path not in grads:
+        raise ValueError(f"the gradients lack leaf {path!r}; differentiate with respect to the traced tree")
+    return grads[path]
+
+
+def mean_squared_gradients(loss: Callable[..., Any], params: Any, batch: Any) -> Any:
+    """Mean over samples of the squared gradient of `loss(params, sample)`, a tree like `params`.
+
+    Args:
+      loss: scalar loss of one sample; batch leaves have the samples on axis 0.
+    """
+    per_sample = jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, batch)
+    return jax.tree.map(lambda g: jnp.mean(g.astype(jnp.float32) ** 2, axis=0), per_sample)

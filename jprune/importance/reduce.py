@@ -1,0 +1,118 @@
+"""From numbers per weight to one score per unit: sum inside each member, reduce over members, normalise.
+
+Every criterion is a local score per entry of every member leaf; what they share is here. A leaf counts once per
+(leaf, axis) member. Sums run in float32 whatever the leaf's dtype. All of it is jit-able: the graph is static.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jprune.trace.errors import KeepError, suggest
+from jprune.trace.leafpaths import flatten
+from jprune.trace.structure import Group, Member, Structure
+
+Scores: TypeAlias = dict[str, Array]
+WEIGHTS = ("out", "in", "lookup", "scale")  # biases and shifts say little about a channel; pass roles= to count them
+REDUCTIONS = ("mean", "sum", "max", "prod", "first")
+NORMALISERS = ("none", "mean", "sum", "max", "standard", "gaussian", "lamp")
+
+
+def counted_members(graph: Structure, group: Group, roles: Sequence[str]) -> list[Member]:
+    """Members whose weights count: parameters (not state) that are used in one of these roles."""
+    return [m for m in group.members if m.role in roles and graph.leaves[m.path].is_param]
+
+
+def per_unit(member: Member, entries: Float[Array, "..."]) -> Float[Array, "... units"]:
+    """Sum of a leaf's per-entry values over everything each unit owns: (size,), or (layers, size) where stacked."""
+    stay = {member.axis} if member.layer_axis is None else {member.axis, member.layer_axis}
+    v = jnp.sum(entries, axis=tuple(i for i in range(entries.ndim) if i not in stay), dtype=jnp.float32)
+    if member.layer_axis is not None and member.layer_axis > member.axis:
+        v = v.T
+    return jnp.sum(v[..., member.positions], axis=-1)
+
+
+def group_scores(graph: Structure, values: Mapping[str, Any], local: Callable[[Member, Any], Any], *,
+                 reduce: str = "mean", normalise: str = "mean", roles: Sequence[str] = WEIGHTS) -> Scores:  # fmt: skip
+    """Scores of all groups: `local(member, leaf value) -> (size,) or (layers, size)`, reduced and normalised.
+
+    Groups without a counted member are left out of the result: there is nothing to judge them by.
+
+    Raises:
+      ValueError: unknown reduction or normaliser.
+    """
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {REDUCTIONS}, not {reduce!r}")
+    out = {}
+    for gid, group in graph.groups.items():
+        rows = [local(m, values[m.path]) for m in counted_members(graph, group, roles)]
+        if rows:
+            out[gid] = normalised(_reduce(jnp.stack(rows), reduce), normalise)
+    return out
+
+
+def _reduce(rows: Float[Array, "members *layers units"], how: str) -> Float[Array, "*layers units"]:
+    if how == "first":
+        return rows[0]
+    return {"mean": jnp.mean, "sum": jnp.sum, "max": jnp.max, "prod": jnp.prod}[how](rows, axis=0)
+
+
+def normalised(s: Float[Array, "*layers units"], how: str) -> Float[Array, "*layers units"]:
+    """Scores made comparable between groups; every layer of a stacked group is normalised by itself.
+
+    "mean", "sum", "max": divided by that; "standard": (s - min) / (max - min); "gaussian": (s - mean) / std;
+    "lamp": divided by the sum of the scores that are not smaller (LAMP, Lee et al. 2021, eq. 3); "none": as they are.
+    """
+    tiny = jnp.finfo(jnp.float32).tiny
+    if how == "none":
+        return s
+    if how == "lamp":
+        order = jnp.argsort(s, axis=-1)
+        ranked = jnp.take_along_axis(s, order, axis=-1)
+        tail = jnp.flip(jnp.cumsum(jnp.flip(ranked, -1), axis=-1), -1)
+        return jnp.take_along_axis(ranked / jnp.maximum(tail, tiny), jnp.argsort(order, axis=-1), axis=-1)
+    if how == "standard":
+        low = jnp.min(s, axis=-1, keepdims=True)
+        return (s - low) / jnp.maximum(jnp.max(s, axis=-1, keepdims=True) - low, tiny)
+    if how == "gaussian":
+        spread = jnp.std(s, axis=-1, keepdims=True)
+        return (s - jnp.mean(s, axis=-1, keepdims=True)) / jnp.maximum(spread, tiny)
+    if how not in NORMALISERS:
+        raise ValueError(f"normalise must be one of {NORMALISERS}, not {how!r}")
+    by = {"mean": jnp.mean, "sum": jnp.sum, "max": jnp.max}[how](s, axis=-1, keepdims=True)
+    return s / jnp.where(by == 0, 1.0, by)
+
+
+def leaf_values(tree: Any) -> dict[str, Any]:
+    """{leaf path: array} of a tree like the traced parameters."""
+    return dict(flatten(tree))
+
+
+def check_scores(graph: Structure, scores: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Scores as float64 numpy arrays (host-side), after checking names, shapes and finiteness.
+
+    Raises:
+      KeepError: unknown group or wrong shape.
+      ValueError: NaN or infinity, naming the group, its first bad unit and its leaves.
+    """
+    out = {}
+    for gid, s in scores.items():
+        if gid not in graph.groups:
+            raise KeepError(f"no group is called {gid!r}{suggest(gid, graph.groups)}")
+        group = graph.groups[gid]
+        a = np.asarray(jax.device_get(s), np.float64)
+        if a.shape != group.shape:
+            raise KeepError(f"scores[{gid!r}] has shape {a.shape}; group {gid!r} wants {group.shape}")
+        if not np.isfinite(a).all():
+            unit = tuple(int(i) for i in np.argwhere(~np.isfinite(a))[0])
+            leaves = ", ".join(sorted({m.path for m in group.members}))
+            raise ValueError(f"scores[{gid!r}] is {a[unit]} at unit {unit}; look for NaN or infinity in {leaves} "
+                             "or in their gradients")  # fmt: skip
+        out[gid] = a
+    return out
