@@ -8,7 +8,6 @@ The folder is written under a temporary name beside its place and renamed when c
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jprune.trace.leafpaths import flatten, path_str
+from jprune.version import __version__
 
 FORMAT = "jprune-checkpoint/1"
 Placement: TypeAlias = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
@@ -45,7 +45,7 @@ def save(
         leaves[path] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
     if not leaves:
         raise ValueError(f"nothing to write to {folder}: the tree has no leaves")
-    contents = {"format": FORMAT, "version": _version(), "leaves": leaves, "metadata": metadata or {}}
+    contents = {"format": FORMAT, "version": __version__, "leaves": leaves, "metadata": metadata or {}}
     try:
         text = json.dumps(contents, indent=1)
     except TypeError as error:
@@ -145,13 +145,6 @@ def _in_the_form_of(like: Any, variables: Any, folder: Path) -> Any:
     if extra := found.keys() - {p for p, _ in wanted}:
         raise ValueError(f"{folder} has the leaf {min(extra)!r}, which `like` has not: it belongs to another model")
     return jax.tree.structure(like).unflatten([found[path] for path, _ in wanted])
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("jprune")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
 
 
 def _first_line(error: Exception) -> str:

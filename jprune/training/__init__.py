@@ -5,6 +5,7 @@ from jprune.training.evaluate import Evaluation, evaluate
 from jprune.training.forward import Forward, as_forward
 from jprune.training.loop import train
 from jprune.training.loss import Loss, cross_entropy, mean_cross_entropy
+from jprune.training.recalibrate import recalibrate
 
 __all__ = [
     "Evaluation",
@@ -16,6 +17,7 @@ __all__ = [
     "evaluate",
     "learning_rates",
     "mean_cross_entropy",
+    "recalibrate",
     "sgd",
     "train",
 ]

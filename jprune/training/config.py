@@ -17,8 +17,9 @@ from jaxtyping import Float32
 class TrainConfig:
     """SGD with momentum, as CNNs are customarily trained; milestones and warm-up are counted in epochs.
 
-    `checkpoint_every_steps` 0 means once an epoch; `eval_every_epochs` 0 means only after the last one. The defaults
-    train a small ResNet on the digits in under a minute.
+    `checkpoint_every_steps` 0 means once an epoch; `eval_every_epochs` 0 means only after the last one.
+    `recalibrate_examples` above 0 replaces BatchNorm's moving averages by means over that many examples at the end of
+    every epoch. The defaults train a small ResNet on the digits in under a minute.
     """
 
     epochs: int = 15
@@ -36,6 +37,7 @@ class TrainConfig:
     seed: int = 0
     checkpoint_every_steps: int = 0
     eval_every_epochs: int = 1
+    recalibrate_examples: int = 0
     log_every_steps: int = 1
 
     def __post_init__(self) -> None:
@@ -53,6 +55,7 @@ class TrainConfig:
             ("seed", self.seed >= 0, "at least 0"),
             ("checkpoint_every_steps", self.checkpoint_every_steps >= 0, "at least 0"),
             ("eval_every_epochs", self.eval_every_epochs >= 0, "at least 0"),
+            ("recalibrate_examples", self.recalibrate_examples >= 0, "at least 0"),
             ("log_every_steps", self.log_every_steps >= 1, "at least 1"),
         ]
         for name, holds, allowed in rules:

@@ -36,6 +36,7 @@ from jprune.training.loss import Loss, mean_cross_entropy
 from jprune.training.metrics import Averages, MetricsLog
 from jprune.training.placement import batch_sharding, data_mesh
 from jprune.training.progress import bar
+from jprune.training.recalibrate import recalibrate
 from jprune.training.state import Recipe, TrainState, compiled_step, init_state, update_of
 
 ALOFT = 2  # steps whose metrics are not fetched yet: fetching each at once would leave the device idle in between
@@ -80,6 +81,9 @@ def train(
         )
     if resume and out is None:
         raise ValueError("resume=True needs out=, the folder of the run to go on with")
+    out = None if out is None else Path(out)
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: out= must name a folder")
     forward = as_forward(model)
     if config.dtype != "float32" and not forward.casts:
         raise ValueError(
@@ -103,11 +107,11 @@ def train(
     with contextlib.ExitStack() as stack:
         checkpoints, sums = None, {}
         if out is not None:
-            checkpoints = Checkpoints(Path(out) / "checkpoints", _recipe(config, dataset, variables))
+            checkpoints = Checkpoints(out / "checkpoints", _recipe(config, dataset, variables))
             stack.callback(checkpoints.close)
             state, sums = _start(checkpoints, state, resume)
         step = int(state.step)
-        log = stack.enter_context(MetricsLog(Path(out) / "metrics.jsonl" if out is not None else None, step))
+        log = stack.enter_context(MetricsLog(None if out is None else out / "metrics.jsonl", step))
         update = stack.enter_context(bar(progress, len(rates), title))
         averages = Averages(sums)
         flying: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
@@ -134,32 +138,32 @@ def train(
                 step += 1
                 flying.append((step, metrics))
                 land(ALOFT)
-                due = config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0
-                if checkpoints is not None and due and step % per_epoch:
+                if checkpoints is not None and _every(config.checkpoint_every_steps, step) and step % per_epoch:
                     land(0)
-                    checkpoints.save(step, state, averages.sums)
+                    checkpoints.save(step, state, dict(averages.sums))
             land(0)
-            record = {
-                "kind": "epoch",
-                "step": step,
-                "epoch": epoch + 1,
-                **averages.means(),
-                "learning_rate": float(rates[step - 1]),
-            }
+            record = {"kind": "epoch", "step": step, "epoch": epoch + 1, **averages.means()}
+            averages = Averages({})
+            record["learning_rate"] = float(rates[step - 1])  # of the last step, not the mean
             current = join_variables(variables, state.params, state.rest)
+            if n := config.recalibrate_examples:
+                where = {"batch_size": config.batch_size, "seed": config.seed, "epoch": epoch, "mesh": mesh}
+                current = recalibrate(forward, current, dataset, examples=n, **where)
+                state = state._replace(rest=split_variables(current)[1])
             last = step == len(rates)
-            if last or (config.eval_every_epochs and (epoch + 1) % config.eval_every_epochs == 0):
+            if last or _every(config.eval_every_epochs, epoch + 1):
                 result = evaluate(forward, current, dataset, config.batch_size, mesh=mesh)
                 record |= {"test_accuracy": result.accuracy, "test_loss": result.loss}
             if on_epoch is not None:
                 record |= on_epoch(epoch + 1, current) or {}
             log.append(record | {"seconds": round(time.monotonic() - began, 3)})
-            averages = Averages({})
-            if checkpoints is not None and (
-                last or not config.checkpoint_every_steps or step % config.checkpoint_every_steps == 0
-            ):
-                checkpoints.save(step, state, averages.sums)
+            if checkpoints is not None and (last or _every(config.checkpoint_every_steps or step, step)):
+                checkpoints.save(step, state, {})
         return join_variables(variables, state.params, state.rest), log.history
+
+
+def _every(interval: int, count: int) -> bool:
+    return interval > 0 and count % interval == 0
 
 
 def _check_logits(forward: Forward, variables: Any, dataset: Dataset, batch_size: int) -> None:

@@ -210,11 +210,14 @@ def test_divergence_is_named(model, variables, dataset):
         train(model, broken, dataset, SHORT)
 
 
-def test_what_does_not_fit_is_named(model, variables, dataset):
+def test_what_does_not_fit_is_named(tmp_path, model, variables, dataset):
     with pytest.raises(ValueError, match="96 training examples"):
         train(model, variables, dataset, TrainConfig(batch_size=97))
     with pytest.raises(ValueError, match="needs out="):
         train(model, variables, dataset, SHORT, resume=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file"):
+        train(model, variables, dataset, SHORT, out=tmp_path / "file")
     with pytest.raises(ValueError, match="10 classes"):
         train(lambda v, x: model.apply(v, x)[:, :4], variables, dataset, SHORT)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("model",))
