@@ -136,7 +136,7 @@ def test_what_cannot_be_stored_is_named(tmp_path, tree, metadata, message):
 
 
 def test_missing_and_foreign_folders_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint folder .*nothing: check the path"):
+    with pytest.raises(ValueError, match=r"no checkpoint folder .*nothing: check the path"):
         load(tmp_path / "nothing")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "orbax", {"a": jnp.ones(2)})
@@ -146,7 +146,7 @@ def test_missing_and_foreign_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match="its format is 'other'"):
         load(tmp_path / "orbax")
     (tmp_path / "orbax" / "metadata.json").write_text('{"format": ')
-    with pytest.raises(ValueError, match="metadata.json is damaged"):
+    with pytest.raises(ValueError, match=r"metadata.json is damaged"):
         load(tmp_path / "orbax")
 
 

@@ -60,7 +60,7 @@ def test_truncated_files_are_named(tmp_path, length):
     file = tmp_path / "t.safetensors"
     save_safetensors(file, {"a": np.ones((64, 64), np.float32)})
     os.truncate(file, length)
-    with pytest.raises(ValueError, match="t.safetensors is truncated or not a safetensors file"):
+    with pytest.raises(ValueError, match=r"t.safetensors is truncated or not a safetensors file"):
         load_safetensors(file)
 
 

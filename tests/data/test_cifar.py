@@ -88,13 +88,13 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
 def test_the_pickled_version_is_recognised(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").touch()
-    with pytest.raises(ValueError, match="pickled Python version: unpack cifar-10-binary.tar.gz"):
+    with pytest.raises(ValueError, match=r"pickled Python version: unpack cifar-10-binary.tar.gz"):
         load_cifar(tmp_path)
 
 
 def test_the_other_data_set_is_recognised(tmp_path):
     np.full(3073 * 3074, 200, np.uint8).tofile(tmp_path / "train.bin")  # a size that both record lengths divide
-    with pytest.raises(ValueError, match="train.bin has labels that CIFAR-100 does not"):
+    with pytest.raises(ValueError, match=r"train.bin has labels that CIFAR-100 does not"):
         load_cifar(tmp_path, 100)
     with pytest.raises(ValueError, match="10 or 100"):
         load_cifar(tmp_path, 20)

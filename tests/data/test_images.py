@@ -99,7 +99,7 @@ def test_a_torn_image_is_named(folder):
 
 
 def test_missing_folders_and_classes_are_named(folder):
-    with pytest.raises(ValueError, match="no folder .*nowhere/train"):
+    with pytest.raises(ValueError, match=r"no folder .*nowhere/train"):
         load_image_folder(folder / "nowhere")
     with pytest.raises(ValueError, match="no class folders"):
         ImageFolder(folder / "train" / "cat")

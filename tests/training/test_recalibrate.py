@@ -29,7 +29,7 @@ def test_statistics_are_the_means_over_the_batches(dataset):
 
 
 def test_it_repairs_a_network_whose_statistics_are_lost(model, variables, dataset):
-    trained, history = train(model, variables, dataset, TrainConfig(epochs=20, batch_size=16))
+    trained, _ = train(model, variables, dataset, TrainConfig(epochs=20, batch_size=16))
     lost = {**trained, "batch_stats": variables["batch_stats"]}
     repaired = recalibrate(model, lost, dataset)
     assert evaluate(model, lost, dataset).accuracy < 0.8 < evaluate(model, repaired, dataset).accuracy

@@ -146,5 +146,5 @@ def test_a_damaged_checkpoint_is_named(tmp_path, model, variables, dataset, whol
 
 def test_a_foreign_metrics_file_is_named(tmp_path, model, variables, dataset):
     (tmp_path / "metrics.jsonl").write_text("hello\nworld\n")
-    with pytest.raises(ValueError, match="metrics.jsonl, line 1"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1"):
         train(model, variables, dataset, CONFIG, out=tmp_path)
