@@ -2,10 +2,10 @@
 
 from jprune.graph import Graph as Graph
 from jprune.graph import trace as trace
+from jprune.surgery.plan import Plan as Plan
 from jprune.trace.errors import KeepError as KeepError
 from jprune.trace.errors import NotPrunable as NotPrunable
 from jprune.trace.errors import TraceError as TraceError
 from jprune.trace.structure import Group as Group
 from jprune.trace.structure import register_rule as register_rule
-from jprune.surgery.plan import Plan as Plan
 from jprune.version import __version__ as __version__

@@ -37,8 +37,17 @@ class Graph(Structure):
         """Same shapes, zeros (or soft gates) at the units to remove; jit-able and differentiable in `keep`."""
         return _mask.mask(self, params, keep)
 
-    def compact(self, params: Any, keep: Keep, *, stacked: str = "pad", allow_inexact: bool = False,
-                allow_empty: bool = False, verify: str | None = "shape", inputs: Sequence[Any] | None = None) -> Any:  # fmt: skip
+    def compact(
+        self,
+        params: Any,
+        keep: Keep,
+        *,
+        stacked: str = "pad",
+        allow_inexact: bool = False,
+        allow_empty: bool = False,
+        verify: str | None = "shape",
+        inputs: Sequence[Any] | None = None,
+    ) -> Any:
         """Really smaller parameters.
 
         Args:
@@ -67,8 +76,9 @@ class Graph(Structure):
         """Slice a tree that mirrors the parameters: optimizer states, averages, gradients."""
         return _compact_like.compact_like(decide(self, keep, True, True), tree, stacked)
 
-    def replay(self, keep: Keep | None = None, *, stacked: str = "pad", allow_inexact: bool = False,
-               allow_empty: bool = False) -> Replay:  # fmt: skip
+    def replay(
+        self, keep: Keep | None = None, *, stacked: str = "pad", allow_inexact: bool = False, allow_empty: bool = False
+    ) -> Replay:
         """The pruned function `(small_params, *inputs) -> outputs` itself."""
         return Replay(decide(self, keep or {}, allow_inexact, allow_empty), stacked)
 
@@ -84,7 +94,7 @@ class Graph(Structure):
         return out
 
     def cost(self, keep: Keep | None = None, *, widths: Mapping[str, Any] | None = None, stacked: str = "pad") -> Cost:
-        """Exact cost at a keep set, or at given widths (numbers, or vectors per layer; traced and real-valued allowed)."""
+        """Exact cost at a keep set, or at given widths (numbers or vectors per layer; also traced, real ones)."""
         if widths is None:
             widths = decide(self, keep, True, True).widths(stacked) if keep else {}
         for g in widths:
@@ -100,8 +110,15 @@ class Graph(Structure):
         """Per group, what its last unit costs: {"macs", "params", "state", "bytes", "activation_bytes"}."""
         return _cost.marginal(self, widths or {})
 
-    def calibrate(self, params: Any, batches: Iterable[Any], reducers: Mapping[str, _taps.Reducer],
-                  taps: Iterable[str] | None = None, side: str = "in", progress: bool = False) -> dict[str, dict[str, Any]]:  # fmt: skip
+    def calibrate(
+        self,
+        params: Any,
+        batches: Iterable[Any],
+        reducers: Mapping[str, _taps.Reducer],
+        taps: Iterable[str] | None = None,
+        side: str = "in",
+        progress: bool = False,
+    ) -> dict[str, dict[str, Any]]:
         """Statistics of activations, streamed over batches: {tap id: {reducer name: result}}."""
         return _taps.calibrate(self, params, batches, reducers, taps, side, progress)
 
@@ -132,7 +149,9 @@ class Graph(Structure):
             w = _compact.take(w, "output", _compact.indices_of(self.output_layouts[k], decision.slots, None))
             g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
             if not np.isfinite(w).all():
-                raise ValueError("the masked function gives NaN or infinity (NAN_REFERENCE): it divides by what was masked")
+                raise ValueError(
+                    "the masked function gives NaN or infinity (NAN_REFERENCE): it divides by what was masked"
+                )
             error = max(error, float(np.abs(g - w).max(initial=0.0)))
             scale = max(scale, float(np.abs(w).max(initial=0.0)))
         return error / max(scale, np.finfo(np.float64).tiny)
@@ -146,14 +165,22 @@ class Graph(Structure):
                 raise ValueError("verify='numeric' needs inputs=(...), the arrays to compare on")
             error = self.verify(params, decision.keep, *inputs, allow_inexact=True, stacked=stacked)
             if not error <= 1e-4:
-                raise ValueError(f"the pruned function differs from the masked one by {error:.2e} of its output's scale")
+                raise ValueError(
+                    f"the pruned function differs from the masked one by {error:.2e} of its output's scale"
+                )
         else:
             raise ValueError(f"verify must be 'shape', 'numeric' or None, not {how!r}")
 
 
-def trace(fn: Callable[..., Any], params: Any, *inputs: Any, output_free: Sequence[tuple[str, int]] = (),
-          rules: Mapping[str, Rule] | None = None, fold_constants: bool = False,
-          is_param: Callable[[str], bool] | None = None) -> Graph:  # fmt: skip
+def trace(
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    output_free: Sequence[tuple[str, int]] = (),
+    rules: Mapping[str, Rule] | None = None,
+    fold_constants: bool = False,
+    is_param: Callable[[str], bool] | None = None,
+) -> Graph:
     """Look at `fn(params, *inputs)` once and learn which axes are tied, what they cost and where to read activations.
 
     Nothing is computed: `params` and `inputs` may be arrays or `jax.ShapeDtypeStruct`s. Any traceable function
@@ -175,5 +202,7 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any, output_free: Sequen
     """
     parts = analyse(fn, params, inputs, output_free, rules, fold_constants, is_param)
     graph = Graph(**parts)
-    graph.example_inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), tuple(inputs))
+    graph.example_inputs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), tuple(inputs)
+    )
     return graph

@@ -45,9 +45,11 @@ class Allocation:
     next_unit: float | None
 
     def __str__(self) -> str:
-        return (f"{self.quantity}: {self.achieved:,.6g} of {self.dense:,.6g} ({self.achieved / self.dense:.2%}), "
-                f"{self.gap:,.6g} below the limit {self.limit:,.6g}"
-                + (f"; one more unit would cost {self.next_unit:,.6g}" if self.next_unit is not None else ""))  # fmt: skip
+        return (
+            f"{self.quantity}: {self.achieved:,.6g} of {self.dense:,.6g} ({self.achieved / self.dense:.2%}), "
+            f"{self.gap:,.6g} below the limit {self.limit:,.6g}"
+            + (f"; one more unit would cost {self.next_unit:,.6g}" if self.next_unit is not None else "")
+        )
 
 
 def ranked(graph: Structure, scores: Mapping[str, Any], target: Target, **options: Any) -> Allocation:
@@ -70,10 +72,19 @@ def isomorphism_class(graph: Structure, group: Group) -> tuple[Any, ...]:
     return tuple(sorted((len(graph.leaves[m.path].shape), m.axis, m.primitive) for m in group.members))
 
 
-def allocate(graph: Structure, scores: Mapping[str, Any], target: Target,
-             scope: str | Callable[[Group], Any] = "global", *, min_keep: int | Mapping[str, int] = 1,
-             max_sparsity: float | Mapping[str, float] = 1.0, multiple_of: int | Mapping[str, int] = 1,
-             frozen: Sequence[str] = (), allow_inexact: bool = False, per_layer: str = "equal") -> Allocation:  # fmt: skip
+def allocate(
+    graph: Structure,
+    scores: Mapping[str, Any],
+    target: Target,
+    scope: str | Callable[[Group], Any] = "global",
+    *,
+    min_keep: int | Mapping[str, int] = 1,
+    max_sparsity: float | Mapping[str, float] = 1.0,
+    multiple_of: int | Mapping[str, int] = 1,
+    frozen: Sequence[str] = (),
+    allow_inexact: bool = False,
+    per_layer: str = "equal",
+) -> Allocation:
     """Choose the units to keep.
 
     Args:
@@ -99,12 +110,25 @@ def allocate(graph: Structure, scores: Mapping[str, Any], target: Target,
     names = [g for g in checked if not any(fnmatch.fnmatch(g, p) for p in frozen)]
     for g in names:
         if not graph.groups[g].exact and not allow_inexact:
-            raise NotPrunable(f"group {g!r} is inexact ({'; '.join(graph.groups[g].notes)}); "
-                              "leave its scores out, freeze it, or pass allow_inexact=True")  # fmt: skip
+            raise NotPrunable(
+                f"group {g!r} is inexact ({'; '.join(graph.groups[g].notes)}); "
+                "leave its scores out, freeze it, or pass allow_inexact=True"
+            )
     if per_layer not in ("equal", "free"):
         raise ValueError(f"per_layer must be 'equal' or 'free', not {per_layer!r}")
-    queues = [_Queue(graph.groups[g], row, checked[g], per_layer, _option(min_keep, g, 1), _option(max_sparsity, g, 1.0),
-                     _option(multiple_of, g, 1)) for g in names for row in _rows(graph.groups[g], per_layer)]  # fmt: skip
+    queues = [
+        _Queue(
+            graph.groups[g],
+            row,
+            checked[g],
+            per_layer,
+            _option(min_keep, g, 1),
+            _option(max_sparsity, g, 1.0),
+            _option(multiple_of, g, 1),
+        )
+        for g in names
+        for row in _rows(graph.groups[g], per_layer)
+    ]
     classes: dict[Any, list[_Queue]] = {}
     for q in queues:
         classes.setdefault(_class_key(graph, q, scope), []).append(q)
@@ -126,8 +150,10 @@ def allocate(graph: Structure, scores: Mapping[str, Any], target: Target,
     counts(1.0)
     least = price()
     if least > limit:
-        raise ValueError(f"the target {target} is {limit:,.6g}, but {least:,.6g} is the least these groups, limits and "
-                         f"multiples can reach; choose a fraction in [{least / dense:.4f}, 1]")  # fmt: skip
+        raise ValueError(
+            f"the target {target} is {limit:,.6g}, but {least:,.6g} is the least these groups, limits and "
+            f"multiples can reach; choose a fraction in [{least / dense:.4f}, 1]"
+        )
     lo, hi = 0, len(breaks) - 1
     while lo < hi:
         mid = (lo + hi) // 2
@@ -148,11 +174,21 @@ def allocate(graph: Structure, scores: Mapping[str, Any], target: Target,
 class _Queue:
     """Units of one group (or of one layer of it) in the order they would go, with the limits applied."""
 
-    def __init__(self, group: Group, row: int | None, scores: np.ndarray, per_layer: str, min_keep: int,
-                 max_sparsity: float, multiple_of: int):  # fmt: skip
+    def __init__(
+        self,
+        group: Group,
+        row: int | None,
+        scores: np.ndarray,
+        per_layer: str,
+        min_keep: int,
+        max_sparsity: float,
+        multiple_of: int,
+    ):
         if min_keep < 0 or multiple_of < 1 or not 0 <= max_sparsity <= 1:
-            raise ValueError(f"group {group.id!r}: min_keep must be >= 0, multiple_of >= 1 and max_sparsity in [0, 1]; "
-                             f"got {min_keep}, {multiple_of}, {max_sparsity}")  # fmt: skip
+            raise ValueError(
+                f"group {group.id!r}: min_keep must be >= 0, multiple_of >= 1 and max_sparsity in [0, 1]; "
+                f"got {min_keep}, {multiple_of}, {max_sparsity}"
+            )
         self.group, self.row, self.multiple = group, row, multiple_of
         mine = scores if row is None else scores[row]
         self.order = np.argsort(mine, axis=-1, kind="stable")

@@ -74,4 +74,8 @@ class Target:
         return self.amount if self.is_absolute else self.amount * dense
 
     def __str__(self) -> str:
-        return f"{self.amount:,} {self.quantity}" if self.is_absolute else f"{self.amount:.3g} of the dense {self.quantity}"
+        return (
+            f"{self.amount:,} {self.quantity}"
+            if self.is_absolute
+            else f"{self.amount:.3g} of the dense {self.quantity}"
+        )

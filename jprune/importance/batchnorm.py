@@ -23,6 +23,7 @@ def scale_leaves(graph: Structure) -> dict[str, str]:
 
 def batchnorm_scale(graph: Structure, params: Any, *, reduce: str = "mean", normalise: str = "none") -> Scores:
     """Mean |gamma| over the scales of each group; groups without a scale get no score."""
+
     def local(m: Any, w: Any) -> Any:
         return per_unit(m, jnp.abs(w.astype(jnp.float32)))
 

@@ -13,6 +13,7 @@ from jprune.trace.structure import Structure
 
 def fpgm(graph: Structure, params: Any, *, reduce: str = "mean", normalise: str = "mean") -> Scores:
     """Sum of Euclidean distances from each unit's weights to those of all other units."""
+
     def one_layer(w: Any, axis: int, positions: Any) -> Any:
         rows = jnp.moveaxis(w, axis, 0)[positions].reshape(positions.shape[0], -1)
         square = jnp.sum(rows * rows, axis=1)

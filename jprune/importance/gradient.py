@@ -12,8 +12,16 @@ from jprune.importance.reduce import WEIGHTS, Scores, group_scores, leaf_values,
 from jprune.trace.structure import Structure
 
 
-def taylor(graph: Structure, params: Any, grads: Any, *, signed_sum: bool = False, reduce: str = "mean",
-           normalise: str = "mean", roles: Sequence[str] = WEIGHTS) -> Scores:  # fmt: skip
+def taylor(
+    graph: Structure,
+    params: Any,
+    grads: Any,
+    *,
+    signed_sum: bool = False,
+    reduce: str = "mean",
+    normalise: str = "mean",
+    roles: Sequence[str] = WEIGHTS,
+) -> Scores:
     """|w g| summed over each unit, or |sum of w g| with `signed_sum` (Molchanov et al. 2019, eq. 8).
 
     Args:
@@ -28,8 +36,15 @@ def taylor(graph: Structure, params: Any, grads: Any, *, signed_sum: bool = Fals
     return group_scores(graph, leaf_values(params), local, reduce=reduce, normalise=normalise, roles=roles)
 
 
-def fisher(graph: Structure, params: Any, squared_grads: Any, *, reduce: str = "mean", normalise: str = "mean",
-           roles: Sequence[str] = WEIGHTS) -> Scores:  # fmt: skip
+def fisher(
+    graph: Structure,
+    params: Any,
+    squared_grads: Any,
+    *,
+    reduce: str = "mean",
+    normalise: str = "mean",
+    roles: Sequence[str] = WEIGHTS,
+) -> Scores:
     """w^2 times the mean squared per-sample gradient, summed over each unit: OBD with the empirical Fisher diagonal.
 
     Args:

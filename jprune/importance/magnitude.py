@@ -11,9 +11,17 @@ from jprune.importance.reduce import WEIGHTS, Scores, group_scores, leaf_values,
 from jprune.trace.structure import Structure
 
 
-def magnitude(graph: Structure, params: Any, p: int = 2, *, reduce: str = "mean", normalise: str = "mean",
-              roles: Sequence[str] = WEIGHTS) -> Scores:  # fmt: skip
+def magnitude(
+    graph: Structure,
+    params: Any,
+    p: int = 2,
+    *,
+    reduce: str = "mean",
+    normalise: str = "mean",
+    roles: Sequence[str] = WEIGHTS,
+) -> Scores:
     """Sum of |w|^p over each unit of each member (no root), reduced over members (DepGraph, section 3.3)."""
+
     def local(m: Any, w: Any) -> Any:
         return per_unit(m, jnp.abs(w.astype(jnp.float32)) ** p)
 

@@ -29,7 +29,7 @@ def counted_members(graph: Structure, group: Group, roles: Sequence[str]) -> lis
     return [m for m in group.members if m.role in roles and graph.leaves[m.path].is_param]
 
 
-def per_unit(member: Member, entries: Float[Array, "..."]) -> Float[Array, "... units"]:
+def per_unit(member: Member, entries: Float[Array, ...]) -> Float[Array, "... units"]:
     """Sum of a leaf's per-entry values over everything each unit owns: (size,), or (layers, size) where stacked."""
     stay = {member.axis} if member.layer_axis is None else {member.axis, member.layer_axis}
     v = jnp.sum(entries, axis=tuple(i for i in range(entries.ndim) if i not in stay), dtype=jnp.float32)
@@ -38,8 +38,15 @@ def per_unit(member: Member, entries: Float[Array, "..."]) -> Float[Array, "... 
     return jnp.sum(v[..., member.positions], axis=-1)
 
 
-def group_scores(graph: Structure, values: Mapping[str, Any], local: Callable[[Member, Any], Any], *,
-                 reduce: str = "mean", normalise: str = "mean", roles: Sequence[str] = WEIGHTS) -> Scores:  # fmt: skip
+def group_scores(
+    graph: Structure,
+    values: Mapping[str, Any],
+    local: Callable[[Member, Any], Any],
+    *,
+    reduce: str = "mean",
+    normalise: str = "mean",
+    roles: Sequence[str] = WEIGHTS,
+) -> Scores:
     """Scores of all groups: `local(member, leaf value) -> (size,) or (layers, size)`, reduced and normalised.
 
     Groups without a counted member are left out of the result: there is nothing to judge them by.
@@ -112,7 +119,9 @@ def check_scores(graph: Structure, scores: Mapping[str, Any]) -> dict[str, np.nd
         if not np.isfinite(a).all():
             unit = tuple(int(i) for i in np.argwhere(~np.isfinite(a))[0])
             leaves = ", ".join(sorted({m.path for m in group.members}))
-            raise ValueError(f"scores[{gid!r}] is {a[unit]} at unit {unit}; look for NaN or infinity in {leaves} "
-                             "or in their gradients")  # fmt: skip
+            raise ValueError(
+                f"scores[{gid!r}] is {a[unit]} at unit {unit}; look for NaN or infinity in {leaves} "
+                "or in their gradients"
+            )
         out[gid] = a
     return out

@@ -35,29 +35,62 @@ class Entry:
 _CIFAR, _IMAGENET, _DIGITS = (32, 32, 3), (224, 224, 3), (8, 8, 1)
 
 MODELS: dict[str, Entry] = {
-    **{f"resnet{d}": Entry(lambda n, d=d: resnet.cifar(d, n), _CIFAR, 10, f"CIFAR ResNet-{d}, 1x1 shortcuts (option B)")
-       for d in (20, 32, 56, 110)},
-    **{f"resnet{d}_pad": Entry(lambda n, d=d: resnet.cifar(d, n, "pad"), _CIFAR, 10, f"CIFAR ResNet-{d}, zero-padded shortcuts (option A)")
-       for d in (20, 32, 56, 110)},
-    "resnet_digits": Entry(lambda n: resnet.small((2, 2, 2), n), _DIGITS, 10, "ResNet with two blocks a stage, widths 16/32/64"),
-    **{f"resnet{d}": Entry(lambda n, d=d: resnet.imagenet(d, n), _IMAGENET, 1000, f"ImageNet ResNet-{d}")
-       for d in (18, 34, 50)},
-    **{f"vgg{d}_bn": Entry(lambda n, d=d: vgg.vgg(d, n), _CIFAR, 10, f"VGG-{d} with BatchNorm, one classifier layer")
-       for d in (16, 19)},
-    **{f"vgg{d}_bn_imagenet": Entry(lambda n, d=d: vgg.vgg(d, n, imagenet=True), _IMAGENET, 1000, f"ImageNet VGG-{d} with BatchNorm")
-       for d in (16, 19)},
+    **{
+        f"resnet{d}": Entry(
+            lambda n, d=d: resnet.cifar(d, n), _CIFAR, 10, f"CIFAR ResNet-{d}, 1x1 shortcuts (option B)"
+        )
+        for d in (20, 32, 56, 110)
+    },
+    **{
+        f"resnet{d}_pad": Entry(
+            lambda n, d=d: resnet.cifar(d, n, "pad"), _CIFAR, 10, f"CIFAR ResNet-{d}, zero-padded shortcuts (option A)"
+        )
+        for d in (20, 32, 56, 110)
+    },
+    "resnet_digits": Entry(
+        lambda n: resnet.small((2, 2, 2), n), _DIGITS, 10, "ResNet with two blocks a stage, widths 16/32/64"
+    ),
+    **{
+        f"resnet{d}": Entry(lambda n, d=d: resnet.imagenet(d, n), _IMAGENET, 1000, f"ImageNet ResNet-{d}")
+        for d in (18, 34, 50)
+    },
+    **{
+        f"vgg{d}_bn": Entry(lambda n, d=d: vgg.vgg(d, n), _CIFAR, 10, f"VGG-{d} with BatchNorm, one classifier layer")
+        for d in (16, 19)
+    },
+    **{
+        f"vgg{d}_bn_imagenet": Entry(
+            lambda n, d=d: vgg.vgg(d, n, imagenet=True), _IMAGENET, 1000, f"ImageNet VGG-{d} with BatchNorm"
+        )
+        for d in (16, 19)
+    },
     "mobilenet_v2": Entry(lambda n: mobilenet.mobilenet_v2(n), _IMAGENET, 1000, "MobileNetV2"),
-    "mobilenet_v2_small": Entry(lambda n: mobilenet.mobilenet_v2(n, small_images=True), _CIFAR, 10, "MobileNetV2 for small images"),
+    "mobilenet_v2_small": Entry(
+        lambda n: mobilenet.mobilenet_v2(n, small_images=True), _CIFAR, 10, "MobileNetV2 for small images"
+    ),
     "shufflenet_v2": Entry(lambda n: shufflenet.shufflenet_v2(n), _IMAGENET, 1000, "ShuffleNetV2 1x"),
-    "shufflenet_v2_small": Entry(lambda n: shufflenet.shufflenet_v2(n, small_images=True), _CIFAR, 10, "ShuffleNetV2 1x for small images"),
+    "shufflenet_v2_small": Entry(
+        lambda n: shufflenet.shufflenet_v2(n, small_images=True), _CIFAR, 10, "ShuffleNetV2 1x for small images"
+    ),
     "densenet121": Entry(densenet.densenet121, _IMAGENET, 1000, "DenseNet-121"),
-    "densenet_small": Entry(lambda n: densenet.densenet((4, 4, 4), 12, 24, n, small_images=True), _CIFAR, 10,
-                            "DenseNet-BC of three blocks, growth 12, for small images"),
+    "densenet_small": Entry(
+        lambda n: densenet.densenet((4, 4, 4), 12, 24, n, small_images=True),
+        _CIFAR,
+        10,
+        "DenseNet-BC of three blocks, growth 12, for small images",
+    ),
     "vit_base": Entry(lambda n: vit.vit_base(n), _IMAGENET, 1000, "ViT-B/16, class token"),
-    "vit_small": Entry(lambda n: vit.vit(64, 4, 4, 4, n, mlp=128, pool="mean"), _CIFAR, 10, "ViT of 4 blocks, patch 4, for small images"),
-    "vit_digits": Entry(lambda n: vit.vit(64, 4, 4, 2, n, mlp=128, pool="mean"), _DIGITS, 10, "ViT of 4 blocks, patch 2, for the digits"),
+    "vit_small": Entry(
+        lambda n: vit.vit(64, 4, 4, 4, n, mlp=128, pool="mean"),
+        _CIFAR,
+        10,
+        "ViT of 4 blocks, patch 4, for small images",
+    ),
+    "vit_digits": Entry(
+        lambda n: vit.vit(64, 4, 4, 2, n, mlp=128, pool="mean"), _DIGITS, 10, "ViT of 4 blocks, patch 2, for the digits"
+    ),
     "unet_small": Entry(lambda n: unet.unet(8, 3, n), (32, 32, 3), 1, "U-Net of three levels, BatchNorm"),
-}  # fmt: skip
+}
 
 
 def build(name: str, num_classes: int | None = None) -> nn.Module:
@@ -88,7 +121,9 @@ def rebuild(module: nn.Module, variables: Any) -> nn.Module:
     """
     reader = _READERS.get(type(module))
     if reader is None:
-        raise ValueError(f"{type(module).__name__} is not a model of the zoo: run its pruned tree with graph.replay(keep)")
+        raise ValueError(
+            f"{type(module).__name__} is not a model of the zoo: run its pruned tree with graph.replay(keep)"
+        )
     return module.clone(config=reader(variables, module.config))
 
 

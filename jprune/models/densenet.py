@@ -68,8 +68,11 @@ def densenet(blocks: Sequence[int], growth: int, stem: int, num_classes: int, sm
         transitions.append(width // 2)
         width //= 2
     stem_shape = (3, 1, False) if small_images else (7, 2, True)
-    return DenseNet(DenseNetConfig(stem, tuple(((4 * growth, growth),) * n for n in blocks), tuple(transitions[:-1]),
-                                   num_classes, *stem_shape))  # fmt: skip
+    return DenseNet(
+        DenseNetConfig(
+            stem, tuple(((4 * growth, growth),) * n for n in blocks), tuple(transitions[:-1]), num_classes, *stem_shape
+        )
+    )
 
 
 def densenet121(num_classes: int = 1000) -> DenseNet:
@@ -80,9 +83,21 @@ def densenet121(num_classes: int = 1000) -> DenseNet:
 def config_from_params(variables: Any, base: DenseNetConfig) -> DenseNetConfig:
     """The config whose widths are those of a (pruned) tree; raises ValueError for another model's tree."""
     p = layers.params_of(variables)
-    blocks = tuple(tuple((layers.kernel_width(p, f"block{i + 1}_layer{j + 1}_conv1"),
-                          layers.kernel_width(p, f"block{i + 1}_layer{j + 1}_conv2")) for j in range(len(block)))
-                   for i, block in enumerate(base.blocks))  # fmt: skip
+    blocks = tuple(
+        tuple(
+            (
+                layers.kernel_width(p, f"block{i + 1}_layer{j + 1}_conv1"),
+                layers.kernel_width(p, f"block{i + 1}_layer{j + 1}_conv2"),
+            )
+            for j in range(len(block))
+        )
+        for i, block in enumerate(base.blocks)
+    )
     transitions = tuple(layers.kernel_width(p, f"transition{i + 1}_conv") for i in range(len(base.transitions)))
-    return dataclasses.replace(base, stem=layers.kernel_width(p, "stem_conv"), blocks=blocks, transitions=transitions,
-                               num_classes=layers.kernel_width(p, "head"))  # fmt: skip
+    return dataclasses.replace(
+        base,
+        stem=layers.kernel_width(p, "stem_conv"),
+        blocks=blocks,
+        transitions=transitions,
+        num_classes=layers.kernel_width(p, "head"),
+    )

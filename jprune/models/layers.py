@@ -14,8 +14,16 @@ EPSILON, MOMENTUM = 1e-5, 0.9
 def conv(features: int, kernel: int, stride: int = 1, *, groups: int = 1, bias: bool = False, name: str) -> nn.Conv:
     """Square convolution, padded by half its kernel on both sides (as torchvision's models do)."""
     half = kernel // 2
-    return nn.Conv(features, (kernel, kernel), (stride, stride), [(half, half)] * 2, feature_group_count=groups,
-                   use_bias=bias, kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"), name=name)  # fmt: skip
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        (stride, stride),
+        [(half, half)] * 2,
+        feature_group_count=groups,
+        use_bias=bias,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        name=name,
+    )
 
 
 def norm(train: bool, name: str, zero_scale: bool = False) -> nn.BatchNorm:
@@ -48,11 +56,13 @@ def find(params: Any, *path: str) -> Any:
     node = params
     for i, key in enumerate(path):
         if not hasattr(node, "keys") or key not in node:
-            raise ValueError(f"the parameters have no {'/'.join(path[: i + 1])!r}; they belong to another model or config")
+            raise ValueError(
+                f"the parameters have no {'/'.join(path[: i + 1])!r}; they belong to another model or config"
+            )
         node = node[key]
     return node
 
 
 def params_of(variables: Any) -> Any:
     """The "params" collection of a variables tree, or the tree itself."""
-    return variables["params"] if "params" in variables else variables
+    return variables.get("params", variables)

@@ -103,5 +103,10 @@ def config_from_params(variables: Any, base: MobileNetConfig) -> MobileNetConfig
         name = f"block{i + 1}"
         expanded = layers.kernel_width(p, name, "expand_conv") if b.expanded else 0
         blocks.append(dataclasses.replace(b, expanded=expanded, out=layers.kernel_width(p, name, "project_conv")))
-    return dataclasses.replace(base, stem=layers.kernel_width(p, "stem_conv"), blocks=tuple(blocks),
-                               last=layers.kernel_width(p, "last_conv"), num_classes=layers.kernel_width(p, "head"))  # fmt: skip
+    return dataclasses.replace(
+        base,
+        stem=layers.kernel_width(p, "stem_conv"),
+        blocks=tuple(blocks),
+        last=layers.kernel_width(p, "last_conv"),
+        num_classes=layers.kernel_width(p, "head"),
+    )

@@ -99,16 +99,19 @@ class ResNet(nn.Module):
         return nn.Dense(c.num_classes, name="head")(layers.global_average(x))
 
 
-def cifar(depth: int, num_classes: int = 10, shortcut: str = "projection", widths: Sequence[int] = (16, 32, 64)) -> ResNet:
-    """ResNet-20/32/44/56/110 (depth = 6n + 2) for small images; shortcut "projection" (option B) or "pad" (option A)."""
+def cifar(
+    depth: int, num_classes: int = 10, shortcut: str = "projection", widths: Sequence[int] = (16, 32, 64)
+) -> ResNet:
+    """ResNet-20/32/44/56/110 (depth = 6n + 2) for small images; shortcut "projection" (B) or "pad" (A)."""
     n, rest = divmod(depth - 2, 6)
     if rest or n < 1:
         raise ValueError(f"a CIFAR ResNet has depth 6n + 2 (20, 32, 44, 56, 110), not {depth}")
     return small((n,) * 3, num_classes, shortcut, widths)
 
 
-def small(blocks: Sequence[int], num_classes: int = 10, shortcut: str = "projection",
-          widths: Sequence[int] = (16, 32, 64)) -> ResNet:  # fmt: skip
+def small(
+    blocks: Sequence[int], num_classes: int = 10, shortcut: str = "projection", widths: Sequence[int] = (16, 32, 64)
+) -> ResNet:
     """A basic-block ResNet with a 3x3 stem and any number of blocks and widths per stage."""
     if shortcut not in ("projection", "pad"):
         raise ValueError(f"shortcut must be 'projection' or 'pad', not {shortcut!r}")
@@ -118,8 +121,15 @@ def small(blocks: Sequence[int], num_classes: int = 10, shortcut: str = "project
         for j in range(count):
             changes = j == 0 and i > 0
             extra = width - stream
-            stage.append(Block((width,), width, 2 if changes else 1, shortcut if changes else "identity",
-                               (extra // 2, extra - extra // 2) if changes and shortcut == "pad" else (0, 0)))  # fmt: skip
+            stage.append(
+                Block(
+                    (width,),
+                    width,
+                    2 if changes else 1,
+                    shortcut if changes else "identity",
+                    (extra // 2, extra - extra // 2) if changes and shortcut == "pad" else (0, 0),
+                )
+            )
             stream = width
         stages.append(tuple(stage))
     return ResNet(ResNetConfig(widths[0], tuple(stages), num_classes))
@@ -137,8 +147,14 @@ def imagenet(depth: int, num_classes: int = 1000, small_stem: bool = False) -> R
         stage = []
         for j in range(count):
             stride = 2 if j == 0 and i > 0 else 1
-            stage.append(Block((width, width) if depth == 50 else (width,), out, stride,
-                               "projection" if stride > 1 or stream != out else "identity"))  # fmt: skip
+            stage.append(
+                Block(
+                    (width, width) if depth == 50 else (width,),
+                    out,
+                    stride,
+                    "projection" if stride > 1 or stream != out else "identity",
+                )
+            )
             stream = out
         stages.append(tuple(stage))
     stem = (3, 1, False) if small_stem else (7, 2, True)
@@ -161,9 +177,12 @@ def config_from_params(variables: Any, base: ResNetConfig) -> ResNetConfig:
             if block.shortcut == "pad":
                 stream = layers.find(p, name, "conv1", "kernel").shape[2]
                 if stream + sum(block.pad) != widths[-1]:
-                    raise ValueError(f"{name} pads {stream} channels to {widths[-1]}, but how many go before and after "
-                                     "cannot be read from the arrays; use graph.replay, or build with shortcut='projection'")  # fmt: skip
+                    raise ValueError(
+                        f"{name} pads {stream} channels to {widths[-1]}, but how many go before and after "
+                        "cannot be read from the arrays; use graph.replay, or build with shortcut='projection'"
+                    )
             blocks.append(dataclasses.replace(block, inner=tuple(widths[:-1]), out=widths[-1]))
         stages.append(tuple(blocks))
-    return dataclasses.replace(base, stem=layers.kernel_width(p, "stem_conv"), stages=tuple(stages),
-                               num_classes=layers.kernel_width(p, "head"))  # fmt: skip
+    return dataclasses.replace(
+        base, stem=layers.kernel_width(p, "stem_conv"), stages=tuple(stages), num_classes=layers.kernel_width(p, "head")
+    )

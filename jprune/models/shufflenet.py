@@ -93,14 +93,17 @@ class ShuffleNetV2(nn.Module):
 WIDTHS = {0.5: (24, (48, 96, 192), 1024), 1.0: (24, (116, 232, 464), 1024), 1.5: (24, (176, 352, 704), 1024)}
 
 
-def shufflenet_v2(num_classes: int = 1000, multiplier: float = 1.0, small_images: bool = False,
-                  units: tuple[int, ...] = (4, 8, 4)) -> ShuffleNetV2:  # fmt: skip
+def shufflenet_v2(
+    num_classes: int = 1000, multiplier: float = 1.0, small_images: bool = False, units: tuple[int, ...] = (4, 8, 4)
+) -> ShuffleNetV2:
     """ShuffleNetV2 0.5x, 1x or 1.5x; `small_images`: stem at stride 1 without pooling."""
     if multiplier not in WIDTHS:
         raise ValueError(f"ShuffleNetV2 here comes in {sorted(WIDTHS)}, not {multiplier}")
     stem, widths, last = WIDTHS[multiplier]
-    stages = tuple((Unit(0, w // 2, w // 2, 2, w // 2), *(Unit(w // 2, w // 2, w // 2) for _ in range(n - 1)))
-                   for w, n in zip(widths, units, strict=True))  # fmt: skip
+    stages = tuple(
+        (Unit(0, w // 2, w // 2, 2, w // 2), *(Unit(w // 2, w // 2, w // 2) for _ in range(n - 1)))
+        for w, n in zip(widths, units, strict=True)
+    )
     return ShuffleNetV2(ShuffleNetConfig(stem, stages, last, num_classes, *((1, False) if small_images else (2, True))))
 
 
@@ -122,5 +125,10 @@ def config_from_params(variables: Any, base: ShuffleNetConfig) -> ShuffleNetConf
             stream = out + (left if unit.stride > 1 else passed)
             units.append(Unit(passed, inner, out, unit.stride, left))
         stages.append(tuple(units))
-    return dataclasses.replace(base, stem=layers.kernel_width(p, "stem_conv"), stages=tuple(stages),
-                               last=layers.kernel_width(p, "last_conv"), num_classes=layers.kernel_width(p, "head"))  # fmt: skip
+    return dataclasses.replace(
+        base,
+        stem=layers.kernel_width(p, "stem_conv"),
+        stages=tuple(stages),
+        last=layers.kernel_width(p, "last_conv"),
+        num_classes=layers.kernel_width(p, "head"),
+    )

@@ -69,11 +69,19 @@ class UNet(nn.Module):
         return x
 
 
-def unet(width: int = 8, levels: int = 3, out: int = 1, norm: str = "batch", upsample: str = "transpose",
-         norm_groups: int = 4) -> UNet:  # fmt: skip
+def unet(
+    width: int = 8,
+    levels: int = 3,
+    out: int = 1,
+    norm: str = "batch",
+    upsample: str = "transpose",
+    norm_groups: int = 4,
+) -> UNet:
     """A U-Net whose width doubles at every level."""
     if norm not in ("batch", "group") or upsample not in ("transpose", "nearest"):
-        raise ValueError(f"norm is 'batch' or 'group' and upsample 'transpose' or 'nearest'; got {norm!r}, {upsample!r}")
+        raise ValueError(
+            f"norm is 'batch' or 'group' and upsample 'transpose' or 'nearest'; got {norm!r}, {upsample!r}"
+        )
     down = tuple((width * 2**i,) * 2 for i in range(levels))
     up = tuple((width * 2**i,) * 3 for i in reversed(range(levels - 1)))
     return UNet(UNetConfig(down, up, out, norm, norm_groups, upsample))
@@ -86,15 +94,29 @@ def config_from_params(variables: Any, base: UNetConfig) -> UNetConfig:
       ValueError: another model's tree, or widths that GroupNorm's groups no longer divide.
     """
     p = layers.params_of(variables)
-    down = tuple((layers.kernel_width(p, f"down{i + 1}_conv1"), layers.kernel_width(p, f"down{i + 1}_conv2"))
-                 for i in range(len(base.down)))  # fmt: skip
-    up = tuple((layers.kernel_width(p, f"up{i + 1}_raise"), layers.kernel_width(p, f"up{i + 1}_conv1"),
-                layers.kernel_width(p, f"up{i + 1}_conv2")) for i in range(len(base.up)))  # fmt: skip
+    down = tuple(
+        (layers.kernel_width(p, f"down{i + 1}_conv1"), layers.kernel_width(p, f"down{i + 1}_conv2"))
+        for i in range(len(base.down))
+    )
+    up = tuple(
+        (
+            layers.kernel_width(p, f"up{i + 1}_raise"),
+            layers.kernel_width(p, f"up{i + 1}_conv1"),
+            layers.kernel_width(p, f"up{i + 1}_conv2"),
+        )
+        for i in range(len(base.up))
+    )
     if base.norm == "group":
-        full = {w: f for new, old in ((down, base.down), (tuple(u[1:] for u in up), tuple(u[1:] for u in base.up)))
-                for a, b in zip(new, old, strict=True) for w, f in zip(a, b, strict=True)}  # fmt: skip
+        full = {
+            w: f
+            for new, old in ((down, base.down), (tuple(u[1:] for u in up), tuple(u[1:] for u in base.up)))
+            for a, b in zip(new, old, strict=True)
+            for w, f in zip(a, b, strict=True)
+        }
         for w, f in full.items():
             if w % base.norm_groups or (w != f and w // base.norm_groups == f // base.norm_groups):
-                raise ValueError(f"a GroupNorm over {base.norm_groups} groups was pruned from width {f} to {w}: whole groups "
-                                 "may have gone, which this config cannot say; use graph.replay")  # fmt: skip
+                raise ValueError(
+                    f"a GroupNorm over {base.norm_groups} groups was pruned from width {f} to {w}: whole groups "
+                    "may have gone, which this config cannot say; use graph.replay"
+                )
     return dataclasses.replace(base, down=down, up=up, out=layers.kernel_width(p, "head"))

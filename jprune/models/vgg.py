@@ -51,8 +51,10 @@ class VGG(nn.Module):
         if c.pool_to == 1:
             x = layers.global_average(x)
         elif x.shape[1] != c.pool_to:
-            raise ValueError(f"the last feature map is {x.shape[1]} wide, this head wants {c.pool_to}: use images of "
-                             f"{c.pool_to * 2 ** len(c.pools)} pixels")  # fmt: skip
+            raise ValueError(
+                f"the last feature map is {x.shape[1]} wide, this head wants {c.pool_to}: use images of "
+                f"{c.pool_to * 2 ** len(c.pools)} pixels"
+            )
         x = jnp.reshape(x, (x.shape[0], -1))
         for i, width in enumerate(c.hidden):
             x = nn.relu(nn.Dense(width, name=f"dense{i + 1}")(x))
@@ -62,8 +64,13 @@ class VGG(nn.Module):
 BLOCKS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
-def vgg(depth: int, num_classes: int = 10, imagenet: bool = False, bias: bool | None = None,
-        pools: tuple[int, ...] = (1, 2, 3, 4, 5)) -> VGG:  # fmt: skip
+def vgg(
+    depth: int,
+    num_classes: int = 10,
+    imagenet: bool = False,
+    bias: bool | None = None,
+    pools: tuple[int, ...] = (1, 2, 3, 4, 5),
+) -> VGG:
     """VGG-16/19 with BatchNorm: a single dense layer for small images, torchvision's three for ImageNet."""
     if depth not in BLOCKS:
         raise ValueError(f"VGG here has depth 16 or 19, not {depth}")
@@ -75,7 +82,9 @@ def vgg(depth: int, num_classes: int = 10, imagenet: bool = False, bias: bool | 
 def config_from_params(variables: Any, base: VGGConfig) -> VGGConfig:
     """The config whose widths are those of a (pruned) tree; raises ValueError for another model's tree."""
     p = layers.params_of(variables)
-    features = tuple(tuple(layers.kernel_width(p, f"block{i + 1}_conv{j + 1}") for j in range(len(block)))
-                     for i, block in enumerate(base.features))  # fmt: skip
+    features = tuple(
+        tuple(layers.kernel_width(p, f"block{i + 1}_conv{j + 1}") for j in range(len(block)))
+        for i, block in enumerate(base.features)
+    )
     hidden = tuple(layers.kernel_width(p, f"dense{i + 1}") for i in range(len(base.hidden)))
     return dataclasses.replace(base, features=features, hidden=hidden, num_classes=layers.kernel_width(p, "head"))

@@ -86,8 +86,10 @@ class Attention(nn.Module):
         if self.fused:
             q, k, v = jnp.moveaxis(nn.DenseGeneral((3, c.heads, c.head), name="qkv")(x), -3, 0)
         else:
-            q, k, v = (nn.DenseGeneral((c.heads, n), name=name)(x)
-                       for name, n in (("query", c.head), ("key", c.head), ("value", c.value_head)))  # fmt: skip
+            q, k, v = (
+                nn.DenseGeneral((c.heads, n), name=name)(x)
+                for name, n in (("query", c.head), ("key", c.head), ("value", c.value_head))
+            )
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale_head**-0.5
         weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(x.dtype)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
@@ -121,15 +123,25 @@ class ViT(nn.Module):
         return nn.Dense(c.num_classes, name="head")(x[:, 0] if c.pool == "token" else x)
 
 
-def vit(stream: int, depth: int, heads: int, patch: int, num_classes: int, mlp: int | None = None, pool: str = "token",
-        fused: bool = True) -> ViT:  # fmt: skip
+def vit(
+    stream: int,
+    depth: int,
+    heads: int,
+    patch: int,
+    num_classes: int,
+    mlp: int | None = None,
+    pool: str = "token",
+    fused: bool = True,
+) -> ViT:
     """A vision transformer of uniform widths."""
     if stream % heads:
         raise ValueError(f"{heads} heads do not divide the stream width {stream}")
     if pool not in ("token", "mean"):
         raise ValueError(f"pool must be 'token' or 'mean', not {pool!r}")
     head = stream // heads
-    return ViT(ViTConfig(patch, stream, (ViTBlock(heads, head, head, mlp or 4 * stream),) * depth, num_classes, pool, fused))
+    return ViT(
+        ViTConfig(patch, stream, (ViTBlock(heads, head, head, mlp or 4 * stream),) * depth, num_classes, pool, fused)
+    )
 
 
 def vit_base(num_classes: int = 1000, pool: str = "token") -> ViT:
@@ -157,5 +169,10 @@ def config_from_params(variables: Any, base: ViTConfig) -> ViTConfig:
             value = layers.find(attention, "value", "kernel").shape[-1]
         blocks.append(ViTBlock(int(heads), int(head), int(value), layers.kernel_width(p, f"block{i + 1}_fc1")))
     return dataclasses.replace(
-        base, stream=layers.kernel_width(p, "patch_embed"), blocks=tuple(blocks), num_classes=layers.kernel_width(p, "head"),
-        scale_head=base.scale_head or base.blocks[0].head, norm_width=base.norm_width or base.stream)  # fmt: skip
+        base,
+        stream=layers.kernel_width(p, "patch_embed"),
+        blocks=tuple(blocks),
+        num_classes=layers.kernel_width(p, "head"),
+        scale_head=base.scale_head or base.blocks[0].head,
+        norm_width=base.norm_width or base.stream,
+    )

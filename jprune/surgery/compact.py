@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 from jprune.surgery.decision import Decision, axis_index, slots_of, touched
 from jprune.trace import layout as L
 from jprune.trace.errors import KeepError
-from jprune.trace.leafpaths import flatten, path_str
 from jprune.trace.layout import Layout
+from jprune.trace.leafpaths import flatten, path_str
 from jprune.trace.structure import Leaf
 
 STACKED = ("pad", "bucket", "unstack")
@@ -95,8 +95,12 @@ def indices_of(layouts: tuple[Layout, ...], slots: Mapping[str, np.ndarray], lay
                     index, valid = index.T, valid.T
             out[axis] = (index, valid)
     if layer_axis is not None:
-        out = {a: (i, v) if i.ndim == 1 else (_align(i, a, layer_axis, len(layouts)), _align(v, a, layer_axis, len(layouts)))
-               for a, (i, v) in out.items()}  # fmt: skip
+        out = {
+            a: (i, v)
+            if i.ndim == 1
+            else (_align(i, a, layer_axis, len(layouts)), _align(v, a, layer_axis, len(layouts)))
+            for a, (i, v) in out.items()
+        }
     return out
 
 
@@ -119,8 +123,10 @@ def take(x: Any, path: str, indices: Indices) -> Any:
     if not indices:
         return x
     if isinstance(x, jax.ShapeDtypeStruct):
-        shape = [indices[a][0].shape[a if indices[a][0].ndim > 1 else 0] if a in indices else n
-                 for a, n in enumerate(x.shape)]  # fmt: skip
+        shape = [
+            indices[a][0].shape[a if indices[a][0].ndim > 1 else 0] if a in indices else n
+            for a, n in enumerate(x.shape)
+        ]
         return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
     def gather(x: Any) -> Any:
@@ -201,7 +207,9 @@ def _scatter(x: Any, leaf: Leaf, indices: Indices) -> Any:
         for axis, (index, valid) in indices.items():
             size = index.shape[axis if index.ndim > 1 else 0]
             if x.shape[axis] != size:
-                raise KeepError(f"axis {axis} of leaf {leaf.path!r} has size {x.shape[axis]}; this decision keeps {size}")
+                raise KeepError(
+                    f"axis {axis} of leaf {leaf.path!r} has size {x.shape[axis]}; this decision keeps {size}"
+                )
             shape = (*x.shape[:axis], leaf.shape[axis], *x.shape[axis + 1 :])
             if index.ndim == 1:
                 at = (slice(None),) * axis + (index,)

@@ -38,13 +38,20 @@ def _one(decision: Decision, path: str, x: Any, stacked: str) -> Any:
         return x
     if shape == leaf.shape:
         return compact_leaf(decision, leaf, x, stacked)
-    kept = {axes for axes in itertools.combinations(range(len(leaf.shape)), len(shape))
-            if tuple(leaf.shape[a] for a in axes) == shape}  # fmt: skip
-    ways = {tuple(leaf.layouts[a] if touched(leaf.layouts[a], decision.keep) else None for a in axes): axes for axes in kept}
+    kept = {
+        axes
+        for axes in itertools.combinations(range(len(leaf.shape)), len(shape))
+        if tuple(leaf.shape[a] for a in axes) == shape
+    }
+    ways = {
+        tuple(leaf.layouts[a] if touched(leaf.layouts[a], decision.keep) else None for a in axes): axes for axes in kept
+    }
     if len(ways) != 1:
         how = "fits it in several ways" if ways else "does not fit it"
-        raise KeepError(f"leaf {path!r} of shape {shape} mirrors {leaf.path!r} of shape {leaf.shape} but {how}; "
-                        "slice it by hand or leave it out of the tree")  # fmt: skip
+        raise KeepError(
+            f"leaf {path!r} of shape {shape} mirrors {leaf.path!r} of shape {leaf.shape} but {how}; "
+            "slice it by hand or leave it out of the tree"
+        )
     axes = next(iter(ways.values()))
     layouts = tuple(leaf.layouts[a] for a in axes)
     layer = axes.index(leaf.layer_axis) if leaf.layer_axis in axes else None
@@ -74,6 +81,8 @@ def _mirror(decision: Decision, path: str) -> Leaf | None:
     if len(best) > 1:
         whole = [b for b in best if len(b.path.split("/")) == length]
         if len(whole) != 1:
-            raise KeepError(f"leaf {path!r} could mirror {best[0].path!r} or {best[1].path!r}; rename it or slice it by hand")
+            raise KeepError(
+                f"leaf {path!r} could mirror {best[0].path!r} or {best[1].path!r}; rename it or slice it by hand"
+            )
         best = whole
     return best[0] if best else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +54,9 @@ def decide(structure: Structure, keep: Keep, allow_inexact: bool = False, allow_
         k = np.asarray(value)
         if k.dtype != np.bool_:
             if not np.isin(k, (0, 1)).all():
-                raise KeepError(f"keep[{gid!r}] must be boolean (True = keep), not {k.dtype} with other values than 0 and 1")
+                raise KeepError(
+                    f"keep[{gid!r}] must be boolean (True = keep), not {k.dtype} with other values than 0 and 1"
+                )
             k = k.astype(bool)
         if k.shape == (group.size,) and group.layers is not None:
             k = np.broadcast_to(k, group.shape)
@@ -62,9 +65,13 @@ def decide(structure: Structure, keep: Keep, allow_inexact: bool = False, allow_
         if k.all():
             continue
         if not allow_empty and not k.any(axis=-1).all():
-            raise KeepError(f"keep[{gid!r}] removes every unit of group {gid!r}; keep at least one, or pass allow_empty=True")
+            raise KeepError(
+                f"keep[{gid!r}] removes every unit of group {gid!r}; keep at least one, or pass allow_empty=True"
+            )
         if not group.exact and not allow_inexact:
-            raise NotPrunable(f"group {gid!r} is inexact: {'; '.join(group.notes)}. Pass allow_inexact=True to prune it anyway")
+            raise NotPrunable(
+                f"group {gid!r} is inexact: {'; '.join(group.notes)}. Pass allow_inexact=True to prune it anyway"
+            )
         out[gid] = k
     return Decision(structure, out)
 
@@ -104,7 +111,7 @@ class Decision:
             cuts = [0, *(np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1)) + 1), len(rows)]
             out[symbol] = [
                 (int(a), int(b), {g: int(w) for g, w in zip(mine, rows[a], strict=True)})
-                for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+                for a, b in itertools.pairwise(cuts)
             ]
         return out
 

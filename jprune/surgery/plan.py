@@ -55,7 +55,9 @@ class Plan:
                 return x
             seen.add(name)
             if list(x.shape) != list(entry["shape"]):
-                raise KeepError(f"leaf {name!r} has shape {tuple(x.shape)}, but the plan was made for {tuple(entry['shape'])}")
+                raise KeepError(
+                    f"leaf {name!r} has shape {tuple(x.shape)}, but the plan was made for {tuple(entry['shape'])}"
+                )
             return take(x, name, _planned(entry))
 
         out = jax.tree_util.tree_map_with_path(one, params)
@@ -122,7 +124,9 @@ def plan_of(decision: Decision) -> Plan:
             index = np.where(valid, index, -1)
             if index.ndim > 1:
                 assert leaf.layer_axis is not None
-                index = np.moveaxis(index, (leaf.layer_axis, axis), (0, 1)).reshape(len(index.ravel()) // index.shape[axis], -1)
+                index = np.moveaxis(index, (leaf.layer_axis, axis), (0, 1)).reshape(
+                    len(index.ravel()) // index.shape[axis], -1
+                )
             axes[str(axis)] = index.tolist()
         leaves[leaf.path] = {"shape": list(leaf.shape), "axes": axes, "layer_axis": leaf.layer_axis}
     groups = {

@@ -33,15 +33,19 @@ class Replay:
         self._segments = segments
         self._widths = widths
         folded = {
-            path: [take(v.const, "constant", indices_of(tuple(s.layout(t) for t in v.tags), decision.slots, None)) for v in vals]
+            path: [
+                take(v.const, "constant", indices_of(tuple(s.layout(t) for t in v.tags), decision.slots, None))
+                for v in vals
+            ]
             for path, vals in s.analysis.folded.items()
         }
         self._folded = folded
         self._consts = [
             take(v.const, "constant", indices_of(tuple(s.layout(t) for t in v.tags), decision.slots, None))
-            if v.const is not None else c
+            if v.const is not None
+            else c
             for c, v in zip(s.jaxpr.consts, s.const_vals, strict=True)
-        ]  # fmt: skip
+        ]
         self._expected = {
             path: compact_leaf(decision, leaf, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stacked)
             for path, leaf in s.leaves.items()
@@ -57,16 +61,25 @@ class Replay:
         s = self.decision.structure
         leaves = self._check_params(small)
         flat, symbols = s.bind_inputs(inputs)
-        ev = Evaluator(s.rules, s.layouts_at, self._folded, s.analysis.jaxprs, {**self._widths, **symbols}, self._segments,
-                       s.scan_symbols)  # fmt: skip
+        ev = Evaluator(
+            s.rules,
+            s.layouts_at,
+            self._folded,
+            s.analysis.jaxprs,
+            {**self._widths, **symbols},
+            self._segments,
+            s.scan_symbols,
+        )
         outs = ev.run(s.jaxpr.jaxpr, self._consts, s.select_used(leaves, flat), ())
         if any(isinstance(o, Segments) for o in outs):
             outs = [o.parts if isinstance(o, Segments) else o for o in outs]
         return jax.tree.unflatten(s.out_tree, outs)
 
     def _check_params(self, small: Any) -> list[Any]:
-        found = {path_str(p): x for p, x in
-                 jax.tree_util.tree_flatten_with_path(small, is_leaf=is_run_list if self._segments else None)[0]}  # fmt: skip
+        found = {
+            path_str(p): x
+            for p, x in jax.tree_util.tree_flatten_with_path(small, is_leaf=is_run_list if self._segments else None)[0]
+        }
         out = []
         for path, want in self._expected.items():
             if path not in found:
@@ -75,10 +88,11 @@ class Replay:
             shapes = [tuple(w.shape) for w in want] if isinstance(want, list) else tuple(want.shape)
             got = [tuple(w.shape) for w in x] if isinstance(x, list) else tuple(x.shape)
             if shapes != got:
-                raise KeepError(f"leaf {path!r} has shape {got}, but this decision makes {shapes}; "
-                                f"compact with the same keep and stacked={self.stacked!r}")  # fmt: skip
+                raise KeepError(
+                    f"leaf {path!r} has shape {got}, but this decision makes {shapes}; "
+                    f"compact with the same keep and stacked={self.stacked!r}"
+                )
             leaf = self.decision.structure.leaves[path]
             symbol = uneven_scan(self.decision, leaf) if isinstance(x, list) else None
             out.append(Segments(symbol, x) if symbol else x)
         return out
-

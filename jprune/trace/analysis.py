@@ -159,8 +159,13 @@ class Analysis:
         if np.ndim(value) == 0:
             return Val((), value.dtype, (), (), scalar=_as_float(value))
         if self.fold_constants:
-            return Val(np.shape(value), value.dtype, tuple(self.fresh(n) for n in np.shape(value)),
-                       (False,) * np.ndim(value), const=np.asarray(value))  # fmt: skip
+            return Val(
+                np.shape(value),
+                value.dtype,
+                tuple(self.fresh(n) for n in np.shape(value)),
+                (False,) * np.ndim(value),
+                const=np.asarray(value),
+            )
         return self.opaque(value, code)
 
     # -- what rules say -----------------------------------------------------------------------------------------
@@ -201,24 +206,43 @@ class Analysis:
         if not self.shadow and T.is_live(tag):
             T.note(tag, f"{what} at {self.where}" if self.where else what)
 
-    def use(self, vals: Sequence[Val], leaf_operand: int, data_operand: int, role: str, contracted: Sequence[Tag],
-            data_features: Sequence[int], out_features: Sequence[int]) -> None:  # fmt: skip
+    def use(
+        self,
+        vals: Sequence[Val],
+        leaf_operand: int,
+        data_operand: int,
+        role: str,
+        contracted: Sequence[Tag],
+        data_features: Sequence[int],
+        out_features: Sequence[int],
+    ) -> None:
         """Record that a leaf meets data here."""
         v = vals[leaf_operand]
         if self.shadow:
             return
         assert v.leaf is not None
         self.uses[self.path, leaf_operand] = Use(
-            self.path, self.eqn.primitive.name, v.leaf, leaf_operand, data_operand, role, v.tags,
-            tuple(contracted), tuple(data_features), tuple(out_features), self.where)  # fmt: skip
+            self.path,
+            self.eqn.primitive.name,
+            v.leaf,
+            leaf_operand,
+            data_operand,
+            role,
+            v.tags,
+            tuple(contracted),
+            tuple(data_features),
+            tuple(out_features),
+            self.where,
+        )
 
     def count(self, leaf: str | None, coefficient: int, factors: Sequence[Tag], out_tags: Sequence[Tag]) -> None:
         """Record the multiply-accumulates of the current contraction."""
         if self.shadow:
             return
         itemsize = self.eqn.outvars[0].aval.dtype.itemsize
-        self.macs[self.path] = MacTerm(self.path, self.eqn.primitive.name, leaf, coefficient, tuple(factors),
-                                       tuple(out_tags), itemsize, self.where)  # fmt: skip
+        self.macs[self.path] = MacTerm(
+            self.path, self.eqn.primitive.name, leaf, coefficient, tuple(factors), tuple(out_tags), itemsize, self.where
+        )
 
     @contextlib.contextmanager
     def in_shadow(self) -> Iterator[None]:
@@ -273,7 +297,7 @@ class Analysis:
         return rule.propagate(self, eqn, ins)
 
     def _fold(self, eqn: Eqn, ins: list[Val]) -> list[Val] | None:
-        """Evaluate an equation whose operands are all known constants, at least one of them (or the result) an array."""
+        """Evaluate an equation whose operands are all known constants (one of them, or the result, an array)."""
         made = eqn.primitive.name == "iota"
         if not made and not any(v.const is not None for v in ins):
             return None

@@ -81,11 +81,19 @@ class Evaluator:
       tap_paths: state id -> (call path of the equation it watches, call path of the scan it is stacked over or None).
     """
 
-    def __init__(self, rules: Mapping[str, Rule], layouts: Layouts | None = None,
-                 folded: Mapping[Path, Sequence[Any]] | None = None, jaxprs: Mapping[Path, Any] | None = None,
-                 widths: Mapping[str, Any] | None = None, segments: Mapping[str, Any] | None = None,
-                 scan_symbols: Mapping[Path, str] | None = None, observe: Observer | None = None,
-                 tap_paths: Mapping[str, tuple[Path, Path | None]] | None = None, states: States | None = None):  # fmt: skip
+    def __init__(
+        self,
+        rules: Mapping[str, Rule],
+        layouts: Layouts | None = None,
+        folded: Mapping[Path, Sequence[Any]] | None = None,
+        jaxprs: Mapping[Path, Any] | None = None,
+        widths: Mapping[str, Any] | None = None,
+        segments: Mapping[str, Any] | None = None,
+        scan_symbols: Mapping[Path, str] | None = None,
+        observe: Observer | None = None,
+        tap_paths: Mapping[str, tuple[Path, Path | None]] | None = None,
+        states: States | None = None,
+    ):
         self.rules = rules
         self.layouts = layouts
         self.folded = folded or {}
@@ -98,12 +106,25 @@ class Evaluator:
         self.states: States = states if states is not None else {}
         self._watched = {path for path, _ in self.tap_paths.values()}
 
-    def _with(self, *, states: States | None = None, widths: Mapping[str, Any] | None = None,
-              segments: Mapping[str, Any] | None = None) -> Evaluator:  # fmt: skip
-        return Evaluator(self.rules, self.layouts, self.folded, self.jaxprs,
-                         self.widths if widths is None else widths, self.segments if segments is None else segments,
-                         self.scan_symbols, self.observe, self.tap_paths,
-                         self.states if states is None else states)  # fmt: skip
+    def _with(
+        self,
+        *,
+        states: States | None = None,
+        widths: Mapping[str, Any] | None = None,
+        segments: Mapping[str, Any] | None = None,
+    ) -> Evaluator:
+        return Evaluator(
+            self.rules,
+            self.layouts,
+            self.folded,
+            self.jaxprs,
+            self.widths if widths is None else widths,
+            self.segments if segments is None else segments,
+            self.scan_symbols,
+            self.observe,
+            self.tap_paths,
+            self.states if states is None else states,
+        )
 
     def with_states(self, states: States) -> Evaluator:
         """The same evaluation with other statistics states (inside a loop body or a branch)."""

@@ -35,13 +35,20 @@ def explain(s: Structure, path: str | None = None, axis: int | None = None) -> s
             each = "" if per_unit == 1 else f", {per_unit} positions per unit"
             lines.append(f"    {m.path} axis {m.axis} [{m.role}]{each}")
         lines += [f"    note: {n}" for n in g.notes if not g.exact]
-    frozen = [(leaf, i) for leaf in s.leaves.values() for i, why in enumerate(leaf.frozen) if why is not None and leaf.shape[i] > 1]
+    frozen = [
+        (leaf, i)
+        for leaf in s.leaves.values()
+        for i, why in enumerate(leaf.frozen)
+        if why is not None and leaf.shape[i] > 1
+    ]
     if frozen:
         lines += ["", "unprunable axes:"]
         lines += [f"    {leaf.path} axis {i} ({leaf.shape[i]}): {describe_axis(s, leaf, i)}" for leaf, i in frozen]
     for name, where in s.unsupported.items():
-        lines.append(f"no rule for primitive {name!r}, used at {', '.join(w or 'unknown line' for w in where)}; "
-                     "teach one with register_rule")  # fmt: skip
+        lines.append(
+            f"no rule for primitive {name!r}, used at {', '.join(w or 'unknown line' for w in where)}; "
+            "teach one with register_rule"
+        )
     for where in s.loops_counted_once:
         lines.append(f"the while loop at {where or 'unknown line'} is counted once: its trip count is not known")
     return "\n".join(lines)

@@ -181,10 +181,23 @@ class Structure:
       loops_counted_once: lines of while loops (their trip count is unknown, so their cost is counted once).
     """
 
-    def __init__(self, closed: Any, analysis: Analysis, leaves: Mapping[str, Leaf], groups: Mapping[str, Group],
-                 names: Mapping[int, str], input_symbols: Mapping[int, str], scan_symbols: Mapping[Path, str],
-                 in_tree: Any, out_tree: Any, param_treedef: Any, used_invars: Sequence[bool],
-                 outputs: Sequence[Val], const_vals: Sequence[Val], inputs: Sequence[tuple[str, Val]]):  # fmt: skip
+    def __init__(
+        self,
+        closed: Any,
+        analysis: Analysis,
+        leaves: Mapping[str, Leaf],
+        groups: Mapping[str, Group],
+        names: Mapping[int, str],
+        input_symbols: Mapping[int, str],
+        scan_symbols: Mapping[Path, str],
+        in_tree: Any,
+        out_tree: Any,
+        param_treedef: Any,
+        used_invars: Sequence[bool],
+        outputs: Sequence[Val],
+        const_vals: Sequence[Val],
+        inputs: Sequence[tuple[str, Val]],
+    ):
         self.groups = dict(groups)
         self.leaves = dict(leaves)
         self.unsupported = {k: tuple(sorted(set(v))) for k, v in analysis.unsupported.items()}
@@ -221,7 +234,7 @@ class Structure:
         return found
 
     def bind_inputs(self, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, int]]:
-        """Flattened inputs and the sizes of their free dimensions; raises TraceError where they do not fit the trace."""
+        """Flattened inputs and the sizes of their free dimensions; TraceError where they do not fit the trace."""
         flat = jax.tree_util.tree_flatten_with_path(tuple(inputs))[0]
         symbols: dict[str, int] = {}
         if len(flat) != len(self.input_dims):
@@ -231,8 +244,10 @@ class Structure:
                 raise TraceError(f"input {path} has {len(np.shape(x))} axes, {len(traced)} were traced")
             for axis, (symbol, n, m) in enumerate(zip(dims, traced, np.shape(x), strict=True)):
                 if symbol is None and n != m:
-                    raise TraceError(f"axis {axis} of input {path} has size {m}, but {n} was traced and the function "
-                                     "depends on it; trace again with the new size")  # fmt: skip
+                    raise TraceError(
+                        f"axis {axis} of input {path} has size {m}, but {n} was traced and the function "
+                        "depends on it; trace again with the new size"
+                    )
                 if symbol is not None and symbols.setdefault(symbol, m) != m:
                     raise TraceError(f"axis {axis} of input {path} has size {m}; another input has {symbols[symbol]}")
         return [x for _, x in flat], symbols
@@ -256,7 +271,9 @@ class Structure:
             name = term.leaf or f"{term.primitive} at {term.where}"
             factors = [*loops, *(self.layout(t) for t in term.factors)]
             results = [*loops, *(self.layout(t) for t in term.out_tags)]
-            out.append(Contraction(name, term.primitive, term.coefficient, tuple(factors), tuple(results), term.itemsize))
+            out.append(
+                Contraction(name, term.primitive, term.coefficient, tuple(factors), tuple(results), term.itemsize)
+            )
         return out
 
     def _taps(self) -> dict[str, Tap]:
@@ -277,9 +294,16 @@ class Structure:
                             break
                 key = leaf if len(uses) == 1 else f"{leaf}#{k}"
                 out[key] = Tap(
-                    key, leaf, use.primitive, layers,
+                    key,
+                    leaf,
+                    use.primitive,
+                    layers,
                     tuple(ins[use.data_operand][i] for i in use.data_features),
-                    tuple(outs[0][i] for i in use.out_features), use.where, use, scan_path)  # fmt: skip
+                    tuple(outs[0][i] for i in use.out_features),
+                    use.where,
+                    use,
+                    scan_path,
+                )
         return out
 
     def _while_lines(self, jaxpr: Any) -> set[str]:
@@ -294,9 +318,15 @@ class Structure:
         return found
 
 
-def analyse(fn: Callable[..., Any], params: Any, inputs: Sequence[Any], output_free: Sequence[tuple[str, int]] = (),
-            rules: Mapping[str, Rule] | None = None, fold_constants: bool = False,
-            is_param: Callable[[str], bool] | None = None) -> dict[str, Any]:  # fmt: skip
+def analyse(
+    fn: Callable[..., Any],
+    params: Any,
+    inputs: Sequence[Any],
+    output_free: Sequence[tuple[str, int]] = (),
+    rules: Mapping[str, Rule] | None = None,
+    fold_constants: bool = False,
+    is_param: Callable[[str], bool] | None = None,
+) -> dict[str, Any]:
     """Trace `fn(params, *inputs)` and return the constructor arguments of `Structure`."""
     flat = flatten(params)
     if not flat:
@@ -311,8 +341,12 @@ def analyse(fn: Callable[..., Any], params: Any, inputs: Sequence[Any], output_f
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, tuple(inputs)))
     try:
         closed, out_shape = jax.make_jaxpr(lambda p, xs: fn(p, *xs), return_shape=True)(*structs)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError,
-            jax.errors.NonConcreteBooleanIndexError, jax.errors.UnexpectedTracerError) as e:  # fmt: skip
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerArrayConversionError,
+        jax.errors.NonConcreteBooleanIndexError,
+        jax.errors.UnexpectedTracerError,
+    ) as e:
         raise TraceError(
             "the function cannot be traced: it needs concrete values of its arguments "
             f"({str(e).splitlines()[0]}); close over static arguments instead of passing them"
@@ -323,7 +357,8 @@ def analyse(fn: Callable[..., Any], params: Any, inputs: Sequence[Any], output_f
 
     a = Analysis({**BUILT_IN, **USER_RULES, **(rules or {})}, fold_constants)
     leaf_vals = [
-        Val(tuple(x.shape), x.dtype, tuple(a.fresh(n) for n in x.shape), (True,) * len(x.shape), leaf=p) for p, x in flat
+        Val(tuple(x.shape), x.dtype, tuple(a.fresh(n) for n in x.shape), (True,) * len(x.shape), leaf=p)
+        for p, x in flat
     ]
     input_atoms: list[T.Atom] = []
     input_vals: list[tuple[str, Val]] = []
@@ -340,13 +375,29 @@ def analyse(fn: Callable[..., Any], params: Any, inputs: Sequence[Any], output_f
     outputs = a.run(closed.jaxpr, consts, [v for v, u in zip(every, used, strict=True) if u], ())
     a.eqn = None
     _settle_outputs(a, outputs, out_shape, leaf_vals, output_free)
-    return _finish(a, closed, flat, leaf_vals, used, outputs, consts, input_vals, is_param,
-                   jax.tree.structure((params, tuple(inputs))), jax.tree.structure(out_shape),
-                   jax.tree.structure(params))  # fmt: skip
+    return _finish(
+        a,
+        closed,
+        flat,
+        leaf_vals,
+        used,
+        outputs,
+        consts,
+        input_vals,
+        is_param,
+        jax.tree.structure((params, tuple(inputs))),
+        jax.tree.structure(out_shape),
+        jax.tree.structure(params),
+    )
 
 
-def _settle_outputs(a: Analysis, outputs: Sequence[Val], out_shape: Any, leaf_vals: Sequence[Val],
-                    output_free: Sequence[tuple[str, int]]) -> None:  # fmt: skip
+def _settle_outputs(
+    a: Analysis,
+    outputs: Sequence[Val],
+    out_shape: Any,
+    leaf_vals: Sequence[Val],
+    output_free: Sequence[tuple[str, int]],
+) -> None:
     """Freeze what leaves the function, but for state that returns to its leaf and axes declared free."""
     free = {(p, axis) for p, axis in output_free}
     by_path = {v.leaf: v for v in leaf_vals}
@@ -368,9 +419,20 @@ def _settle_outputs(a: Analysis, outputs: Sequence[Val], out_shape: Any, leaf_va
         raise TraceError(f"output_free names {sorted(free)[0]}, but the outputs are {known}")
 
 
-def _finish(a: Analysis, closed: Any, flat: Sequence[tuple[str, Any]], leaf_vals: Sequence[Val], used: Sequence[bool],
-            outputs: Sequence[Val], consts: Sequence[Val], inputs: Sequence[tuple[str, Val]],
-            is_param: Callable[[str], bool] | None, in_tree: Any, out_tree: Any, param_treedef: Any) -> dict[str, Any]:  # fmt: skip
+def _finish(
+    a: Analysis,
+    closed: Any,
+    flat: Sequence[tuple[str, Any]],
+    leaf_vals: Sequence[Val],
+    used: Sequence[bool],
+    outputs: Sequence[Val],
+    consts: Sequence[Val],
+    inputs: Sequence[tuple[str, Val]],
+    is_param: Callable[[str], bool] | None,
+    in_tree: Any,
+    out_tree: Any,
+    param_treedef: Any,
+) -> dict[str, Any]:
     if is_param is None:
         collections_ = any(p.startswith("params/") for p, _ in flat)
         is_param = (lambda p: p.startswith("params/")) if collections_ else (lambda p: True)
@@ -402,7 +464,12 @@ def _finish(a: Analysis, closed: Any, flat: Sequence[tuple[str, Any]], leaf_vals
     symbols: dict[int, str] = {}
     for tag in (t for _, v in inputs for t in v.tags):
         settled = T.norm(tag)
-        if len(settled) == 1 and isinstance(settled[0], T.Atom) and settled[0].input_dim is not None and not settled[0].rigid:
+        if (
+            len(settled) == 1
+            and isinstance(settled[0], T.Atom)
+            and settled[0].input_dim is not None
+            and not settled[0].rigid
+        ):
             symbols[id(settled[0])] = f"@in{settled[0].input_dim}"
     scan_symbols = {}
     scan_index: dict[int, str] = {}
@@ -417,14 +484,25 @@ def _finish(a: Analysis, closed: Any, flat: Sequence[tuple[str, Any]], leaf_vals
     leaves = {}
     for (path, x), v in zip(flat, leaf_vals, strict=True):
         layouts = tuple(to_layout(t, names, symbols) for t in v.tags)
-        scans = [i for i, lay in enumerate(layouts) if len(lay) == 1 and isinstance(lay[0], Fixed) and lay[0].symbol
-                 and lay[0].symbol.startswith("@scan")]  # fmt: skip
+        scans = [
+            i
+            for i, lay in enumerate(layouts)
+            if len(lay) == 1 and isinstance(lay[0], Fixed) and lay[0].symbol and lay[0].symbol.startswith("@scan")
+        ]
         frozen = tuple(next((atom.reason for atom in T.atoms(t) if atom.reason is not None), None) for t in v.tags)
         if not leaf_used[path]:
             frozen = tuple(Frozen("UNUSED", "no output depends on this leaf") for _ in v.tags)
             layouts = tuple((Fixed(n),) for n in x.shape)
-        leaves[path] = Leaf(path, tuple(x.shape), np.dtype(x.dtype), layouts, frozen, scans[0] if scans else None,
-                            is_param(path), leaf_used[path])  # fmt: skip
+        leaves[path] = Leaf(
+            path,
+            tuple(x.shape),
+            np.dtype(x.dtype),
+            layouts,
+            frozen,
+            scans[0] if scans else None,
+            is_param(path),
+            leaf_used[path],
+        )
     groups = {}
     for key, where in owners.items():
         atom, gid = atom_of[key], names[key]
@@ -433,13 +511,30 @@ def _finish(a: Analysis, closed: Any, flat: Sequence[tuple[str, Any]], leaf_vals
         for path, axis in where:
             role, primitive = roles.get((path, key), ("other", ""))
             leaf = leaves[path]
-            members.append(Member(path, axis, role, primitive, leaf.layer_axis if scan else None, leaf.layouts[axis], gid))
+            members.append(
+                Member(path, axis, role, primitive, leaf.layer_axis if scan else None, leaf.layouts[axis], gid)
+            )
         notes = tuple(sorted(atom.notes))
         hard = tuple(n for n in notes if not n.startswith(DIVISOR))
-        groups[gid] = Group(gid, atom.n, tuple(members), not hard, not notes, notes, lengths[scan] if scan else None, scan)
-    return {"closed": closed, "analysis": a, "leaves": leaves, "groups": groups, "names": names,
-            "input_symbols": symbols, "scan_symbols": scan_symbols, "in_tree": in_tree, "out_tree": out_tree,
-            "param_treedef": param_treedef, "used_invars": used, "outputs": outputs, "const_vals": consts, "inputs": inputs}  # fmt: skip
+        groups[gid] = Group(
+            gid, atom.n, tuple(members), not hard, not notes, notes, lengths[scan] if scan else None, scan
+        )
+    return {
+        "closed": closed,
+        "analysis": a,
+        "leaves": leaves,
+        "groups": groups,
+        "names": names,
+        "input_symbols": symbols,
+        "scan_symbols": scan_symbols,
+        "in_tree": in_tree,
+        "out_tree": out_tree,
+        "param_treedef": param_treedef,
+        "used_invars": used,
+        "outputs": outputs,
+        "const_vals": consts,
+        "inputs": inputs,
+    }
 
 
 PREFERENCE = ["out", "lookup", "scale", "shift", "other", "in"]
@@ -459,8 +554,14 @@ def _roles(a: Analysis) -> dict[tuple[str, int], tuple[str, str]]:
     return out
 
 
-def _body_local(a: Analysis, live: set[int], leaf_vals: Sequence[Val], scan_index: Mapping[int, str],
-                scan_symbols: Mapping[Path, str], outputs: Sequence[Val]) -> dict[int, str]:  # fmt: skip
+def _body_local(
+    a: Analysis,
+    live: set[int],
+    leaf_vals: Sequence[Val],
+    scan_index: Mapping[int, str],
+    scan_symbols: Mapping[Path, str],
+    outputs: Sequence[Val],
+) -> dict[int, str]:
     """Atoms that may be kept differently in every layer of a scan, with the symbol of that scan.
 
     An atom is local to a scan if every value outside the scan's body that contains it also has the layer axis.
@@ -504,8 +605,12 @@ def _body_local(a: Analysis, live: set[int], leaf_vals: Sequence[Val], scan_inde
 USER_RULES: dict[str, Rule] = {}
 
 
-def register_rule(name: str, propagate: Callable[..., list[Val]], rewrite: Callable[..., dict[str, Any]] | None = None,
-                  evaluate: Callable[..., list[Any]] | None = None) -> None:  # fmt: skip
+def register_rule(
+    name: str,
+    propagate: Callable[..., list[Val]],
+    rewrite: Callable[..., dict[str, Any]] | None = None,
+    evaluate: Callable[..., list[Any]] | None = None,
+) -> None:
     """Teach the tracer a primitive (a custom call, one's own kernel); it applies to every later trace.
 
     Args:

@@ -99,7 +99,9 @@ def quantiles(at: tuple[float, ...], accuracy: float = 0.02, smallest: float = 1
     values = jnp.asarray(np.concatenate([-magnitude[::-1], [0.0], magnitude]), jnp.float32)
 
     def update(s: Any, x: Any) -> Any:
-        size = jnp.clip(jnp.floor(jnp.log(jnp.maximum(jnp.abs(x), smallest) / smallest) / step), 0, bins - 1).astype(int)
+        size = jnp.clip(jnp.floor(jnp.log(jnp.maximum(jnp.abs(x), smallest) / smallest) / step), 0, bins - 1).astype(
+            int
+        )
         slot = jnp.where(jnp.abs(x) < smallest, bins, jnp.where(x > 0, bins + 1 + size, bins - 1 - size))
         return s.at[slot, jnp.arange(x.shape[1])[None, :]].add(1)
 
@@ -112,8 +114,15 @@ def quantiles(at: tuple[float, ...], accuracy: float = 0.02, smallest: float = 1
     return Reducer(lambda n: jnp.zeros((2 * bins + 1, n), jnp.int32), update, finish)
 
 
-def calibrate(structure: Structure, params: Any, batches: Iterable[Any], reducers: Mapping[str, Reducer],
-              taps: Iterable[str] | None, side: str, progress: bool) -> dict[str, dict[str, Any]]:  # fmt: skip
+def calibrate(
+    structure: Structure,
+    params: Any,
+    batches: Iterable[Any],
+    reducers: Mapping[str, Reducer],
+    taps: Iterable[str] | None,
+    side: str,
+    progress: bool,
+) -> dict[str, dict[str, Any]]:
     """Stream batches through the traced function and reduce the activations at each tap.
 
     Args:
@@ -149,7 +158,9 @@ def calibrate(structure: Structure, params: Any, batches: Iterable[Any], reducer
 
     def observe(path: Any, eqn: Any, ins: list[Any], outs: list[Any], states: dict[str, Any]) -> None:
         for tap in at[path]:
-            value, axes = (ins[tap.use.data_operand], tap.use.data_features) if side == "in" else (outs[0], tap.use.out_features)
+            value, axes = (
+                (ins[tap.use.data_operand], tap.use.data_features) if side == "in" else (outs[0], tap.use.out_features)
+            )
             x = _as_samples(value, axes)
             states[tap.id] = {r: reducers[r].update(states[tap.id][r], x) for r in names}
 
@@ -157,8 +168,18 @@ def calibrate(structure: Structure, params: Any, batches: Iterable[Any], reducer
     def step(states: Any, params: Any, inputs: Any) -> Any:
         flat, symbols = structure.bind_inputs(inputs)
         leaves = [x for _, x in flatten(params)]
-        ev = Evaluator(structure.rules, structure.layouts_at, _folded(structure), structure.analysis.jaxprs, symbols,
-                       None, structure.scan_symbols, observe, tap_paths, dict(states))  # fmt: skip
+        ev = Evaluator(
+            structure.rules,
+            structure.layouts_at,
+            _folded(structure),
+            structure.analysis.jaxprs,
+            symbols,
+            None,
+            structure.scan_symbols,
+            observe,
+            tap_paths,
+            dict(states),
+        )
         ev.run(structure.jaxpr.jaxpr, structure.jaxpr.consts, structure.select_used(leaves, flat), ())
         return ev.states
 

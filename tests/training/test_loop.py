@@ -79,9 +79,12 @@ def test_the_transform_sees_gradients_parameters_and_the_rate_before_weight_deca
     for p, q in zip(jax.tree.leaves(variables["params"]), jax.tree.leaves(trained["params"]), strict=True):
         np.testing.assert_allclose(q, 0.5 * p, rtol=1e-5, atol=1e-7)
     decayed, _ = train(
-        model, variables, dataset, TrainConfig(epochs=1, batch_size=96, momentum=0.0, weight_decay=1.0),
+        model,
+        variables,
+        dataset,
+        TrainConfig(epochs=1, batch_size=96, momentum=0.0, weight_decay=1.0),
         transform=optax.set_to_zero(),
-    )  # fmt: skip
+    )
     kernel = variables["params"]["Conv_0"]["kernel"]
     np.testing.assert_allclose(decayed["params"]["Conv_0"]["kernel"], 0.95 * kernel, rtol=1e-5)
 
@@ -190,10 +193,13 @@ def test_bfloat16_computes_low_and_keeps_parameters_high(model, variables, datas
 def test_callbacks_see_every_step_and_join_the_record(model, variables, dataset):
     steps = []
     _, history = train(
-        model, variables, dataset, SHORT,
+        model,
+        variables,
+        dataset,
+        SHORT,
         on_step=lambda step, metrics: steps.append((step, metrics["loss"])),
         on_epoch=lambda epoch, v: {"scale": float(jnp.abs(v["params"]["BatchNorm_0"]["scale"]).max())},
-    )  # fmt: skip
+    )
     assert [s for s, _ in steps] == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(history[0]["loss"], np.mean([loss for _, loss in steps[:3]]))
     assert history[-1]["scale"] > 0.5

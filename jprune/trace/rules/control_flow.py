@@ -158,7 +158,9 @@ def _eval_custom_vjp(ev: Evaluator, eqn: Eqn, args: list[Any], path: Path) -> li
     def bwd(residuals: list[Any], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
         grads = ev.run(backward, (), [*residuals, *cotangents], (*path, "bwd"))
         grads = [None] * num_consts + grads
-        return tuple(g if jax.dtypes.issubdtype(x.dtype, np.inexact) else None for g, x in zip(grads, args, strict=True))
+        return tuple(
+            g if jax.dtypes.issubdtype(x.dtype, np.inexact) else None for g, x in zip(grads, args, strict=True)
+        )
 
     primal.defvjp(fwd, bwd)
     return list(primal(*args))
@@ -237,8 +239,14 @@ def _eval_scan(ev: Evaluator, eqn: Eqn, args: list[Any], path: Path) -> list[Any
             )
 
         p = eqn.params
-        return lax.scan(body, (carry, states[0]), (list(xs), states[1]), length=length, reverse=p["reverse"],
-                        unroll=p["unroll"] if length == p["length"] else 1)  # fmt: skip
+        return lax.scan(
+            body,
+            (carry, states[0]),
+            (list(xs), states[1]),
+            length=length,
+            reverse=p["reverse"],
+            unroll=p["unroll"] if length == p["length"] else 1,
+        )
 
     if symbol is None or symbol not in ev.segments:
         (carry, carried), (ys, stacked) = one(ev, carry, xs, eqn.params["length"], (carried, stacked))
@@ -255,8 +263,10 @@ def _eval_scan(ev: Evaluator, eqn: Eqn, args: list[Any], path: Path) -> list[Any
         lo, hi, _ = ev.segments[symbol][j]
         part = [ev.layers_of(symbol, x, ins[nk + k], j) for k, x in enumerate(xs)]
         (carry, _), (results[j], _) = one(ev.segment(symbol, j), carry, part, hi - lo, ({}, {}))
-    ys = [ev.join(symbol, [results[j][k] for j in sorted(results)], outs[nk - nc + k])
-          for k in range(len(eqn.outvars) - (nk - nc))]  # fmt: skip
+    ys = [
+        ev.join(symbol, [results[j][k] for j in sorted(results)], outs[nk - nc + k])
+        for k in range(len(eqn.outvars) - (nk - nc))
+    ]
     return [*carry, *ys]
 
 

@@ -102,7 +102,8 @@ def _record_use(a: Analysis, eqn: Eqn, vals: list[Val]) -> None:
 def _same_entries(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     """Casts, copies, layout constraints: the entries are the operand's own."""
     return [
-        a.value(var.aval, v.tags, v.zero, scalar=v.scalar, leaf=v.leaf) for var, v in zip(eqn.outvars, vals, strict=True)
+        a.value(var.aval, v.tags, v.zero, scalar=v.scalar, leaf=v.leaf)
+        for var, v in zip(eqn.outvars, vals, strict=True)
     ]
 
 

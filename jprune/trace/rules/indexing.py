@@ -87,7 +87,9 @@ def _dynamic_slice(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
 
 def _dynamic_slice_sizes(eqn: Eqn, s: Any) -> dict[str, Any]:
     p = eqn.params
-    sizes = tuple(n if k == f else k for k, f, n in zip(p["slice_sizes"], s.full_in_shape(0), s.in_shape(0), strict=True))
+    sizes = tuple(
+        n if k == f else k for k, f, n in zip(p["slice_sizes"], s.full_in_shape(0), s.in_shape(0), strict=True)
+    )
     return {**p, "slice_sizes": sizes}
 
 
@@ -107,9 +109,22 @@ def _dynamic_update_slice(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
 
 RULES: dict[str, Rule] = {
     "gather": Rule(_gather, _gather_sizes),
-    **{name: Rule(_scatter) for name in
-       ("scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul", "scatter_min", "scatter_max",
-        "scatter-min", "scatter-max", "scatter_sub", "scatter-sub")},
+    **{
+        name: Rule(_scatter)
+        for name in (
+            "scatter",
+            "scatter-add",
+            "scatter_add",
+            "scatter-mul",
+            "scatter_mul",
+            "scatter_min",
+            "scatter_max",
+            "scatter-min",
+            "scatter-max",
+            "scatter_sub",
+            "scatter-sub",
+        )
+    },
     "dynamic_slice": Rule(_dynamic_slice, _dynamic_slice_sizes),
     "dynamic_update_slice": Rule(_dynamic_update_slice),
-}  # fmt: skip
+}

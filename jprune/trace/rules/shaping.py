@@ -96,23 +96,32 @@ def _reshape_sizes(eqn: Eqn, s: Any) -> dict[str, Any]:
 
 def _transpose(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     v, perm = vals[0], eqn.params["permutation"]
-    return [a.value(eqn.outvars[0].aval, [v.tags[i] for i in perm], [v.zero[i] for i in perm],
-                    scalar=v.scalar, leaf=v.leaf)]  # fmt: skip
+    return [
+        a.value(eqn.outvars[0].aval, [v.tags[i] for i in perm], [v.zero[i] for i in perm], scalar=v.scalar, leaf=v.leaf)
+    ]
 
 
 def _squeeze(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     v, gone = vals[0], set(eqn.params["dimensions"])
     keep = [i for i in range(len(v.shape)) if i not in gone]
-    return [a.value(eqn.outvars[0].aval, [v.tags[i] for i in keep], [v.zero[i] for i in keep],
-                    scalar=v.scalar, leaf=v.leaf)]  # fmt: skip
+    return [
+        a.value(eqn.outvars[0].aval, [v.tags[i] for i in keep], [v.zero[i] for i in keep], scalar=v.scalar, leaf=v.leaf)
+    ]
 
 
 def _expand_dims(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     v, new = vals[0], {d % len(eqn.outvars[0].aval.shape) for d in eqn.params["dimensions"]}
     old = iter(range(len(v.shape)))
     index = [None if i in new else next(old) for i in range(len(eqn.outvars[0].aval.shape))]
-    return [a.value(eqn.outvars[0].aval, [() if i is None else v.tags[i] for i in index],
-                    [v.scalar == 0 if i is None else v.zero[i] for i in index], scalar=v.scalar, leaf=v.leaf)]  # fmt: skip
+    return [
+        a.value(
+            eqn.outvars[0].aval,
+            [() if i is None else v.tags[i] for i in index],
+            [v.scalar == 0 if i is None else v.zero[i] for i in index],
+            scalar=v.scalar,
+            leaf=v.leaf,
+        )
+    ]
 
 
 def _concatenate(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
@@ -228,10 +237,10 @@ def _pad(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
 def _pad_sizes(eqn: Eqn, s: Any) -> dict[str, Any]:
     config = []
     for i, (lo, hi, interior) in enumerate(eqn.params["padding_config"]):
-        if s.in_shape(0)[i] != s.full_in_shape(0)[i] or s.out_shape(0)[i] != s.full_out_shape(0)[i]:
-            if lo or hi:
-                lo = s.out_prefix(0, i, int(lo))
-                hi = s.out_shape(0)[i] - lo - s.in_shape(0)[i]
+        resized = s.in_shape(0)[i] != s.full_in_shape(0)[i] or s.out_shape(0)[i] != s.full_out_shape(0)[i]
+        if resized and (lo or hi):
+            lo = s.out_prefix(0, i, int(lo))
+            hi = s.out_shape(0)[i] - lo - s.in_shape(0)[i]
         config.append((int(lo), int(hi), int(interior)))
     return {**eqn.params, "padding_config": tuple(config)}
 
@@ -302,12 +311,24 @@ RULES: dict[str, Rule] = {
     "pad": Rule(_pad, _pad_sizes),
     "tile": Rule(_tile, _tile_sizes),
     "iota": Rule(_iota, _shape_param("shape")),
-    "empty2": Rule(lambda a, eqn, vals: [a.value(eqn.outvars[0].aval, [a.fresh(n) for n in eqn.outvars[0].aval.shape])],
-                   _shape_param("shape")),
+    "empty2": Rule(
+        lambda a, eqn, vals: [a.value(eqn.outvars[0].aval, [a.fresh(n) for n in eqn.outvars[0].aval.shape])],
+        _shape_param("shape"),
+    ),
     "rev": Rule(_rev),
     "random_bits": Rule(random_value, _shape_param("shape")),
     "rng_uniform": Rule(random_value, _shape_param("shape")),
-    **{name: Rule(_random_opaque) for name in
-       ("random_seed", "random_wrap", "random_unwrap", "random_split", "random_fold_in", "random_clone", "threefry2x32",
-        "rng_bit_generator")},
-}  # fmt: skip
+    **{
+        name: Rule(_random_opaque)
+        for name in (
+            "random_seed",
+            "random_wrap",
+            "random_unwrap",
+            "random_split",
+            "random_fold_in",
+            "random_clone",
+            "threefry2x32",
+            "rng_bit_generator",
+        )
+    },
+}
