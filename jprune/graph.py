@@ -29,6 +29,8 @@ class Graph(Structure):
     parameters (or functions, numbers, statistics) out.
     """
 
+    example_inputs: tuple[Any, ...] = ()  # shapes and dtypes of the inputs traced with
+
     def decide(self, keep: Keep, allow_inexact: bool = False, allow_empty: bool = False) -> Decision:
         """Check a keep set against this graph; raises KeepError or NotPrunable."""
         return decide(self, keep, allow_inexact, allow_empty)

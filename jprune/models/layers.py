@@ -34,7 +34,7 @@ def norm(train: bool, name: str, zero_scale: bool = False) -> nn.BatchNorm:
 
 def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
     """Square max pooling with symmetric padding."""
-    return nn.max_pool(x, (window, window), (stride, stride), [(padding, padding)] * 2)
+    return nn.max_pool(x, (window,) * 2, (stride,) * 2, [(padding,) * 2] * 2)  # pyright: ignore[reportArgumentType]
 
 
 def global_average(x: jax.Array) -> jax.Array:

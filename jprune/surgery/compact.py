@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from jprune.surgery.decision import Decision, axis_index, slots_of, touched
@@ -145,14 +146,14 @@ def take(x: Any, path: str, indices: Indices) -> Any:
 
 def keep_sharding(x: Any, path: str, f: Callable[[Any], Any]) -> Any:
     """f(x) laid out over the mesh as x is."""
-    sharding = None if isinstance(x, jax.core.Tracer | np.ndarray) else getattr(x, "sharding", None)
+    sharding = None if isinstance(x, Tracer | np.ndarray) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not any(s is not None for s in sharding.spec):
         if sharding is not None and len(sharding.device_set) == 1 and next(iter(sharding.device_set)).platform == "cpu":
             # a CPU array is host memory already: numpy gathers from it without a compilation per shape
             return jax.device_put(f(np.asarray(x)), sharding)
         return f(x)
-    shape = jax.eval_shape(f, x).shape
-    sizes = dict(zip(sharding.mesh.axis_names, sharding.mesh.devices.shape, strict=True))
+    shape: tuple[int, ...] = jax.eval_shape(f, x).shape  # pyright: ignore[reportOptionalMemberAccess]
+    shape: tuple[int, ...] = getattr(jax.eval_shape(f, x), "shape", ())
     for axis, names in enumerate(sharding.spec):
         if names is None:
             continue

@@ -28,7 +28,7 @@ def compact_like(decision: Decision, tree: Any, stacked: str = "pad") -> Any:
 
 
 def _one(decision: Decision, path: str, x: Any, stacked: str) -> Any:
-    shape = tuple(getattr(x, "shape", ()))
+    shape: tuple[int, ...] = tuple(getattr(x, "shape", ()))
     if not shape or all(n == 1 for n in shape):
         return x
     leaf = _mirror(decision, path)

@@ -8,8 +8,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from jprune.trace import layout as L
 from jprune.trace.errors import KeepError, NotPrunable, suggest
@@ -21,7 +21,7 @@ Keep = Mapping[str, Any]
 
 def is_traced(keep: Keep) -> bool:
     """Whether any keep vector is a value that jax is tracing."""
-    return any(isinstance(v, jax.core.Tracer) for v in keep.values())
+    return any(isinstance(v, Tracer) for v in keep.values())
 
 
 def check_names(structure: Structure, keep: Keep) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
@@ -154,7 +155,7 @@ class Analysis:
 
     def constant(self, value: Any, code: str = "CONST_CAPTURED") -> Val:
         """An array the function closes over: frozen, or a sliceable constant when folding."""
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+        if jnp.issubdtype(value.dtype, jax.dtypes.extended):
             return self.opaque(jax.typeof(value), code)
         if np.ndim(value) == 0:
             return Val((), value.dtype, (), (), scalar=_as_float(value))

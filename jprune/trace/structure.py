@@ -224,12 +224,15 @@ class Structure:
         """The static layout of a settled tag."""
         return to_layout(tag, self._names, self._symbols)
 
+    def _axes(self, values: Sequence[Val]) -> list[tuple[Layout, ...]]:
+        return [tuple(self.layout(t) for t in v.tags) for v in values]
+
     def layouts_at(self, path: Path) -> tuple[list[tuple[Layout, ...]], list[tuple[Layout, ...]]]:
         """Axis layouts of the operands and results of the equation at a call path."""
         found = self._layout_cache.get(path)
         if found is None:
             ins, outs = self.analysis.records[path]
-            found = tuple([tuple(self.layout(t) for t in v.tags) for v in vals] for vals in (ins, outs))
+            found = (self._axes(ins), self._axes(outs))
             self._layout_cache[path] = found
         return found
 

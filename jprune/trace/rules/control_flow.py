@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -93,7 +94,7 @@ def _eval_custom_jvp(ev: Evaluator, eqn: Eqn, args: list[Any], path: Path) -> li
 
 
 def _zero_tangent(x: Any) -> Any:
-    if jax.dtypes.issubdtype(x.dtype, np.inexact):
+    if jnp.issubdtype(x.dtype, np.inexact):
         return jax.numpy.zeros_like(x)
     return np.zeros(x.shape, jax.dtypes.float0)
 
@@ -158,9 +159,7 @@ def _eval_custom_vjp(ev: Evaluator, eqn: Eqn, args: list[Any], path: Path) -> li
     def bwd(residuals: list[Any], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
         grads = ev.run(backward, (), [*residuals, *cotangents], (*path, "bwd"))
         grads = [None] * num_consts + grads
-        return tuple(
-            g if jax.dtypes.issubdtype(x.dtype, np.inexact) else None for g, x in zip(grads, args, strict=True)
-        )
+        return tuple(g if jnp.issubdtype(x.dtype, np.inexact) else None for g, x in zip(grads, args, strict=True))
 
     primal.defvjp(fwd, bwd)
     return list(primal(*args))
