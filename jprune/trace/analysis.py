@@ -87,6 +87,7 @@ class Use:
     data_features: tuple[int, ...]  # axes of the data operand that are indexed by the leaf
     out_features: tuple[int, ...]  # axes of the result that are indexed by the leaf
     where: str
+    eqn: Any
 
 
 @dataclasses.dataclass(slots=True)
@@ -234,6 +235,7 @@ class Analysis:
             tuple(data_features),
             tuple(out_features),
             self.where,
+            self.eqn,
         )
 
     def count(self, leaf: str | None, coefficient: int, factors: Sequence[Tag], out_tags: Sequence[Tag]) -> None:

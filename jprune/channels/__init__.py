@@ -1,0 +1,1 @@
+"""Channel pruning methods: each file reads like its paper's algorithm box."""
