@@ -140,6 +140,27 @@ def calibrate(
     Raises:
       TraceError: unknown taps, no batches, or batches that do not fit.
     """
+    step, states = step_of(structure, reducers, taps, side)
+    seen = 0
+    for batch in track(batches, "calibrating", disable=not progress):
+        inputs = batch if isinstance(batch, tuple) else (batch,)
+        states = step(states, params, inputs)
+        seen += 1
+    if not seen:
+        raise TraceError("calibration got no batches; pass at least one")
+    return {t: {r: reducers[r].finish(s[r]) for r in s} for t, s in states.items()}
+
+
+def step_of(
+    structure: Structure, reducers: Mapping[str, Reducer], taps: Iterable[str] | None = None, side: str = "in"
+) -> tuple[Callable[[Any, Any, Any], Any], dict[str, dict[str, Any]]]:
+    """One calibration step and its initial state, to jit, shard or compile ahead of time oneself.
+
+    Args and errors are those of `calibrate`.
+
+    Returns:
+      (step, states): step(states, params, tuple of inputs) -> states, jitted; states are {tap id: {reducer: state}}.
+    """
     chosen = _choose(structure, taps, side)
     names = list(reducers)
 
@@ -183,15 +204,7 @@ def calibrate(
         ev.run(structure.jaxpr.jaxpr, structure.jaxpr.consts, structure.select_used(leaves, flat), ())
         return ev.states
 
-    states = {t.id: start(t) for t in chosen}
-    seen = 0
-    for batch in track(batches, "calibrating", disable=not progress):
-        inputs = batch if isinstance(batch, tuple) else (batch,)
-        states = step(states, params, inputs)
-        seen += 1
-    if not seen:
-        raise TraceError("calibration got no batches; pass at least one")
-    return {t: {r: reducers[r].finish(s[r]) for r in names} for t, s in states.items()}
+    return step, {t.id: start(t) for t in chosen}
 
 
 def _choose(structure: Structure, taps: Iterable[str] | None, side: str) -> list[Tap]:
