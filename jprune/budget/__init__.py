@@ -5,5 +5,7 @@ from jprune.budget.allocate import allocate as allocate
 from jprune.budget.allocate import isomorphic as isomorphic
 from jprune.budget.allocate import ranked as ranked
 from jprune.budget.allocate import uniform as uniform
+from jprune.budget.latency import LatencyTable as LatencyTable
+from jprune.budget.latency import measure_latency as measure_latency
 from jprune.budget.schedules import Schedule as Schedule
 from jprune.budget.target import Target as Target

@@ -152,8 +152,8 @@ def keep_sharding(x: Any, path: str, f: Callable[[Any], Any]) -> Any:
             # a CPU array is host memory already: numpy gathers from it without a compilation per shape
             return jax.device_put(f(np.asarray(x)), sharding)
         return f(x)
-    shape = jax.eval_shape(f, x).shape  # pyright: ignore[reportOptionalMemberAccess]
-    sizes = dict(zip(sharding.mesh.axis_names, sharding.mesh.devices.shape, strict=True))
+    shape = jax.eval_shape(f, x).shape
+    sizes = dict(sharding.mesh.shape)
     for axis, names in enumerate(sharding.spec):
         if names is None:
             continue

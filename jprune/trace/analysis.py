@@ -100,8 +100,10 @@ class MacTerm:
     coefficient: int
     factors: tuple[Tag, ...]
     out_tags: tuple[Tag, ...]
+    contracted: tuple[Tag, ...]
     itemsize: int
     where: str
+    eqn: Any
 
 
 def user_line(eqn: Eqn) -> str:
@@ -238,13 +240,29 @@ class Analysis:
             self.eqn,
         )
 
-    def count(self, leaf: str | None, coefficient: int, factors: Sequence[Tag], out_tags: Sequence[Tag]) -> None:
+    def count(
+        self,
+        leaf: str | None,
+        coefficient: int,
+        factors: Sequence[Tag],
+        out_tags: Sequence[Tag],
+        contracted: Sequence[Tag],
+    ) -> None:
         """Record the multiply-accumulates of the current contraction."""
         if self.shadow:
             return
         itemsize = self.eqn.outvars[0].aval.dtype.itemsize
         self.macs[self.path] = MacTerm(
-            self.path, self.eqn.primitive.name, leaf, coefficient, tuple(factors), tuple(out_tags), itemsize, self.where
+            self.path,
+            self.eqn.primitive.name,
+            leaf,
+            coefficient,
+            tuple(factors),
+            tuple(out_tags),
+            tuple(contracted),
+            itemsize,
+            self.where,
+            self.eqn,
         )
 
     @contextlib.contextmanager

@@ -140,7 +140,10 @@ class Contraction:
       coefficient: the sizes nothing can prune.
       factors: layouts whose widths multiply (a stacked layer axis or a loop length is a `Fixed` with a symbol).
       out: layouts of the result's axes, loop lengths included.
+      contracted: layouts of the axes that are summed over.
       itemsize: bytes per entry of the result.
+      path: call path of the equation.
+      eqn: the equation.
     """
 
     name: str
@@ -148,7 +151,10 @@ class Contraction:
     coefficient: int
     factors: tuple[Layout, ...]
     out: tuple[Layout, ...]
+    contracted: tuple[Layout, ...]
     itemsize: int
+    path: Path = dataclasses.field(repr=False, compare=False)
+    eqn: Any = dataclasses.field(repr=False, compare=False)
 
 
 def to_layout(tag: T.Tag, names: Mapping[int, str], symbols: Mapping[int, str]) -> Layout:
@@ -274,8 +280,19 @@ class Structure:
             name = term.leaf or f"{term.primitive} at {term.where}"
             factors = [*loops, *(self.layout(t) for t in term.factors)]
             results = [*loops, *(self.layout(t) for t in term.out_tags)]
+            summed = tuple(self.layout(t) for t in term.contracted)
             out.append(
-                Contraction(name, term.primitive, term.coefficient, tuple(factors), tuple(results), term.itemsize)
+                Contraction(
+                    name,
+                    term.primitive,
+                    term.coefficient,
+                    tuple(factors),
+                    tuple(results),
+                    summed,
+                    term.itemsize,
+                    path,
+                    term.eqn,
+                )
             )
         return out
 

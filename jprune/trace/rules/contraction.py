@@ -41,7 +41,7 @@ def _dot_general(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
         data_features = (rc, lc)[k]
         out_features = range(nb, nb + len(lf)) if k == 0 else range(nb + len(lf), nb + len(lf) + len(rf))
         a.use(vals, k, 1 - k, "out", contracted, data_features, out_features)
-    a.count(leaf, 1, [*tags, *contracted], tags)
+    a.count(leaf, 1, [*tags, *contracted], tags, contracted)
     return [out]
 
 
@@ -89,7 +89,7 @@ def _conv(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     # a transposed convolution multiplies each input pixel once per tap; the zeros stuffed in between are not work
     pixels = math.prod(lhs.shape[i] for i in ls) if dilated else math.prod(aval.shape[i] for i in os)
     leaf = rhs.leaf if lhs.leaf is None else None
-    a.count(leaf, taps * pixels, [tags[ob], rhs.tags[ki], tags[oc]], tags)
+    a.count(leaf, taps * pixels, [tags[ob], rhs.tags[ki], tags[oc]], tags, [rhs.tags[ki]])
     if leaf is not None:
         a.use(vals, 1, 0, "out", [rhs.tags[ki]] if groups == 1 or rhs.shape[ki] > 1 else [], (lc,), (oc,))
     return [a.value(aval, tags, zero)]
