@@ -5,7 +5,8 @@
 
 Every method prunes the same number of channels and gets the same three phases: the baseline W0, one more phase from W0
 (with its penalty, or with none), and fine-tuning of the pruned network. The small configuration also shows the two
-controls: a penalty too weak for the schedule must fail, a random mask must do as well as a chosen one.
+controls: a penalty too weak for the schedule must fail, a random mask must do as well as a chosen one (at the same
+strength, and at the one that `suggest_s` gives for this schedule).
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ import jprune
 from experiments import record
 from jprune.channels import masksparsity as ms
 from jprune.channels.groupnorm import group_sparsity
-from jprune.data import Dataset, load_cifar, load_digits, load_image_folder
+from jprune.data import Dataset, load_cifar, load_digits, load_image_folder, steps_per_epoch
 from jprune.importance import batchnorm_scale, magnitude, random
 from jprune.models import rebuild, resnet
-from jprune.training import TrainConfig, evaluate, train
+from jprune.training import TrainConfig, evaluate, learning_rates, train
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -200,6 +201,11 @@ class Seed:
                 weak = self.penalised("weak", w0, ms.leaf_masks(listed, mask), s.weak)
                 luck = chosen(random(g, jax.random.key(1000 + self.seed)))
                 other = self.penalised("random-mask", w0, ms.leaf_masks(listed, luck), s.strength)
+                gammas = [np.abs(_leaf(w0, p)).max() for paths in listed.values() for p in paths]
+                rates = learning_rates(s.sparse, steps_per_epoch(self.data.train, s.sparse.batch_size))
+                enough = ms.suggest_s(rates, s.sparse.momentum, float(max(gammas)))
+                surely = self.penalised("random-mask-suggested", w0, ms.leaf_masks(listed, luck), enough)
+                rows["control: random mask, suggested s"] = self.pruned("random-mask-suggested", surely, luck, s=enough)
                 rows["control: penalty too weak"] = self.pruned("weak", weak, mask)
                 rows["control: random mask"] = self.pruned("random-mask", other, luck)
             out[at] = rows
@@ -226,7 +232,9 @@ def checks(results: dict[str, Any]) -> dict[str, bool]:
         "masksparsity is 20 points above slimming right after pruning": ours["pruned"] >= slim["pruned"] + 0.2,
         "its kept scales are 10 times those of slimming": ours["mean_kept_gamma"] >= 10 * slim["mean_kept_gamma"],
         "a penalty too weak loses more than 2 points": drop("control: penalty too weak") > 0.02,
-        "a random mask loses at most 2 points": drop("control: random mask") <= 0.02,
+        "a random mask loses at most 2 points at the same strength": drop("control: random mask") <= 0.02,
+        "a random mask loses at most 2 points at the suggested strength": drop("control: random mask, suggested s")
+        <= 0.02,
     }
 
 
@@ -285,7 +293,6 @@ def main(
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
     )
     per_seed = []
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

@@ -3,6 +3,7 @@
 from jprune.graph import Graph as Graph
 from jprune.graph import trace as trace
 from jprune.surgery.plan import Plan as Plan
+from jprune.trace.analysis import Rule as Rule
 from jprune.trace.errors import KeepError as KeepError
 from jprune.trace.errors import NotPrunable as NotPrunable
 from jprune.trace.errors import TraceError as TraceError

@@ -119,7 +119,7 @@ def compile_for(fn: Callable[..., Any], *args: Any, **options: Any) -> Compiled:
         int(memory.argument_size_in_bytes),
         int(memory.output_size_in_bytes),
         int(memory.temp_size_in_bytes),
-        compiled.as_text(),
+        compiled.as_text() or "",
     )
 
 
