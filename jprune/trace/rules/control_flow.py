@@ -187,9 +187,17 @@ def _fixpoint(a: Analysis, carry: list[Val], step: Callable[[list[Val]], list[Va
 
 
 def _scan_parts(eqn: Eqn) -> tuple[int, int]:
-    """(end of the constants, end of the carry) among the operands."""
-    p = eqn.params
-    return p["num_consts"], p["num_consts"] + p["num_carry"]
+    """(end of the constants, end of the carry) among the operands.
+
+    Counted from the ranks, since jax changed how the parameters say it: the stacked operands and results, and only
+    they, have one axis more outside the body than inside.
+    """
+    body = eqn.params["jaxpr"]
+    body = getattr(body, "jaxpr", body)
+    assert len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars)
+    stacked = sum(len(v.aval.shape) != len(w.aval.shape) for v, w in zip(eqn.invars, body.invars, strict=True))
+    carried = sum(len(v.aval.shape) == len(w.aval.shape) for v, w in zip(eqn.outvars, body.outvars, strict=True))
+    return len(eqn.invars) - stacked - carried, len(eqn.invars) - stacked
 
 
 def _scan(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
