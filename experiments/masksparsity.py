@@ -5,8 +5,9 @@
 
 Every method prunes the same number of channels and gets the same three phases: the baseline W0, one more phase from W0
 (with its penalty, or with none), and fine-tuning of the pruned network. The small configuration also shows the two
-controls: a penalty too weak for the schedule must fail, a random mask must do as well as a chosen one (at the same
-strength, and at the one that `suggest_s` gives for this schedule).
+controls: a penalty too weak for the schedule must fail, a random mask must do as well as a chosen one. Random masks are
+the chosen one shuffled inside every layer, and one drawn over the whole network, which leaves some narrow layers with
+next to nothing; that one also at the strength `suggest_s` gives for this schedule.
 """
 
 from __future__ import annotations
@@ -205,9 +206,22 @@ class Seed:
                 rates = learning_rates(s.sparse, steps_per_epoch(self.data.train, s.sparse.batch_size))
                 enough = ms.suggest_s(rates, s.sparse.momentum, float(max(gammas)))
                 surely = self.penalised("random-mask-suggested", w0, ms.leaf_masks(listed, luck), enough)
-                rows["control: random mask, suggested s"] = self.pruned("random-mask-suggested", surely, luck, s=enough)
+                rows["control: network-wide random mask, suggested s"] = self.pruned(
+                    "random-mask-suggested", surely, luck, s=enough
+                )
                 rows["control: penalty too weak"] = self.pruned("weak", weak, mask)
-                rows["control: random mask"] = self.pruned("random-mask", other, luck)
+                shuffled = {gid: np.random.default_rng(self.seed).permutation(k) for gid, k in mask.items()}
+                same = self.penalised("shuffled-mask", w0, ms.leaf_masks(listed, shuffled), s.strength)
+                rows["control: random mask"] = self.pruned("shuffled-mask", same, shuffled)
+                fell = ms.decide_pruning(same, listed, shuffled, s.threshold)
+                rows["control: random mask, by threshold"] = self.pruned(
+                    "shuffled-threshold",
+                    same,
+                    fell.keep,
+                    masked_survivors=fell.masked_survivors,
+                    unmasked_losses=fell.unmasked_losses,
+                )
+                rows["control: network-wide random mask"] = self.pruned("random-mask", other, luck)
             out[at] = rows
         return out
 
@@ -232,9 +246,11 @@ def checks(results: dict[str, Any]) -> dict[str, bool]:
         "masksparsity is 20 points above slimming right after pruning": ours["pruned"] >= slim["pruned"] + 0.2,
         "its kept scales are 10 times those of slimming": ours["mean_kept_gamma"] >= 10 * slim["mean_kept_gamma"],
         "a penalty too weak loses more than 2 points": drop("control: penalty too weak") > 0.02,
-        "a random mask loses at most 2 points at the same strength": drop("control: random mask") <= 0.02,
-        "a random mask loses at most 2 points at the suggested strength": drop("control: random mask, suggested s")
+        "a random mask, pruned by threshold, loses at most 2 points": drop("control: random mask, by threshold")
         <= 0.02,
+        "a random mask, pruned by mask, loses at most 2 points": drop("control: random mask") <= 0.02,
+        "so does one drawn over the whole network": drop("control: network-wide random mask") <= 0.02,
+        "and at the suggested strength": drop("control: network-wide random mask, suggested s") <= 0.02,
     }
 
 
