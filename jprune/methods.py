@@ -1,0 +1,89 @@
+"""Channel pruning methods by name, as the command line offers them: how units are scored, and what training they need."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jprune import importance
+from jprune.data import Dataset
+from jprune.graph import Graph
+from jprune.importance.reduce import Scores
+from jprune.training.forward import as_forward
+from jprune.training.loss import cross_entropy
+
+SAMPLES = 256  # training images that gradient criteria look at
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One name.
+
+    Attributes:
+      about: one line.
+      scores: (graph, model, variables, dataset, seed) -> scores.
+      sparse: "none"; "global": one more training phase with a penalty on all scales before scoring (network
+        slimming); "masked": that, then again from the baseline with the penalty on the unit that will go only.
+    """
+
+    about: str
+    scores: Callable[[Graph, Any, Any, Dataset, int], Scores]
+    sparse: str = "none"
+
+
+def _images(dataset: Dataset, seed: int) -> tuple[jax.Array, jax.Array]:
+    n = min(SAMPLES, len(dataset.train))
+    chosen = np.random.default_rng(seed).choice(len(dataset.train), n, replace=False)
+    batch = dataset.train.read(np.sort(chosen))
+    return jnp.asarray(batch["image"]), jnp.asarray(batch["label"])
+
+
+def _taylor(graph: Graph, model: Any, variables: Any, dataset: Dataset, seed: int) -> Scores:
+    images, labels = _images(dataset, seed)
+    forward = as_forward(model)
+    grads = jax.jit(jax.grad(lambda v: cross_entropy(forward.evaluate(v, images), labels).mean()))(variables)
+    return importance.taylor(graph, variables, grads)
+
+
+def _fisher(graph: Graph, model: Any, variables: Any, dataset: Dataset, seed: int) -> Scores:
+    batch = _images(dataset, seed)
+    forward = as_forward(model)
+
+    def loss(v: Any, sample: Any) -> jax.Array:
+        return cross_entropy(forward.evaluate(v, sample[0][None]), sample[1][None]).mean()
+
+    squares = jax.jit(lambda v, b: importance.mean_squared_gradients(loss, v, b))(variables, batch)
+    return importance.fisher(graph, variables, squares)
+
+
+METHODS: dict[str, Method] = {
+    "magnitude-l2": Method("sum of squared weights of the group (DepGraph)",
+                           lambda g, m, v, d, s: importance.magnitude(g, v, 2)),
+    "magnitude-l1": Method("sum of absolute weights of the group", lambda g, m, v, d, s: importance.magnitude(g, v, 1)),
+    "lamp": Method("squared weights over the sum of those that are not smaller", lambda g, m, v, d, s: importance.lamp(g, v)),
+    "fpgm": Method("distance to the other units (geometric median)", lambda g, m, v, d, s: importance.fpgm(g, v)),
+    "batchnorm": Method("BatchNorm scale of a normally trained network",
+                        lambda g, m, v, d, s: importance.batchnorm_scale(g, v)),
+    "taylor": Method("|weight x gradient|", _taylor),
+    "fisher": Method("weight^2 x mean squared per-sample gradient (diagonal Fisher)", _fisher),
+    "random": Method("uniform random scores, the baseline to beat",
+                     lambda g, m, v, d, s: importance.random(g, jax.random.key(s))),
+    "slimming": Method("BatchNorm scale after training with a penalty on all scales (network slimming)",
+                       lambda g, m, v, d, s: importance.batchnorm_scale(g, v), "global"),
+    "masksparsity": Method("penalty only on the scales of the units that will go (MaskSparsity)",
+                           lambda g, m, v, d, s: importance.batchnorm_scale(g, v), "masked"),
+}  # fmt: skip
+
+
+def method(name: str) -> Method:
+    """The method of that name; ValueError with the nearest names for an unknown one."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=3) or sorted(METHODS)
+        raise ValueError(f"no method {name!r}: did you mean {', '.join(near)}?")
+    return METHODS[name]

@@ -1,0 +1,1 @@
+"""What a pruning run shows: measurements before and after, plots, one page."""
