@@ -27,8 +27,8 @@ def prune(
     schedule: Text[Literal["one_shot", "linear", "cubic"], arg(help="the way there, over --steps")] = "linear",
     multiple_of: Text[int, arg(help="kept widths are multiples of this (8 or 128 suit accelerators)")] = 1,
     min_keep: Text[int, arg(help="units every group keeps")] = 1,
-    epochs: Text[int, arg(help="of the baseline, and of each sparse phase")] = 15,
-    finetune_epochs: Text[int, arg(help="after pruning, over all steps")] = 10,
+    epochs: Text[int, arg(help="of the baseline, and of each sparse phase")] = 20,
+    finetune_epochs: Text[int, arg(help="after pruning, over all steps")] = 15,
     learning_rate: float = 0.05,
     finetune_learning_rate: float = 0.02,
     batch_size: int = 64,
@@ -60,8 +60,8 @@ def prune(
         summary = run()
     except KeyboardInterrupt:
         command = " ".join(a for a in sys.argv[1:] if a != "--resume")
-        Console(stderr=True).print(f"interrupted; go on with: jprune {command} --resume", highlight=False)
-        return 130
+        print(f"interrupted; go on with: jprune {command} --resume", file=sys.stderr, flush=True)
+        os._exit(130)  # compilers and writers in the background do not survive the interpreter's orderly end
     if not quiet:
         from jprune.report.measure import Measured
 

@@ -74,8 +74,8 @@ class Options:
     schedule: str = "linear"
     multiple_of: int = 1
     min_keep: int = 1
-    epochs: int = 15
-    finetune_epochs: int = 10
+    epochs: int = 20
+    finetune_epochs: int = 15
     learning_rate: float = 0.05
     finetune_learning_rate: float = 0.02
     batch_size: int = 64

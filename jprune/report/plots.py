@@ -83,7 +83,7 @@ def timeline(path: Path, phases: Sequence[tuple[str, Sequence[Mapping[str, Any]]
         tested = [(x, e["test_accuracy"]) for x, e in zip(at, epochs, strict=True) if "test_accuracy" in e]
         right.plot([x for x, _ in tested], [y for _, y in tested], "o-", ms=3, color=KEPT,
                    label="test accuracy" if i == 0 else None)  # fmt: skip
-        left.annotate(name, (start + 0.6, 0.98), xycoords=("data", "axes fraction"), fontsize=8, va="top")
+        left.annotate(name, (start + 0.6, 0.5), xycoords=("data", "axes fraction"), fontsize=8, va="center")
         start += len(epochs)
     left.set_xlabel("epoch")
     left.set_ylabel("training loss")

@@ -1,0 +1,210 @@
+"""The main job: what it writes is true, it survives a kill, and what users get wrong is one line."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jprune
+from jprune import checkpoint
+from jprune.data import load_digits
+from jprune.methods import METHODS
+from jprune.models import build
+from jprune.pipeline import Options, Run, load_plan, load_pruned
+from jprune.training import evaluate
+
+OPTIONS = Options(model="resnet_digits", epochs=2, finetune_epochs=1)
+ARGUMENTS = ["prune", "--model", "resnet_digits", "--epochs", "2", "--finetune-epochs", "1"]
+
+
+def command(*arguments, **more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "jprune.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)  # fmt: skip
+
+
+def finished(*arguments):
+    process = command(*arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, Run(OPTIONS, out, quiet=True)()
+
+
+def test_the_folder_holds_everything(run):
+    out, summary = run
+    names = {"checkpoint", "plan.json", "metrics.jsonl", "summary.json", "report.html", "options.json", "phases",
+             "widths.png", "curve.png", "importance.png", "timeline.png"}  # fmt: skip
+    assert {p.name for p in out.iterdir()} == names
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    for png in out.glob("*.png"):
+        assert png.read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert f"{summary['after']['params']:,}" in page and "resnet_digits" in page
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["phase"] for r in lines if r["kind"] == "epoch"] == ["baseline"] * 2 + ["fine-tune"]
+    assert sum(r["kind"] == "step" for r in lines) == 3 * 18
+
+
+def test_the_numbers_are_those_of_the_files(run):
+    out, summary = run
+    module, small, metadata = load_pruned(out)
+    data = load_digits(0)
+    before, after = summary["before"], summary["after"]
+    assert evaluate(module, small, data).accuracy == after["accuracy"]
+    params = jax.tree.leaves(small["params"])
+    assert after["params"] == sum(x.size for x in params)
+    assert after["param_bytes"] == sum(x.nbytes for x in jax.tree.leaves(small))
+    x = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
+    graph = jprune.trace(module.apply, small, x)
+    assert after["macs"] == graph.cost().macs // 2 <= before["macs"] / 2
+    assert summary["achieved_fraction"] == pytest.approx(after["macs"] / before["macs"])
+    assert after["latency_ms"] > 0 and after["peak_bytes"] < before["peak_bytes"]
+    assert metadata["options"] == dataclasses.asdict(OPTIONS)
+    dense = build("resnet_digits", 10)
+    shapes = jax.eval_shape(dense.init, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    planned = load_plan(out).apply(zeros)
+    assert jax.tree.map(np.shape, planned) == jax.tree.map(np.shape, small)
+    assert summary["curve"]["macs_fraction"][0] == 1.0 and len(summary["curve"]["accuracy"]) > 5
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(run, tmp_path):
+    whole, _ = run
+    out = tmp_path / "killed"
+    process = command(*ARGUMENTS, "--out", out, "--quiet")
+    file = out / "phases" / "fine-tune" / "metrics.jsonl"
+    while process.poll() is None and not (file.exists() and file.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()[1]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "checkpoint").exists() and not (out / "summary.json").exists()
+    code, _, err = finished(*ARGUMENTS, "--out", out, "--quiet")
+    assert code == 2 and "--resume" in err
+    code, _, err = finished(*ARGUMENTS, "--out", out, "--quiet", "--resume", "--seed", "1")
+    assert code == 2 and "seed = 0, now it is 1" in err.replace("\n", " ")
+    code, _, err = finished(*ARGUMENTS, "--out", out, "--quiet", "--resume")
+    assert code == 0, err
+    for a, b in zip(*(jax.tree.leaves(checkpoint.load(f / "checkpoint")[0]) for f in (whole, out)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    process = command("prune", "--model", "resnet_digits", "--out", tmp_path / "o", "--quiet")
+    while process.poll() is None and not (tmp_path / "o" / "phases" / "baseline" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().endswith("--resume") and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "resnet21"}, "resnet20"),
+        ({"method": "magnitud"}, "magnitude-l"),
+        ({"data": "mnist"}, "digits"),
+        ({"target": 1.5}, "between 0 and 1"),
+        ({"quantity": "joules"}, "macs, params or bytes"),
+        ({"data": "cifar10"}, "data_dir"),
+        ({"steps": 0}, "at least 1"),
+        ({"epochs": 0}, "epochs"),
+    ],
+)
+def test_wrong_options_are_named_before_anything_is_trained(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        Run(Options(**{**dataclasses.asdict(OPTIONS), **options}), tmp_path / "o", quiet=True)()
+
+
+def test_an_unreachable_target_says_what_is_reachable(tmp_path):
+    with pytest.raises(ValueError, match=r"choose a fraction in \["):
+        Run(dataclasses.replace(OPTIONS, target=0.0001, epochs=1), tmp_path / "o", quiet=True)()
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="not a pruning run"):
+        Run(OPTIONS, tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint folder"):
+        load_pruned(tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_errors_are_one_line_on_the_command_line(tmp_path):
+    code, out, err = finished("prune", "--model", "resnet21", "--out", tmp_path / "o")
+    assert code == 2 and not out
+    assert err.startswith("error: no model 'resnet21'") and err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_list_and_explain():
+    code, out, _ = finished("list")
+    assert code == 0
+    assert all(name in out for name in (*METHODS, "resnet20", "cifar100", "isomorphic", "cubic"))
+    code, out, _ = finished("explain", "resnet20")
+    assert code == 0
+    assert "12 groups with 448 prunable units" in out and "40,813,184" in out.replace("81,626,368", "40,813,184")
+    code, out, _ = finished("explain", "resnet20", "--path", "params/head/kernel", "--axis", "1")
+    assert code == 0 and "MODEL_OUTPUT" in out
+    code, _, err = finished("explain", "resnet20", "--path", "params/haed/kernel")
+    assert code == 2 and "params/head/kernel" in err
+
+
+@pytest.mark.parametrize("subcommand", [[], ["prune"], ["explain"], ["list"]])
+def test_help_teaches(subcommand):
+    code, out, _ = finished(*subcommand, "--help")
+    assert code == 0 and "usage: jprune" in out
+    if subcommand == ["prune"]:
+        assert "--finetune-epochs" in out and "fraction to KEEP" in out
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_scores_every_group_of_a_network_with_batchnorm(name):
+    model = build("resnet_digits")
+    data = load_digits()
+    variables = model.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
+    graph = jprune.trace(model.apply, variables, jnp.zeros((2, 8, 8, 1)))
+    scores = METHODS[name].scores(graph, model, variables, data, 0)
+    assert scores.keys() == graph.groups.keys()
+    for g, s in scores.items():
+        assert s.shape == (graph.groups[g].size,) and np.isfinite(s).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["masksparsity", "slimming", "taylor"])
+def test_methods_and_steps_end_to_end(method, tmp_path):
+    more = {"steps": 2, "schedule": "cubic"} if method == "taylor" else {}
+    options = Options(model="resnet_digits", method=method, epochs=6, finetune_epochs=4, **more)
+    summary = Run(options, tmp_path / "o", quiet=True)()
+    assert summary["after"]["macs"] <= summary["before"]["macs"] / 2
+    assert summary["after"]["accuracy"] > 0.9
+    module, small, _ = load_pruned(tmp_path / "o")
+    assert evaluate(module, small, load_digits()).accuracy == summary["after"]["accuracy"]
+
+
+@pytest.mark.slow
+def test_the_default_run_keeps_its_promises(tmp_path):
+    out = tmp_path / "default"
+    start = time.monotonic()
+    code, _, err = finished("prune", "--out", out)
+    assert code == 0, err
+    assert time.monotonic() - start < 300  # seconds; it takes about one minute on two cores
+    summary = json.loads((out / "summary.json").read_text())
+    assert 0.48 < summary["after"]["macs"] / summary["before"]["macs"] <= 0.5
+    assert summary["after"]["accuracy"] > summary["before"]["accuracy"] - 0.02
