@@ -124,10 +124,10 @@ class Run:
     def __init__(self, options: Options, out: Path, resume: bool = False, quiet: bool = False):
         self.o, self.out, self.quiet = options, out, quiet
         self.method: Method = method(options.method)
-        self._claim(resume)
-        self.resume = resume
         self.data = load_data(options)
         self.model = build(options.model, self.data.num_classes)
+        options.recipe(options.epochs, options.learning_rate)  # says what is wrong with it before a folder is made
+        self._claim(resume)
         self.phases: list[tuple[str, list[dict[str, Any]]]] = []
         self.seconds: dict[str, float] = {}
 
