@@ -185,11 +185,11 @@ class Run:
             scores = self._scores(graph, self.model, dense)
             return dense, scores, self._allocate(graph, scores, first).keep
         listed = ms.listed_scales(graph)
-        strength = o.strength or ms.suggest_s(
-            learning_rates(recipe, steps_per_epoch(self.data.train, o.batch_size)), recipe.momentum
-        )
+        rates = learning_rates(recipe, steps_per_epoch(self.data.train, o.batch_size))
+        # on all scales at once a penalty that takes them surely to zero would take the network with them
+        gentle, strength = (o.strength or ms.suggest_s(rates, recipe.momentum, safety=k) for k in (1.0, 3.0))
         slim = self._fit("global penalty", recipe, self.model, dense,
-                         ms.masked_penalty(ms.all_masked(graph, listed), strength), progress)  # fmt: skip
+                         ms.masked_penalty(ms.all_masked(graph, listed), gentle), progress)  # fmt: skip
         scores = self._scores(graph, self.model, slim)
         keep = self._allocate(graph, scores, first).keep
         if self.method.sparse == "global":
