@@ -13,6 +13,7 @@ from typing import Any
 from flax import linen as nn
 
 from jprune.models import densenet, mobilenet, resnet, shufflenet, unet, vgg, vit
+from jprune.models.shapes import check_tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +117,24 @@ _READERS: dict[type, Callable[[Any, Any], Any]] = {
 def rebuild(module: nn.Module, variables: Any) -> nn.Module:
     """The zoo module whose widths are those of a (compacted) tree of variables of `module`.
 
+    The result applied to the tree is `graph.replay(keep)`, without the graph; it re-initialises to the same shapes.
+
+    Args:
+      module: the module that was traced.
+      variables: arrays or `ShapeDtypeStruct`s: all collections, or the parameters alone.
+
     Raises:
-      ValueError: not a model of the zoo, another model's tree, or widths its config cannot express.
+      ValueError: not a model of the zoo, another model's tree, or widths its config cannot express (the channels of
+        zero-padded shortcuts, those before a GroupNorm).
     """
     reader = _READERS.get(type(module))
     if reader is None:
         raise ValueError(
             f"{type(module).__name__} is not a model of the zoo: run its pruned tree with graph.replay(keep)"
         )
-    return module.clone(config=reader(variables, module.config))
+    rebuilt = module.clone(config=reader(variables, module.config))
+    check_tree(rebuilt, variables)
+    return rebuilt
 
 
 __all__ = ["MODELS", "Entry", "build", "rebuild"]

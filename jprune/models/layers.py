@@ -44,7 +44,15 @@ def global_average(x: jax.Array) -> jax.Array:
 
 def kernel_width(params: Any, *path: str) -> int:
     """Output width of the convolution or dense layer at this path of a params tree."""
-    return int(find(params, *path, "kernel").shape[-1])
+    return int(shape_of(params, *path, "kernel")[-1])
+
+
+def shape_of(params: Any, *path: str) -> tuple[int, ...]:
+    """Shape of a leaf of a params tree; raises ValueError if there is none."""
+    leaf = find(params, *path)
+    if not hasattr(leaf, "shape"):
+        raise ValueError(f"{'/'.join(path)!r} is a {type(leaf).__name__}, not an array; the tree is another model's")
+    return tuple(leaf.shape)
 
 
 def find(params: Any, *path: str) -> Any:
@@ -64,5 +72,7 @@ def find(params: Any, *path: str) -> Any:
 
 
 def params_of(variables: Any) -> Any:
-    """The "params" collection of a variables tree, or the tree itself."""
+    """The "params" collection of a variables tree, or the tree itself; raises ValueError if it is no dict."""
+    if not hasattr(variables, "keys"):
+        raise ValueError(f"the variables are a {type(variables).__name__}; give the dict that init returned")
     return variables.get("params", variables)

@@ -175,7 +175,7 @@ def config_from_params(variables: Any, base: ResNetConfig) -> ResNetConfig:
             name = f"stage{i + 1}_block{j + 1}"
             widths = [layers.kernel_width(p, name, f"conv{k + 1}") for k in range(len(block.inner) + 1)]
             if block.shortcut == "pad":
-                stream = layers.find(p, name, "conv1", "kernel").shape[2]
+                stream = layers.shape_of(p, name, "conv1", "kernel")[2]
                 if stream + sum(block.pad) != widths[-1]:
                     raise ValueError(
                         f"{name} pads {stream} channels to {widths[-1]}, but how many go before and after "

@@ -121,7 +121,7 @@ def config_from_params(variables: Any, base: ShuffleNetConfig) -> ShuffleNetConf
             name = f"stage{i + 1}_unit{j + 1}"
             inner, out = layers.kernel_width(p, name, "conv1"), layers.kernel_width(p, name, "conv2")
             left = layers.kernel_width(p, name, "left_conv") if unit.stride > 1 else 0
-            passed = stream - layers.find(p, name, "conv1", "kernel").shape[2] if unit.stride == 1 else 0
+            passed = stream - layers.shape_of(p, name, "conv1", "kernel")[2] if unit.stride == 1 else 0
             stream = out + (left if unit.stride > 1 else passed)
             units.append(Unit(passed, inner, out, unit.stride, left))
         stages.append(tuple(units))

@@ -91,7 +91,7 @@ def config_from_params(variables: Any, base: UNetConfig) -> UNetConfig:
     """The config whose widths are those of a (pruned) tree.
 
     Raises:
-      ValueError: another model's tree, or widths that GroupNorm's groups no longer divide.
+      ValueError: another model's tree, or one that lost channels before a GroupNorm (which only replay can run).
     """
     p = layers.params_of(variables)
     down = tuple(
@@ -107,16 +107,13 @@ def config_from_params(variables: Any, base: UNetConfig) -> UNetConfig:
         for i in range(len(base.up))
     )
     if base.norm == "group":
-        full = {
-            w: f
-            for new, old in ((down, base.down), (tuple(u[1:] for u in up), tuple(u[1:] for u in base.up)))
-            for a, b in zip(new, old, strict=True)
-            for w, f in zip(a, b, strict=True)
-        }
-        for w, f in full.items():
-            if w % base.norm_groups or (w != f and w // base.norm_groups == f // base.norm_groups):
-                raise ValueError(
-                    f"a GroupNorm over {base.norm_groups} groups was pruned from width {f} to {w}: whole groups "
-                    "may have gone, which this config cannot say; use graph.replay"
-                )
+        for way, new, old in (("down", down, base.down), ("up", [u[1:] for u in up], [u[1:] for u in base.up])):
+            for i, (widths, before) in enumerate(zip(new, old, strict=True)):
+                for k, (w, full) in enumerate(zip(widths, before, strict=True)):
+                    if w != full:
+                        raise ValueError(
+                            f"the GroupNorm {way}{i + 1}_norm{k + 1} was pruned from {full} channels to {w}: whether "
+                            "whole norm groups went, or channels of each, no array shows, and the statistics keep "
+                            "their old divisor; use graph.replay(keep), or build with norm='batch'"
+                        )
     return dataclasses.replace(base, down=down, up=up, out=layers.kernel_width(p, "head"))

@@ -21,7 +21,7 @@ class VGGConfig:
       hidden: widths of the hidden dense layers of the head.
       num_classes: outputs.
       bias: whether convolutions have biases.
-      pool_to: spatial size of the last feature map, averaged to if larger (7 for ImageNet, 1 for CIFAR).
+      pool_to: 1 averages the last feature map; otherwise its side, flattened into the head (7 for ImageNet).
       pools: which blocks (from 1) end in pooling (small images allow fewer).
     """
 

@@ -1,9 +1,10 @@
 """Vision transformers in timm's layout (Dosovitskiy et al. 2021), every width free, per block.
 
 The fused query-key-value kernel is kept as (stream, 3, heads, head size): heads are an axis of their own, so that a
-pruned tree shows how many there are. Query/key and value head sizes may differ after pruning; then the kernel is
-three leaves ("query", "key", "value") instead of one. LayerNorm takes the variance in one pass (flax's default), so
-that pruning the stream is exact in replay; `norm_width` remembers the divisor the statistics were trained with.
+pruned tree shows how many there are. One kernel has one head size: to prune the sizes of query/key and of value heads
+separately, `unfuse` the model before tracing it; then they are three leaves ("query", "key", "value") that may differ.
+LayerNorm takes the variance in one pass (flax's default), so that pruning the stream is exact in replay; `norm_width`
+remembers the divisor the statistics were trained with.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from jprune.models import layers
 
 @dataclasses.dataclass(frozen=True)
 class ViTBlock:
-    """Widths of one block: heads, size of a query/key head, size of a value head, hidden width of the MLP."""
+    """Widths of one block: heads, size of a query/key head, size of a value head, hidden width of the MLP.
+
+    `scale_head` is the head size the attention scale 1/sqrt was trained with, where it is not `head`.
+    """
 
     heads: int
     head: int
     value_head: int
     mlp: int
+    scale_head: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,6 @@ class ViTConfig:
       num_classes: outputs.
       pool: "token" (class token) or "mean" (average over patches, then the final norm).
       fused: whether query, key and value share one kernel (needs head == value_head).
-      scale_head: head size the attention scale 1/sqrt was trained with.
       norm_width: divisor of LayerNorm's means; the width of the stream before pruning.
     """
 
@@ -49,7 +53,6 @@ class ViTConfig:
     num_classes: int
     pool: str = "token"
     fused: bool = True
-    scale_head: int | None = None
     norm_width: int | None = None
 
 
@@ -77,12 +80,15 @@ class Attention(nn.Module):
 
     config: ViTBlock
     fused: bool
-    scale_head: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (batch, tokens, channels)."""
         c = self.config
+        if self.fused and c.head != c.value_head:
+            raise ValueError(
+                f"query heads of {c.head} and value heads of {c.value_head} do not fit one kernel: use fused=False"
+            )
         if self.fused:
             q, k, v = jnp.moveaxis(nn.DenseGeneral((3, c.heads, c.head), name="qkv")(x), -3, 0)
         else:
@@ -90,7 +96,7 @@ class Attention(nn.Module):
                 nn.DenseGeneral((c.heads, n), name=name)(x)
                 for name, n in (("query", c.head), ("key", c.head), ("value", c.value_head))
             )
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale_head**-0.5
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (c.scale_head or c.head) ** -0.5
         weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(x.dtype)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
         return nn.DenseGeneral(x.shape[-1], axis=(-2, -1), name="proj")(y)
@@ -114,7 +120,7 @@ class ViT(nn.Module):
         for i, block in enumerate(c.blocks):
             name = f"block{i + 1}"
             y = OnePassLayerNorm(c.norm_width, name=f"{name}_norm1")(x)
-            x = x + Attention(block, c.fused, c.scale_head or block.head, name=f"{name}_attn")(y)
+            x = x + Attention(block, c.fused, name=f"{name}_attn")(y)
             y = nn.Dense(block.mlp, name=f"{name}_fc1")(OnePassLayerNorm(c.norm_width, name=f"{name}_norm2")(x))
             x = x + nn.Dense(c.stream, name=f"{name}_fc2")(nn.gelu(y, approximate=False))
         if c.pool == "mean":
@@ -149,6 +155,27 @@ def vit_base(num_classes: int = 1000, pool: str = "token") -> ViT:
     return vit(768, 12, 12, 16, num_classes, pool=pool)
 
 
+def unfuse(module: ViT, variables: Any) -> tuple[ViT, Any]:
+    """The same function with separate query, key and value kernels, whose head sizes can then be pruned separately.
+
+    Raises:
+      ValueError: another model's tree.
+    """
+    if not module.config.fused:
+        return module, variables
+    params = dict(layers.params_of(variables))
+    for i in range(len(module.config.blocks)):
+        attention = dict(layers.find(params, f"block{i + 1}_attn"))
+        for leaf in ("kernel", "bias"):
+            layers.shape_of(attention, "qkv", leaf)
+        qkv = attention.pop("qkv")
+        for k, name in enumerate(("query", "key", "value")):
+            attention[name] = {"kernel": qkv["kernel"][:, k], "bias": qkv["bias"][k]}
+        params[f"block{i + 1}_attn"] = attention
+    split = {**variables, "params": params} if "params" in variables else params
+    return module.clone(config=dataclasses.replace(module.config, fused=False)), split
+
+
 def config_from_params(variables: Any, base: ViTConfig) -> ViTConfig:
     """The config whose widths are those of a (pruned) tree.
 
@@ -159,20 +186,20 @@ def config_from_params(variables: Any, base: ViTConfig) -> ViTConfig:
     """
     p = layers.params_of(variables)
     blocks = []
-    for i in range(len(base.blocks)):
+    for i, b in enumerate(base.blocks):
         attention = layers.find(p, f"block{i + 1}_attn")
         if base.fused:
-            heads, head = layers.find(attention, "qkv", "kernel").shape[-2:]
+            heads, head = layers.shape_of(attention, "qkv", "kernel")[-2:]
             value = head
         else:
-            heads, head = layers.find(attention, "query", "kernel").shape[-2:]
-            value = layers.find(attention, "value", "kernel").shape[-1]
-        blocks.append(ViTBlock(int(heads), int(head), int(value), layers.kernel_width(p, f"block{i + 1}_fc1")))
+            heads, head = layers.shape_of(attention, "query", "kernel")[-2:]
+            value = layers.shape_of(attention, "value", "kernel")[-1]
+        mlp = layers.kernel_width(p, f"block{i + 1}_fc1")
+        blocks.append(ViTBlock(int(heads), int(head), int(value), mlp, b.scale_head or b.head))
     return dataclasses.replace(
         base,
         stream=layers.kernel_width(p, "patch_embed"),
         blocks=tuple(blocks),
         num_classes=layers.kernel_width(p, "head"),
-        scale_head=base.scale_head or base.blocks[0].head,
         norm_width=base.norm_width or base.stream,
     )
