@@ -2,6 +2,7 @@
 
     python -m experiments.masksparsity                       # digits, three seeds, a quarter of an hour
     python -m experiments.masksparsity --config resnet110-cifar10 --data-dir DIR
+    python -m experiments.masksparsity --redraw              # only the figure and the table, from the results file
 
 Every method prunes the same number of channels and gets the same three phases: the baseline W0, one more phase from W0
 (with its penalty, or with none), and fine-tuning of the pruned network. The small configuration also shows the two
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -36,6 +38,7 @@ from jprune.models import rebuild, resnet
 from jprune.training import TrainConfig, evaluate, learning_rates, train
 
 RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +291,34 @@ def table(results: dict[str, Any]) -> Table:
     return out
 
 
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Accuracy right after pruning and after fine-tuning, a panel per ratio, bars for the deviation over seeds."""
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    for ax, (ratio, rows) in zip(figure.subplots(1, len(results), sharex=True, squeeze=False)[0], results.items()):
+        names = list(rows)[::-1]
+        at = np.arange(len(names))
+        for key, label, color, shift in (("pruned", "right after pruning", "#2a6f97", 0.2),
+                                         ("finetuned", "after fine-tuning", "#b8c4d0", -0.2)):  # fmt: skip
+            ax.barh(at + shift, [rows[m][key]["mean"] for m in names], 0.38, color=color, label=label,
+                    xerr=[rows[m][key]["std"] for m in names], error_kw={"lw": 0.8})  # fmt: skip
+        ax.set_yticks(at, names, fontsize=7)
+        ax.set_xlim(0, 1.05)
+        ax.set_xlabel("test accuracy")
+        ax.set_title(f"{float(ratio):.0%} of the listed channels pruned", fontsize=10)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def report(console: Console, results: dict[str, Any], verdict: dict[str, bool], picture: Path) -> None:
+    """Table, verdict and figure."""
+    Console(width=130 if not console.is_terminal else None).print(table(results))
+    for what, holds in verdict.items():
+        console.print(f"[{'green' if holds else 'red'}]{'yes' if holds else 'NO '}[/] {what}")
+    draw(results, picture)
+    console.print(f"drawn to {picture}")
+
+
 def main(
     config: Literal["small", "resnet56-cifar10", "resnet110-cifar10", "resnet50-imagenet"] = "small",
     seeds: tuple[int, ...] = (0, 1, 2),
@@ -295,6 +326,7 @@ def main(
     out: Path | None = None,
     work: Annotated[Path | None, tyro.conf.arg(help="keep every phase's checkpoints here, and go on from them")] = None,
     epochs: Annotated[int | None, tyro.conf.arg(help="shorten every phase to this many epochs")] = None,
+    redraw: Annotated[bool, tyro.conf.arg(help="no training: figure and table from the results file")] = False,
 ) -> None:
     """MaskSparsity against network slimming, magnitude, DepGraph's group norm and random, at equal training budgets."""
     setting = SETTINGS[config]
@@ -303,7 +335,12 @@ def main(
                  for k in ("baseline", "sparse", "finetune")}  # fmt: skip
         setting = dataclasses.replace(setting, **short)
     out = out or RESULTS / f"masksparsity-{config}.json"
+    picture = (FIGURES if out.parent == RESULTS else out.parent) / f"masksparsity-{config}.png"
     console = Console()
+    if redraw:
+        stored = json.loads(out.read_text())
+        report(console, stored["results"], stored["checks"], picture)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -326,9 +363,7 @@ def main(
         "results": results,
         "seeds": dict(zip(map(str, seeds), per_seed, strict=True)),
     })  # fmt: skip
-    Console(width=130 if not console.is_terminal else None).print(table(results))
-    for what, holds in verdict.items():
-        console.print(f"[{'green' if holds else 'red'}]{'yes' if holds else 'NO '}[/] {what}")
+    report(console, results, verdict, picture)
     console.print(f"written to {out}")
 
 
