@@ -116,6 +116,7 @@ GROUPS = {  # name: (module, image, groups, units)
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups_are_those_found_by_hand(name):
     module, image, groups, units = GROUPS[name]
@@ -133,7 +134,7 @@ PRIMITIVES = {  # a release of jax that renames one has to fail here, and not fr
     "add", "broadcast_in_dim", "concatenate", "conv_general_dilated", "convert_element_type", "copy",
     "custom_jvp_call", "div", "dot_general", "erfc", "exp", "jit", "max", "min", "mul", "neg", "pad", "reduce_max",
     "reduce_sum", "reduce_window_max", "reduce_window_sum", "reshape", "rsqrt", "slice", "squeeze", "stop_gradient",
-    "sub", "transpose",
+    "sub", "transpose", "unstack",
 }  # fmt: skip
 
 
