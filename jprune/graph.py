@@ -62,7 +62,9 @@ class Graph(Structure):
             `inputs` (arrays) and raises on a mismatch; None trusts.
 
         Raises:
-          KeepError, NotPrunable, ValueError.
+          KeepError: the keep set does not fit the graph, or the leaves are not those that were traced.
+          NotPrunable: it cuts what is frozen or, without `allow_inexact`, inexact.
+          ValueError: the verification failed, or a mesh axis does not divide a new size.
         """
         decision = decide(self, keep, allow_inexact, allow_empty)
         small = _compact.compact(decision, params, stacked)
