@@ -127,6 +127,7 @@ class Run:
         self.data = load_data(options)
         self.model = build(options.model, self.data.num_classes)
         options.recipe(options.epochs, options.learning_rate)  # says what is wrong with it before a folder is made
+        self._check_reachable()
         self._claim(resume)
         self.phases: list[tuple[str, list[dict[str, Any]]]] = []
         self.seconds: dict[str, float] = {}
@@ -174,6 +175,14 @@ class Run:
                 self._check(graph, keep, module, small)
                 before, after = self._measure(graph, dense, keep, module, small)
         return self._write(graph, keep, scores, small, module, before, after, (fractions, accuracy))
+
+    def _check_reachable(self) -> None:
+        """Refuse a target that no keep set of the groups this method scores can meet, before anything is trained."""
+        x = jax.ShapeDtypeStruct((2, *self.data.image_shape), jnp.float32)
+        variables = jax.eval_shape(self.model.init, jax.random.key(0), x)
+        graph = trace(self.model.apply, variables, x)
+        scored = jax.eval_shape(lambda v: self.method.scores(graph, self.model, v, self.data, self.o.seed), variables)
+        self._allocate(graph, {g: np.zeros(s.shape) for g, s in scored.items() if graph.groups[g].exact}, self.o.target)
 
     # -- phases ---------------------------------------------------------------------------------------------------
 

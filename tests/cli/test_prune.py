@@ -134,7 +134,8 @@ def test_wrong_options_are_named_before_anything_is_trained(tmp_path, options, m
 
 def test_an_unreachable_target_says_what_is_reachable(tmp_path):
     with pytest.raises(ValueError, match=r"choose a fraction in \["):
-        Run(dataclasses.replace(OPTIONS, target=0.0001, epochs=1), tmp_path / "o", quiet=True)()
+        Run(dataclasses.replace(OPTIONS, target=0.0001, epochs=1), tmp_path / "o", quiet=True)
+    assert not (tmp_path / "o").exists()  # said before anything is trained or written
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path):
