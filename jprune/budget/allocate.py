@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -150,9 +151,10 @@ def allocate(
     counts(1.0)
     least = price()
     if least > limit:
+        reachable = math.ceil(1e4 * least / dense) / 1e4  # rounded up, so that the number given can be met
         raise ValueError(
             f"the target {target} is {limit:,.6g}, but {least:,.6g} is the least these groups, limits and "
-            f"multiples can reach; choose a fraction in [{least / dense:.4f}, 1]"
+            f"multiples can reach; choose a fraction in [{reachable:.4f}, 1]"
         )
     lo, hi = 0, len(breaks) - 1
     while lo < hi:
@@ -163,7 +165,7 @@ def allocate(
         else:
             lo = mid + 1
     counts(breaks[lo])
-    achieved, next_unit = _give_back(queues, price, limit)
+    achieved, next_unit = _give_back(list(classes.values()), price, limit)
     keep = {g: np.ones(graph.groups[g].shape, bool) for g in checked}
     for q in queues:
         q.write(keep[q.group.id])
@@ -247,15 +249,24 @@ def _widths(graph: Structure, queues: Sequence[_Queue]) -> dict[str, Any]:
     return out
 
 
-def _give_back(queues: Sequence[_Queue], price: Callable[[], float], limit: float) -> tuple[float, float | None]:
-    """Return units to the queues, most important first, while any fits; (cost, cheapest unit that does not fit)."""
+def _give_back(classes: Sequence[list[_Queue]], price: Callable[[], float], limit: float) -> tuple[float, float | None]:
+    """Return units while any fits; (cost, cheapest unit that does not fit).
+
+    The class that lost the largest fraction comes first, so that classes stay even and never see each other's scores;
+    inside it, the most important unit.
+    """
     achieved = price()
-    waiting = [q for q in queues if q.kept() < q.group.size]
+    queues = [q for qs in classes for q in qs]
+    waiting = [(c, q) for c, qs in enumerate(classes) for q in qs if q.kept() < q.group.size]
     cheapest: float | None = None
+
+    def lost(q: _Queue) -> int:  # rounding to multiples keeps some of what the queue removed
+        return q.group.size - q.kept()
+
     while waiting:
-        # the most important unit that was removed comes back first
-        waiting.sort(key=lambda q: q.values[min(q.removed, len(q.values)) - 1])
-        q = waiting.pop()
+        fraction = [sum(map(lost, qs)) / max(sum(q.most for q in qs), 1) for qs in classes]
+        waiting.sort(key=lambda cq: (fraction[cq[0]], -cq[0], cq[1].values[lost(cq[1]) - 1]))
+        c, q = waiting.pop()
         before, now = q.removed, q.kept()
         while q.kept() == now:
             q.removed -= 1
@@ -263,7 +274,7 @@ def _give_back(queues: Sequence[_Queue], price: Callable[[], float], limit: floa
         if cost <= limit:
             achieved = cost
             if q.kept() < q.group.size:
-                waiting.append(q)
+                waiting.append((c, q))
         else:
             q.removed = before
             # the cost of a unit only grows while others come back, so this queue need not be tried again

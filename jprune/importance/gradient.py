@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jprune.importance.reduce import WEIGHTS, Scores, group_scores, leaf_values, per_unit
+from jprune.importance.reduce import WEIGHTS, Scores, group_scores, leaf_values, per_unit, traced_leaf
 from jprune.trace.structure import Structure
 
 
@@ -30,7 +30,7 @@ def taylor(
     g = leaf_values(grads)
 
     def local(m: Any, w: Any) -> Any:
-        product = w.astype(jnp.float32) * _gradient(g, m.path).astype(jnp.float32)
+        product = w.astype(jnp.float32) * traced_leaf(graph, g, m.path, "gradients").astype(jnp.float32)
         return jnp.abs(per_unit(m, product)) if signed_sum else per_unit(m, jnp.abs(product))
 
     return group_scores(graph, leaf_values(params), local, reduce=reduce, normalise=normalise, roles=roles)
@@ -53,15 +53,9 @@ def fisher(
     g = leaf_values(squared_grads)
 
     def local(m: Any, w: Any) -> Any:
-        return per_unit(m, w.astype(jnp.float32) ** 2 * _gradient(g, m.path).astype(jnp.float32))
+        return per_unit(m, w.astype(jnp.float32) ** 2 * traced_leaf(graph, g, m.path, "gradients").astype(jnp.float32))
 
     return group_scores(graph, leaf_values(params), local, reduce=reduce, normalise=normalise, roles=roles)
-
-
-def _gradient(grads: dict[str, Any], path: str) -> Any:
-    if path not in grads:
-        raise ValueError(f"the gradients lack leaf {path!r}; differentiate with respect to the traced tree")
-    return grads[path]
 
 
 def mean_squared_gradients(loss: Callable[..., Any], params: Any, batch: Any) -> Any:

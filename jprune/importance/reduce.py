@@ -20,6 +20,7 @@ from jprune.trace.structure import Group, Member, Structure
 
 Scores: TypeAlias = dict[str, Array]
 WEIGHTS = ("out", "in", "lookup", "scale")  # biases and shifts say little about a channel; pass roles= to count them
+ROLES = (*WEIGHTS, "shift", "other")
 REDUCTIONS = ("mean", "sum", "max", "prod", "first")
 NORMALISERS = ("none", "mean", "sum", "max", "standard", "gaussian", "lamp")
 
@@ -52,16 +53,32 @@ def group_scores(
     Groups without a counted member are left out of the result: there is nothing to judge them by.
 
     Raises:
-      ValueError: unknown reduction or normaliser.
+      ValueError: unknown reduction, normaliser or role, or leaves that are not those that were traced.
     """
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {REDUCTIONS}, not {reduce!r}")
+    if isinstance(roles, str) or not set(roles) <= set(ROLES):
+        raise ValueError(f"roles must be among {ROLES}, not {roles!r}")
     out = {}
     for gid, group in graph.groups.items():
-        rows = [local(m, values[m.path]) for m in counted_members(graph, group, roles)]
+        rows = [
+            local(m, traced_leaf(graph, values, m.path, "parameters")) for m in counted_members(graph, group, roles)
+        ]
         if rows:
             out[gid] = normalised(_reduce(jnp.stack(rows), reduce), normalise)
     return out
+
+
+def traced_leaf(graph: Structure, values: Mapping[str, Any], path: str, what: str) -> Any:
+    """The leaf at `path`; ValueError if it is missing or has not its traced shape (indexing would clamp silently)."""
+    if path not in values:
+        raise ValueError(f"the {what} lack leaf {path!r}; give a tree like the traced parameters")
+    if np.shape(values[path]) != graph.leaves[path].shape:
+        raise ValueError(
+            f"leaf {path!r} of the {what} has shape {np.shape(values[path])}, "
+            f"but {graph.leaves[path].shape} was traced; trace the pruned function to score it"
+        )
+    return values[path]
 
 
 def _reduce(rows: Float[Array, "members *layers units"], how: str) -> Float[Array, "*layers units"]:
@@ -76,6 +93,8 @@ def normalised(s: Float[Array, "*layers units"], how: str) -> Float[Array, "*lay
     "mean", "sum", "max": divided by that; "standard": (s - min) / (max - min); "gaussian": (s - mean) / std;
     "lamp": divided by the sum of the scores that are not smaller (LAMP, Lee et al. 2021, eq. 3); "none": as they are.
     """
+    if how not in NORMALISERS:
+        raise ValueError(f"normalise must be one of {NORMALISERS}, not {how!r}")
     tiny = jnp.finfo(jnp.float32).tiny
     if how == "none":
         return s
@@ -90,8 +109,6 @@ def normalised(s: Float[Array, "*layers units"], how: str) -> Float[Array, "*lay
     if how == "gaussian":
         spread = jnp.std(s, axis=-1, keepdims=True)
         return (s - jnp.mean(s, axis=-1, keepdims=True)) / jnp.maximum(spread, tiny)
-    if how not in NORMALISERS:
-        raise ValueError(f"normalise must be one of {NORMALISERS}, not {how!r}")
     by = {"mean": jnp.mean, "sum": jnp.sum, "max": jnp.max}[how](s, axis=-1, keepdims=True)
     return s / jnp.where(by == 0, 1.0, by)
 
