@@ -11,7 +11,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from jax.core import Tracer
 
 from jprune.trace import layout as L
 from jprune.trace.layout import Fixed, Layout
@@ -39,9 +41,12 @@ class Cost:
     activation_bytes: Any
 
 
-def product(layouts: Iterable[Layout], widths: Widths) -> Any:
-    """Product of axis widths, summed over layers where a width is a vector with one entry per layer."""
-    total: Any = 1
+def product(layouts: Iterable[Layout], widths: Widths, one: float = 1) -> Any:
+    """Product of axis widths, summed over layers where a width is a vector with one entry per layer.
+
+    `one` is 1.0 where a width is a jax float: Python integers beyond 32 bits cannot be multiplied with those.
+    """
+    total: Any = one
     lengths: Any = 1
     for lay in layouts:
         if len(lay) == 1 and isinstance(lay[0], Fixed) and lay[0].symbol and lay[0].symbol.startswith("@scan"):
@@ -58,16 +63,17 @@ def product(layouts: Iterable[Layout], widths: Widths) -> Any:
 def evaluate(structure: Structure, widths: Widths) -> Cost:
     """Cost at these widths: {group id: number, or (layers,) vector}; absent groups are whole."""
     widths = {k: _exact(v) for k, v in widths.items()}
+    one: float = 1.0 if any(isinstance(w, jax.Array) for w in widths.values()) else 1
     macs: Any = 0
     activations: Any = 0
     for term in structure.contractions:
-        macs = term.coefficient * product(term.factors, widths) + macs
-        activations = term.itemsize * product(term.out, widths) + activations
+        macs = one * term.coefficient * product(term.factors, widths, one) + macs
+        activations = term.itemsize * product(term.out, widths, one) + activations
     params: Any = 0
     state: Any = 0
     nbytes: Any = 0
     for leaf in structure.leaves.values():
-        n = product(leaf.layouts, widths)
+        n = product(leaf.layouts, widths, one)
         nbytes = leaf.dtype.itemsize * n + nbytes
         if leaf.is_param:
             params = n + params
@@ -77,9 +83,14 @@ def evaluate(structure: Structure, widths: Widths) -> Cost:
 
 
 def _exact(w: Any) -> Any:
-    """Integer widths as Python integers (or int64 vectors), so that products cannot overflow or round."""
+    """Integer widths as Python integers (or vectors of them), so that products cannot overflow or round.
+
+    Traced integers become floats: 32 bits hold no multiply-accumulates.
+    """
     if isinstance(w, bool | np.bool_):
         raise ValueError("a width is a number of units, not a truth value; pass keep sets to graph.cost(keep=...)")
+    if isinstance(w, jax.Array) and np.issubdtype(w.dtype, np.integer):
+        w = w.astype(float) if isinstance(w, Tracer) else np.asarray(w)
     if isinstance(w, int | np.integer):
         return int(w)
     if isinstance(w, np.ndarray) and np.issubdtype(w.dtype, np.integer):

@@ -32,7 +32,7 @@ class Reducer:
     Attributes:
       init: number of features -> state (a pytree of arrays).
       update: (state, activation (samples, features) float32) -> state.
-      finish: state -> result.
+      finish: state -> result; of a parameter stacked over a scan the states of all layers, on a leading axis.
     """
 
     init: Callable[[int], Any]
@@ -87,6 +87,7 @@ def quantiles(at: tuple[float, ...], accuracy: float = 0.02, smallest: float = 1
     """Quantiles over all samples, per feature: (len(at), features), each within a factor 1 +- accuracy.
 
     Counts in geometric bins of |x| for each sign; magnitudes outside [smallest, largest] are clipped (to 0 below).
+    A feature that was ever NaN has NaN quantiles.
 
     Raises:
       ValueError: a quantile outside [0, 1] or an accuracy outside (0, 1).
@@ -95,23 +96,26 @@ def quantiles(at: tuple[float, ...], accuracy: float = 0.02, smallest: float = 1
         raise ValueError(f"quantiles must be in [0, 1] and accuracy in (0, 1); got {at} and {accuracy}")
     step = float(np.log((1 + accuracy) / (1 - accuracy)))
     bins = int(np.ceil(np.log(largest / smallest) / step)) + 1
-    magnitude = smallest * np.exp(step * (np.arange(bins) + 0.5))
+    # a bin [low, low (1 + a) / (1 - a)) is read as low (1 + a), which is 1 + a and 1 - a times its ends
+    magnitude = smallest * np.exp(step * np.arange(bins)) * (1 + accuracy)
     values = jnp.asarray(np.concatenate([-magnitude[::-1], [0.0], magnitude]), jnp.float32)
+    missing = 2 * bins + 1  # the last row counts NaN
 
     def update(s: Any, x: Any) -> Any:
-        size = jnp.clip(jnp.floor(jnp.log(jnp.maximum(jnp.abs(x), smallest) / smallest) / step), 0, bins - 1).astype(
-            int
-        )
+        size = jnp.floor(jnp.log(jnp.clip(jnp.abs(x), smallest, largest) / smallest) / step)
+        size = jnp.clip(jnp.nan_to_num(size), 0, bins - 1).astype(int)
         slot = jnp.where(jnp.abs(x) < smallest, bins, jnp.where(x > 0, bins + 1 + size, bins - 1 - size))
+        slot = jnp.where(jnp.isnan(x), missing, slot)
         return s.at[slot, jnp.arange(x.shape[1])[None, :]].add(1)
 
     def finish(s: Any) -> Any:
-        cumulative = jnp.cumsum(s, axis=-2)
+        cumulative = jnp.cumsum(s[..., :missing, :], axis=-2)
         total = cumulative[..., -1:, :]
         rows = [jnp.sum(cumulative < jnp.maximum(q * total, 1), axis=-2) for q in at]
-        return jnp.stack([values[r] for r in rows], axis=-2)
+        found = jnp.stack([values[r] for r in rows], axis=-2)
+        return jnp.where(s[..., missing:, :] > 0, jnp.nan, found)
 
-    return Reducer(lambda n: jnp.zeros((2 * bins + 1, n), jnp.int32), update, finish)
+    return Reducer(lambda n: jnp.zeros((missing + 1, n), jnp.int32), update, finish)
 
 
 def calibrate(
@@ -124,6 +128,8 @@ def calibrate(
     progress: bool,
 ) -> dict[str, dict[str, Any]]:
     """Stream batches through the traced function and reduce the activations at each tap.
+
+    NaN activations are not skipped: the statistics of the features they meet become NaN.
 
     Args:
       structure: the graph.
