@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
 import jax
 
-from jprune.surgery.compact import compact_leaf, indices_of, take
+from jprune.surgery.compact import compact_leaf
 from jprune.surgery.decision import Decision, touched
+from jprune.trace import layout as L
 from jprune.trace.errors import KeepError
 from jprune.trace.leafpaths import path_str
 from jprune.trace.structure import Leaf
@@ -19,6 +21,8 @@ def compact_like(decision: Decision, tree: Any, stacked: str = "pad") -> Any:
 
     A mirror has the parameter's shape, or that shape with some axes dropped (factored second moments). Scalars and
     leaves that mirror nothing pass through - unless their path ends like a parameter's and their shape fits none.
+    Optimizers that choose what to factor by size (optax's adafactor) may choose otherwise at the smaller sizes: compare
+    with the shapes that their own `init` gives the compacted parameters.
 
     Raises:
       KeepError: a leaf's path points at a pruned parameter but its shape does not fit, or fits in several ways that
@@ -55,10 +59,10 @@ def _one(decision: Decision, path: str, x: Any, stacked: str) -> Any:
     axes = next(iter(ways.values()))
     layouts = tuple(leaf.layouts[a] for a in axes)
     layer = axes.index(leaf.layer_axis) if leaf.layer_axis in axes else None
-    indices = indices_of(layouts, decision.slots, layer)
-    if layer is None and any(i.ndim > 1 for i, _ in indices.values()):
+    if layer is None and any(decision.keep[g].ndim > 1 for a in layouts for g in L.groups_in(a) if g in decision.keep):
         raise KeepError(f"leaf {path!r} has no axis for the layers of {leaf.path!r}, which keep different units")
-    return take(x, path, indices)
+    small = dataclasses.replace(leaf, path=path, shape=shape, layouts=layouts, layer_axis=layer)
+    return compact_leaf(decision, small, x, stacked)
 
 
 def _mirror(decision: Decision, path: str) -> Leaf | None:

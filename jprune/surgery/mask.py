@@ -42,7 +42,7 @@ def mask(structure: Structure, params: Any, keep: Keep) -> Any:
     from `keep` are untouched; inexact groups are allowed, because a mask is a statement about weights, not about sizes.
 
     Raises:
-      KeepError: unknown group or wrong shape.
+      KeepError: unknown group, or a keep set or leaf of the wrong shape.
     """
     check_names(structure, keep)
     for g, v in keep.items():
@@ -51,7 +51,11 @@ def mask(structure: Structure, params: Any, keep: Keep) -> Any:
             raise KeepError(f"keep[{g!r}] has shape {np.shape(v)}; group {g!r} wants {group.shape}")
 
     def one(path: Any, x: Any) -> Any:
-        leaf = structure.leaves[path_str(path)]
+        leaf = structure.leaves.get(path_str(path))
+        if leaf is None:
+            raise KeepError(f"leaf {path_str(path)!r} was not among the traced parameters")
+        if np.shape(x) != leaf.shape:  # it could broadcast
+            raise KeepError(f"leaf {leaf.path!r} has shape {np.shape(x)}, but {leaf.shape} was traced")
         m = leaf_mask(leaf, keep, jnp.promote_types(x.dtype, jnp.float32))
         return x if m is None else (x * m).astype(x.dtype)
 

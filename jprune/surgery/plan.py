@@ -91,12 +91,32 @@ class Plan:
             with open(path) as f:
                 data = json.load(f)
             known = data["format"]
-            plan = Plan(data["leaves"], data["groups"], data["jprune"])
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
+            plan = Plan(data["leaves"], data["groups"], data["jprune"]) if known == FORMAT else None
+            if plan is not None:
+                _check(plan)
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
             raise ValueError(f"{os.fspath(path)!r} is not a pruning plan ({e!r}); write one with plan.save") from e
-        if known != FORMAT:
+        if plan is None:
             raise ValueError(f"{os.fspath(path)!r} has plan format {known}; this version reads {FORMAT}: update jprune")
         return plan
+
+
+def _check(plan: Plan) -> None:
+    """Raise (ValueError, LookupError, TypeError or AttributeError) unless the plan could have come from `plan_of`."""
+    plan.widths()
+    for path, entry in plan.leaves.items():
+        shape, layer = entry["shape"], entry["layer_axis"]
+        for axis, rows in entry["axes"].items():
+            index, size = np.asarray(rows), shape[int(axis)]
+            if index.size and index.dtype.kind != "i":
+                raise ValueError(f"leaf {path!r} axis {axis}: indices are not integers")
+            per_layer = index.ndim == 2
+            if index.ndim != 1 and not (per_layer and layer != int(axis) and len(index) == shape[layer]):
+                raise ValueError(f"leaf {path!r} axis {axis}: indices of shape {index.shape} do not fit {shape}")
+            for row in index if per_layer else index[None]:
+                kept = row[row >= 0] if per_layer else row  # layers are padded with -1
+                if (row < -1).any() or (kept < 0).any() or (kept >= size).any() or (np.diff(kept) <= 0).any():
+                    raise ValueError(f"leaf {path!r} axis {axis}: indices must increase within 0..{size - 1}")
 
 
 def _planned(entry: dict[str, Any]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
