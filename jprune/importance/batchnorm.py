@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from jprune.importance.reduce import Scores, group_scores, leaf_values, per_unit
 from jprune.trace.structure import Structure
@@ -25,6 +25,6 @@ def batchnorm_scale(graph: Structure, params: Any, *, reduce: str = "mean", norm
     """Mean |gamma| over the scales of each group; groups without a scale get no score."""
 
     def local(m: Any, w: Any) -> Any:
-        return per_unit(m, jnp.abs(w.astype(jnp.float32)))
+        return per_unit(m, abs(w.astype(np.float32)))
 
     return group_scores(graph, leaf_values(params), local, reduce=reduce, normalise=normalise, roles=("scale",))

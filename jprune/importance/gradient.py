@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jprune.importance.reduce import WEIGHTS, Scores, group_scores, leaf_values, per_unit, traced_leaf
 from jprune.trace.structure import Structure
@@ -30,8 +31,8 @@ def taylor(
     g = leaf_values(grads)
 
     def local(m: Any, w: Any) -> Any:
-        product = w.astype(jnp.float32) * traced_leaf(graph, g, m.path, "gradients").astype(jnp.float32)
-        return jnp.abs(per_unit(m, product)) if signed_sum else per_unit(m, jnp.abs(product))
+        product = w.astype(np.float32) * traced_leaf(graph, g, m.path, "gradients").astype(np.float32)
+        return abs(per_unit(m, product)) if signed_sum else per_unit(m, abs(product))
 
     return group_scores(graph, leaf_values(params), local, reduce=reduce, normalise=normalise, roles=roles)
 
@@ -53,7 +54,7 @@ def fisher(
     g = leaf_values(squared_grads)
 
     def local(m: Any, w: Any) -> Any:
-        return per_unit(m, w.astype(jnp.float32) ** 2 * traced_leaf(graph, g, m.path, "gradients").astype(jnp.float32))
+        return per_unit(m, w.astype(np.float32) ** 2 * traced_leaf(graph, g, m.path, "gradients").astype(np.float32))
 
     return group_scores(graph, leaf_values(params), local, reduce=reduce, normalise=normalise, roles=roles)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from jprune.importance.reduce import WEIGHTS, Scores, group_scores, leaf_values, per_unit
 from jprune.trace.structure import Structure
@@ -23,7 +23,7 @@ def magnitude(
     """Sum of |w|^p over each unit of each member (no root), reduced over members (DepGraph, section 3.3)."""
 
     def local(m: Any, w: Any) -> Any:
-        return per_unit(m, jnp.abs(w.astype(jnp.float32)) ** p)
+        return per_unit(m, abs(w.astype(np.float32)) ** p)
 
     return group_scores(graph, leaf_values(params), local, reduce=reduce, normalise=normalise, roles=roles)
 

@@ -1,7 +1,9 @@
 """From numbers per weight to one score per unit: sum inside each member, reduce over members, normalise.
 
 Every criterion is a local score per entry of every member leaf; what they share is here. A leaf counts once per
-(leaf, axis) member. Sums run in float32 whatever the leaf's dtype. All of it is jit-able: the graph is static.
+(leaf, axis) member. Sums run in float32 whatever the leaf's dtype. All of it is jit-able: the graph is static. Outside
+jit, weights that lie in host memory are scored by numpy: a model has hundreds of shapes, and every operation on each of
+them would be compiled for a single use.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jprune.trace.errors import KeepError, suggest
@@ -19,6 +22,7 @@ from jprune.trace.leafpaths import flatten
 from jprune.trace.structure import Group, Member, Structure
 
 Scores: TypeAlias = dict[str, Array]
+Values: TypeAlias = Array | np.ndarray
 WEIGHTS = ("out", "in", "lookup", "scale")  # biases and shifts say little about a channel; pass roles= to count them
 ROLES = (*WEIGHTS, "shift", "other")
 REDUCTIONS = ("mean", "sum", "max", "prod", "first")
@@ -30,13 +34,19 @@ def counted_members(graph: Structure, group: Group, roles: Sequence[str]) -> lis
     return [m for m in group.members if m.role in roles and graph.leaves[m.path].is_param]
 
 
-def per_unit(member: Member, entries: Float[Array, ...]) -> Float[Array, "... units"]:
+def per_unit(member: Member, entries: Float[Values, ...]) -> Float[Values, "... units"]:
     """Sum of a leaf's per-entry values over everything each unit owns: (size,), or (layers, size) where stacked."""
     stay = {member.axis} if member.layer_axis is None else {member.axis, member.layer_axis}
-    v = jnp.sum(entries, axis=tuple(i for i in range(entries.ndim) if i not in stay), dtype=jnp.float32)
+    v = _sum(entries, tuple(i for i in range(entries.ndim) if i not in stay))
     if member.layer_axis is not None and member.layer_axis > member.axis:
         v = v.T
-    return jnp.sum(v[..., member.positions], axis=-1)
+    return _sum(v[..., member.positions], (-1,))
+
+
+def _sum(x: Any, axes: tuple[int, ...]) -> Any:
+    if isinstance(x, np.ndarray):  # in double precision: numpy adds rows one after the other, jax pairwise
+        return np.sum(x, axis=axes, dtype=np.float64).astype(np.float32)
+    return jnp.sum(x, axis=axes, dtype=jnp.float32)
 
 
 def group_scores(
@@ -65,8 +75,16 @@ def group_scores(
             local(m, traced_leaf(graph, values, m.path, "parameters")) for m in counted_members(graph, group, roles)
         ]
         if rows:
-            out[gid] = normalised(_reduce(jnp.stack(rows), reduce), normalise)
+            stacked = np.stack(rows) if all(isinstance(r, np.ndarray) for r in rows) else jnp.stack(rows)
+            out[gid] = jnp.asarray(normalised(_reduce(stacked, reduce), normalise))
     return out
+
+
+def _on_host(x: Any) -> Any:
+    """A concrete CPU array as a numpy view of its memory; anything else (traced, on an accelerator) as it is."""
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer) or not x.is_fully_addressable:
+        return x
+    return np.asarray(x) if all(d.platform == "cpu" for d in x.devices()) else x
 
 
 def traced_leaf(graph: Structure, values: Mapping[str, Any], path: str, what: str) -> Any:
@@ -81,13 +99,13 @@ def traced_leaf(graph: Structure, values: Mapping[str, Any], path: str, what: st
     return values[path]
 
 
-def _reduce(rows: Float[Array, "members *layers units"], how: str) -> Float[Array, "*layers units"]:
+def _reduce(rows: Float[Values, "members *layers units"], how: str) -> Float[Values, "*layers units"]:
     if how == "first":
         return rows[0]
-    return {"mean": jnp.mean, "sum": jnp.sum, "max": jnp.max, "prod": jnp.prod}[how](rows, axis=0)
+    return getattr(np if isinstance(rows, np.ndarray) else jnp, how)(rows, axis=0)
 
 
-def normalised(s: Float[Array, "*layers units"], how: str) -> Float[Array, "*layers units"]:
+def normalised(s: Float[Values, "*layers units"], how: str) -> Float[Values, "*layers units"]:
     """Scores made comparable between groups; every layer of a stacked group is normalised by itself.
 
     "mean", "sum", "max": divided by that; "standard": (s - min) / (max - min); "gaussian": (s - mean) / std;
@@ -95,27 +113,28 @@ def normalised(s: Float[Array, "*layers units"], how: str) -> Float[Array, "*lay
     """
     if how not in NORMALISERS:
         raise ValueError(f"normalise must be one of {NORMALISERS}, not {how!r}")
-    tiny = jnp.finfo(jnp.float32).tiny
+    xp: Any = np if isinstance(s, np.ndarray) else jnp
+    tiny = np.finfo(np.float32).tiny
     if how == "none":
         return s
     if how == "lamp":
-        order = jnp.argsort(s, axis=-1)
-        ranked = jnp.take_along_axis(s, order, axis=-1)
-        tail = jnp.flip(jnp.cumsum(jnp.flip(ranked, -1), axis=-1), -1)
-        return jnp.take_along_axis(ranked / jnp.maximum(tail, tiny), jnp.argsort(order, axis=-1), axis=-1)
+        order = xp.argsort(s, axis=-1, stable=True)
+        ranked = xp.take_along_axis(s, order, axis=-1)
+        tail = xp.flip(xp.cumsum(xp.flip(ranked, -1), axis=-1), -1)
+        return xp.take_along_axis(ranked / xp.maximum(tail, tiny), xp.argsort(order, axis=-1), axis=-1)
     if how == "standard":
-        low = jnp.min(s, axis=-1, keepdims=True)
-        return (s - low) / jnp.maximum(jnp.max(s, axis=-1, keepdims=True) - low, tiny)
+        low = xp.min(s, axis=-1, keepdims=True)
+        return (s - low) / xp.maximum(xp.max(s, axis=-1, keepdims=True) - low, tiny)
     if how == "gaussian":
-        spread = jnp.std(s, axis=-1, keepdims=True)
-        return (s - jnp.mean(s, axis=-1, keepdims=True)) / jnp.maximum(spread, tiny)
-    by = {"mean": jnp.mean, "sum": jnp.sum, "max": jnp.max}[how](s, axis=-1, keepdims=True)
-    return s / jnp.where(by == 0, 1.0, by)
+        spread = xp.std(s, axis=-1, keepdims=True)
+        return (s - xp.mean(s, axis=-1, keepdims=True)) / xp.maximum(spread, tiny)
+    by = getattr(xp, how)(s, axis=-1, keepdims=True)
+    return s / xp.where(by == 0, 1.0, by)
 
 
 def leaf_values(tree: Any) -> dict[str, Any]:
-    """{leaf path: array} of a tree like the traced parameters."""
-    return dict(flatten(tree))
+    """{leaf path: array} of a tree like the traced parameters; numpy views of those in host memory."""
+    return {path: _on_host(x) for path, x in flatten(tree)}
 
 
 def check_scores(graph: Structure, scores: Mapping[str, Any]) -> dict[str, np.ndarray]:
