@@ -145,7 +145,7 @@ def test_convolutional_networks_obey_the_laws(network, seed):
 
 
 @pytest.mark.slow
-@examples(60)
+@examples(25)
 @given(images(), st.integers(0, 1000), st.just("more"))
 def test_many_convolutional_networks_obey_the_laws(network, seed, _):
     images_obey(network, seed)
@@ -239,7 +239,7 @@ def test_sequence_networks_obey_the_laws(network, seed):
 
 
 @pytest.mark.slow
-@examples(60)
+@examples(25)
 @given(sequences(), st.integers(0, 1000), st.just("more"))
 def test_many_sequence_networks_obey_the_laws(network, seed, _):
     sequences_obey(network, seed)
