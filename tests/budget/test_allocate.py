@@ -285,14 +285,18 @@ def test_multiples_of_eight():
 
 
 def test_multiples_come_back_by_what_they_would_bring_back():
-    # after the cut to 8 of 16, unit 7 of the ranking is the best that is gone; units above it are kept anyway
-    graph = mlp(4, 16, 16, 4)
-    s = np.arange(16.0)
-    scores = {"W0:1": np.where(s < 8, s, s + 100), "W1:1": s + 0.5}
-    # half of both is too small and either one could return: W1's lower half scores higher than W0's
-    limit = graph.cost(widths={"W0:1": 8, "W1:1": 16}).macs
+    # when the third group reaches 8 of 16, 11 units of the first have gone, of which rounding keeps 3
+    graph = mlp(4, 16, 4, 16, 4, 16, 12)
+    units = np.arange(16.0)
+    scores = {
+        "W0:1": np.where(units < 8, units, np.where(units < 11, units + 12, units + 100)),
+        "W2:1": np.where(units < 8, units + 8, units + 200),
+        "W4:1": np.where(units < 8, units + 30, units + 300),
+    }
+    # one of the first two may come back, the third is too large: the second brings back more (15 against 7)
+    limit = graph.cost(widths={"W0:1": 8, "W2:1": 16, "W4:1": 8}).macs
     found = check(graph, scores, Target.macs(limit), "global", multiple_of=8)
-    assert found.widths == {"W0:1": 8, "W1:1": 16}
+    assert [found.widths[g] for g in scores] == [8, 16, 8]
 
 
 def test_limits_by_pattern():

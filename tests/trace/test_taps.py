@@ -1,6 +1,7 @@
 """Taps: statistics of activations against activations computed by hand, in every control flow, on any split of a batch."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -240,29 +241,35 @@ def test_variance_survives_a_large_mean():
     np.testing.assert_allclose(found["w"]["v"], np.concatenate(batches).astype(np.float64).var(0), rtol=1e-2)
 
 
-def reduce_all(reducer, batches):
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+@functools.cache
+def compiled_quantiles(accuracy, **limits):
+    """Quantiles of a list of batches; compiled once per accuracy and shapes."""
+    reducer = taps.quantiles(QUANTILES, accuracy, **limits)
+
     def run(batches):
         state = reducer.init(batches[0].shape[1])
         for b in batches:
             state = reducer.update(state, b)
         return reducer.finish(state)
 
-    return np.asarray(jax.jit(run)([jnp.asarray(b, jnp.float32) for b in batches]))
+    return jax.jit(run)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**20),
-    count=st.sampled_from([1, 7, 60]),
-    accuracy=st.sampled_from([0.01, 0.05, 0.3]),
+    count=st.sampled_from([1, 40]),
+    accuracy=st.sampled_from([0.02, 0.3]),
     spread=st.floats(0.1, 4.0),
 )
 def test_quantiles_are_within_their_accuracy(seed, count, accuracy, spread):
     rng = np.random.default_rng(seed)
     a = (np.exp(spread * rng.normal(size=(count, 3))) * rng.choice([-1, 0, 1], (count, 3))).astype(np.float32)
-    at = (0.0, 0.1, 0.5, 0.9, 1.0)
-    got = reduce_all(taps.quantiles(at, accuracy), [a[: count // 2], a[count // 2 :]] if count > 1 else [a])
-    want = np.quantile(a, at, axis=0, method="inverted_cdf")
+    got = compiled_quantiles(accuracy)([a[: count // 2], a[count // 2 :]] if count > 1 else [a])
+    want = np.quantile(a, QUANTILES, axis=0, method="inverted_cdf")
     assert got.shape == want.shape == (5, 3)
     assert (np.abs(got - want) <= (accuracy + 1e-4) * np.abs(want)).all()
 
@@ -276,9 +283,9 @@ def test_quantiles_through_a_scan():
 
 
 def test_quantiles_clip_and_refuse():
-    q = taps.quantiles((0.0, 0.5, 1.0), 0.02, smallest=1e-2, largest=1e2)
-    got = reduce_all(q, [np.asarray([[-1e9], [1e-5], [np.inf]])])
-    assert got[1, 0] == 0 and got[0, 0] == -got[2, 0] and got[2, 0] == pytest.approx(1e2, rel=0.05)
+    run = compiled_quantiles(0.02, smallest=1e-2, largest=1e2)
+    got = np.asarray(run([np.asarray([[-1e9], [1e-5], [np.inf]], np.float32)]))
+    assert got[2, 0] == 0 and got[0, 0] == -got[4, 0] and got[4, 0] == pytest.approx(1e2, rel=0.021)
     for at, accuracy in (((1.5,), 0.1), ((0.5,), 0.0), ((float("nan"),), 0.1)):
         with pytest.raises(ValueError, match="quantiles must be in"):
             taps.quantiles(at, accuracy)
