@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 
 import jprune
+from jprune.whole_files import write_json
 
 
 def machine() -> dict[str, Any]:
@@ -44,6 +44,4 @@ def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
 def write(path: Path, record: Mapping[str, Any]) -> None:
     """JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(path, record)

@@ -36,6 +36,7 @@ from jprune.models import build, rebuild
 from jprune.report import measure, page, plots
 from jprune.surgery.plan import Plan
 from jprune.training import TrainConfig, evaluate, learning_rates, train
+from jprune.whole_files import write_json
 
 DATA = {
     "digits": "scikit-learn's 1797 handwritten digits, 8x8, embedded",
@@ -153,7 +154,7 @@ class Run:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ValueError(f"{self.out} exists and is not a pruning run: choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
-        _write_json(file, mine)
+        write_json(file, mine)
 
     def __call__(self) -> dict[str, Any]:
         """All phases; returns what summary.json says."""
@@ -313,7 +314,7 @@ class Run:
         notes = [f"{what} {got}; timed on batches of {self.o.batch_size} on {summary['device']}."]
         page.write(self.out / "report.html", f"{self.o.model}: before and after", rows(before, after),
                    dataclasses.asdict(self.o), figures, notes, layers)  # fmt: skip
-        _write_json(self.out / "summary.json", summary)
+        write_json(self.out / "summary.json", summary)
         return summary
 
     def _figures(
@@ -415,9 +416,3 @@ def load_plan(folder: str | Path) -> Plan:
 
 def _slug(name: str) -> str:
     return name.replace(" ", "-")
-
-
-def _write_json(path: Path, data: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(temporary, path)

@@ -28,6 +28,7 @@ from jprune.trace import layout as L
 from jprune.trace.evaluate import Sizes
 from jprune.trace.layout import Fixed, Layout
 from jprune.trace.structure import Contraction, Structure
+from jprune.whole_files import write_json
 
 FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
 FORMAT = 1
@@ -95,15 +96,12 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, whole or not at all."""
-        target = Path(path)
         data = {
             "format": FORMAT,
             "grids": [dataclasses.asdict(g) for g in self.grids],
             **{k: getattr(self, k) for k in ("whole", "scale", "rest", "device")},
         }
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(json.dumps(data))
-        os.replace(temporary, target)
+        write_json(path, data, indent=None)
 
     @staticmethod
     def load(path: str | os.PathLike[str], graph: Structure) -> LatencyTable:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from jprune.surgery.decision import Decision
 from jprune.trace.errors import KeepError
 from jprune.trace.leafpaths import path_str
 from jprune.version import __version__
+from jprune.whole_files import write_json
 
 FORMAT = 1
 
@@ -68,17 +68,8 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
-        path = os.fspath(path)
         data = {"format": FORMAT, "jprune": self.version, "groups": self.groups, "leaves": self.leaves}
-        folder = os.path.dirname(os.path.abspath(path))
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as f:
-                json.dump(data, f)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_json(path, data, indent=None)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
