@@ -31,7 +31,7 @@ def test_from_everything_down_to_the_target(kind, steps, keep):
     assert kept[0] == 1.0 and kept[-1] == pytest.approx(keep, abs=1e-12)
     assert all(a >= b for a, b in itertools.pairwise(kept)) and min(kept) > 0
     assert kept[1:] == list(schedule)
-    if kind == "cubic" and keep < 1 and steps > 1:  # most goes first
+    if kind == "cubic" and keep < 0.999 and steps > 1:  # most goes first (nearer to 1 rounding hides it)
         gone = -np.diff(kept)
         assert (np.diff(gone) < 0).all()
 

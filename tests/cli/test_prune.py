@@ -31,6 +31,11 @@ def command(*arguments, **more):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)  # fmt: skip
 
 
+def hearing_ctrl_c():
+    """A shell that starts the tests in the background has its children ignore Ctrl-C; undo that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def finished(*arguments):
     process = command(*arguments)
     out, err = process.communicate(timeout=300)
@@ -104,7 +109,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(run, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    process = command("prune", "--model", "resnet_digits", "--out", tmp_path / "o", "--quiet")
+    process = command("prune", "--model", "resnet_digits", "--out", tmp_path / "o", "--quiet", preexec_fn=hearing_ctrl_c)
     while process.poll() is None and not (tmp_path / "o" / "phases" / "baseline" / "metrics.jsonl").exists():
         time.sleep(0.05)
     time.sleep(1)
