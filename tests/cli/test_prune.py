@@ -109,7 +109,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(run, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    process = command("prune", "--model", "resnet_digits", "--out", tmp_path / "o", "--quiet", preexec_fn=hearing_ctrl_c)
+    process = command(
+        "prune", "--model", "resnet_digits", "--out", tmp_path / "o", "--quiet", preexec_fn=hearing_ctrl_c
+    )
     while process.poll() is None and not (tmp_path / "o" / "phases" / "baseline" / "metrics.jsonl").exists():
         time.sleep(0.05)
     time.sleep(1)
