@@ -1,12 +1,9 @@
 """Sharded parameters on four simulated devices: the slices of one device, on the mesh they came from."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from four_devices import run_script
 
 SCRIPT = """
 import json, sys
@@ -85,20 +82,7 @@ print(json.dumps(result))
 
 @pytest.fixture(scope="module")
 def result():
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent.parent)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        },
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_script(SCRIPT, Path(__file__).parent.parent)
 
 
 def test_the_slices_are_those_of_one_device(result):

@@ -2,16 +2,13 @@
 
 import dataclasses
 import functools
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from four_devices import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import normal
@@ -341,19 +338,6 @@ print(json.dumps({"data": apart(four, one), "model": apart(model, one), "leaves"
 
 def test_four_devices_see_what_one_sees():
     here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(here), str(here.parent)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        },
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = run_script(SCRIPT, here, here.parent)
     assert result["leaves"] == 3 * 2
     assert result["data"] <= 2e-5 and result["model"] <= 2e-5, result

@@ -1,13 +1,10 @@
 """Data parallelism on four simulated devices: the trajectory of one device."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from four_devices import run_script
 
 SCRIPT = """
 import json, sys
@@ -42,20 +39,7 @@ print(json.dumps({"one": one, "four": four, "split": split, "spec": str(spec), "
 
 @pytest.fixture(scope="module")
 def result():
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_script(SCRIPT, Path(__file__).parent)
 
 
 def test_four_devices_follow_the_trajectory_of_one(result):
