@@ -83,7 +83,13 @@ class Replay:
         out = []
         for path, want in self._expected.items():
             if path not in found:
-                raise KeepError(f"leaf {path!r} is missing from the compacted parameters")
+                runs = any(p.startswith(f"{path}/") for p in found)
+                what = (
+                    f"is cut into runs of layers, which stacked={self.stacked!r} does not read"
+                    if runs
+                    else "is missing"
+                )
+                raise KeepError(f"leaf {path!r} {what}; pass what compact returned for the same keep and stacked")
             x = found[path]
             shapes = [tuple(w.shape) for w in want] if isinstance(want, list) else tuple(want.shape)
             got = [tuple(w.shape) for w in x] if isinstance(x, list) else tuple(x.shape)

@@ -156,13 +156,13 @@ class Analysis:
         """A result none of whose axes can be pruned."""
         return self.value(aval, [self.fixed(n, code, detail) for n in aval.shape])
 
-    def constant(self, value: Any, code: str = "CONST_CAPTURED") -> Val:
-        """An array the function closes over: frozen, or a sliceable constant when folding."""
+    def constant(self, value: Any, code: str = "CONST_CAPTURED", sliceable: bool = False) -> Val:
+        """An array the function closes over: frozen, or (when folding, where replay can reach it) sliced."""
         if jnp.issubdtype(value.dtype, jax.dtypes.extended):
             return self.opaque(jax.typeof(value), code)
         if np.ndim(value) == 0:
             return Val((), value.dtype, (), (), scalar=_as_float(value))
-        if self.fold_constants:
+        if self.fold_constants and sliceable and not isinstance(value, jax.core.Tracer):
             return Val(
                 np.shape(value),
                 value.dtype,
@@ -279,20 +279,27 @@ class Analysis:
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Val], path: Path) -> list[Val]:
         """Walk one (open) jaxpr on these values and return its results."""
         env: dict[Any, Val] = {}
-        for var, c in zip(jaxpr.constvars, consts, strict=True):
-            env[var] = c if isinstance(c, Val) else self.constant(c)
+        for k, (var, c) in enumerate(zip(jaxpr.constvars, consts, strict=True)):
+            env[var] = c if isinstance(c, Val) else self._held(c, (*path, "const", k))
         env.update(zip(jaxpr.invars, args, strict=True))
 
-        def read(v: Any) -> Val:
-            return self.constant(np.asarray(v.val)) if isinstance(v, jex.Literal) else env[v]
+        def read(v: Any, k: int, at: Path) -> Val:
+            return self._held(np.asarray(v.val), (*at, "literal", k)) if isinstance(v, jex.Literal) else env[v]
 
         for i, eqn in enumerate(jaxpr.eqns):
-            ins = [read(v) for v in eqn.invars]
+            ins = [read(v, k, (*path, i)) for k, v in enumerate(eqn.invars)]
             self.path, self.eqn = (*path, i), eqn
             outs = self._apply(eqn, ins)
             self.records[(*path, i)] = (ins, outs)
             env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return [read(v, k, path) for k, v in enumerate(jaxpr.outvars)]
+
+    def _held(self, value: Any, key: Path) -> Val:
+        """A constant that a jaxpr holds itself; replay looks under `key` for its slice."""
+        v = self.constant(value, sliceable=True)
+        if v.const is not None:
+            self.folded[key] = [v]
+        return v
 
     def run_closed(self, closed: Any, args: Sequence[Val], name: int | str) -> list[Val]:
         """Walk a closed jaxpr held by the current equation; `name` tells it from the equation's other jaxprs."""
@@ -328,7 +335,11 @@ class Analysis:
         with jax.ensure_compile_time_eval():
             outs = eqn.primitive.bind(*args, **eqn.params)
         outs = list(outs) if eqn.primitive.multiple_results else [outs]
-        self.folded[self.path] = vals = [self.constant(np.asarray(o)) for o in outs]
+        if any(jnp.issubdtype(o.dtype, jax.dtypes.extended) for o in outs):
+            return None
+        self.folded[self.path] = vals = [self.constant(np.asarray(o), sliceable=True) for o in outs]
+        for v, o in zip(vals, outs, strict=True):
+            v.const = np.asarray(o)  # replay needs the value of scalars as well
         return vals
 
 

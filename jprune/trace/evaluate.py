@@ -142,23 +142,30 @@ class Evaluator:
         """Evaluate one (open or closed) jaxpr whose equations have call paths below `path`."""
         if hasattr(jaxpr, "jaxpr"):
             jaxpr, consts = jaxpr.jaxpr, jaxpr.consts
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env: dict[Any, Any] = {
+            var: self._held(c, (*path, "const", k))
+            for k, (var, c) in enumerate(zip(jaxpr.constvars, consts, strict=True))
+        }
         env.update(zip(jaxpr.invars, args, strict=True))
 
-        def read(v: Any) -> Any:
-            return v.val if isinstance(v, jex.Literal) else env[v]
+        def read(v: Any, k: int, at: Path) -> Any:
+            return self._held(v.val, (*at, "literal", k)) if isinstance(v, jex.Literal) else env[v]
 
         for i, eqn in enumerate(jaxpr.eqns):
             here = (*path, i)
             if here in self.folded:
                 outs = list(self.folded[here])
             else:
-                ins = [read(v) for v in eqn.invars]
+                ins = [read(v, k, here) for k, v in enumerate(eqn.invars)]
                 outs = self._eval(eqn, ins, here)
                 if here in self._watched and self.observe is not None:
                     self.observe(here, eqn, ins, outs, self.states)
             env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return [read(v, k, path) for k, v in enumerate(jaxpr.outvars)]
+
+    def _held(self, value: Any, key: Path) -> Any:
+        """A constant that a jaxpr holds itself, or its slice."""
+        return self.folded[key][0] if key in self.folded else value
 
     def _eval(self, eqn: Eqn, args: list[Any], path: Path) -> list[Any]:
         rule = self.rules.get(eqn.primitive.name)

@@ -391,10 +391,10 @@ def analyse(
         dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
         input_vals.append((path_str(path), Val(tuple(np.shape(x)), dtype, tuple(tags), (False,) * len(tags))))
     every = [*leaf_vals, *(v for _, v in input_vals)]
-    consts = [a.constant(c) for c in closed.consts]
+    consts = [a.constant(c, sliceable=True) for c in closed.consts]
     outputs = a.run(closed.jaxpr, consts, [v for v, u in zip(every, used, strict=True) if u], ())
     a.eqn = None
-    _settle_outputs(a, outputs, out_shape, leaf_vals, output_free)
+    _settle_outputs(a, outputs, out_shape, [v for v, u in zip(leaf_vals, used, strict=False) if u], output_free)
     return _finish(
         a,
         closed,
@@ -418,12 +418,15 @@ def _settle_outputs(
     leaf_vals: Sequence[Val],
     output_free: Sequence[tuple[str, int]],
 ) -> None:
-    """Freeze what leaves the function, but for state that returns to its leaf and axes declared free."""
+    """Freeze what leaves the function, but for state that returns to its leaf and axes declared free.
+
+    Only paths with a name in them can mean a leaf: a bare array or the second of a tuple matches by chance.
+    """
     free = {(p, axis) for p, axis in output_free}
-    by_path = {v.leaf: v for v in leaf_vals}
+    by_path = {v.leaf: v for v in leaf_vals if any(k != "." and not k.isdigit() for k in str(v.leaf).split("/"))}
     named = flatten(out_shape)
     for (path, _), v in zip(named, outputs, strict=True):
-        own = next((by_path[p] for p in by_path if p and (path == p or path.endswith("/" + p))), None)
+        own = next((v for p, v in by_path.items() if path == p or path.endswith(f"/{p}")), None)
         if own is not None and own.shape == v.shape:
             for t, u in zip(v.tags, own.tags, strict=True):
                 a.unify(t, u)
@@ -613,8 +616,8 @@ def _body_local(
             for k in ids:
                 candidates[k] = candidates[k] & ok
 
-    for v in outputs:
-        check(v, set())
+    for v in (*outputs, *(v for vals in a.folded.values() for v in vals)):
+        check(v, set())  # a folded constant is one table for all layers, also where it was made inside the body
     for path, (ins, outs) in a.records.items():
         inside = {scan_symbols[path[:i]] for i in range(1, len(path)) if path[:i] in scan_symbols and path[i] == "body"}
         for v in (*ins, *outs):

@@ -56,6 +56,7 @@ def _custom_jvp(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     if a.shadow:
         return outs
     path = a.path
+    vals = vals[eqn.params["num_consts"] :]  # what the function closes over comes first; its derivative has its own
     jaxpr, consts, out_zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*[False] * len(vals))
     a.jaxprs[(*path, "jvp")] = (jaxpr, consts, tuple(out_zeros))
     with a.in_shadow():
@@ -77,6 +78,7 @@ def _eval_custom_jvp(ev: Evaluator, eqn: Eqn, args: list[Any], path: Path) -> li
     if made is None or any(ev.states_below(path)):
         return ev.run(eqn.params["call_jaxpr"], (), args, (*path, "call"))
     jaxpr, consts, out_zeros = made
+    n = eqn.params["num_consts"]
 
     @jax.custom_jvp
     def primal(*xs: Any) -> tuple[Any, ...]:
@@ -84,7 +86,7 @@ def _eval_custom_jvp(ev: Evaluator, eqn: Eqn, args: list[Any], path: Path) -> li
 
     @primal.defjvp
     def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        results = ev.run(jaxpr, consts, [*primals, *tangents], (*path, "jvp"))
+        results = ev.run(jaxpr, consts, [*primals[n:], *tangents[n:]], (*path, "jvp"))
         outs = results[: len(out_zeros)]
         it = iter(results[len(out_zeros) :])
         tangents_out = [_zero_tangent(o) if z else next(it) for o, z in zip(outs, out_zeros, strict=True)]
@@ -104,11 +106,12 @@ def _custom_vjp(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     if a.shadow:
         return outs
     path, p = a.path, eqn.params
-    forward, consts = p["fwd_jaxpr_thunk"].call_wrapped(*[True] * len(vals))
+    differentiated = vals[p["num_consts"] :]
+    forward, consts = p["fwd_jaxpr_thunk"].call_wrapped(*[True] * len(differentiated))
     _, residual_tree, forwarded = p["out_trees"]()
     made = residual_tree.num_leaves - sum(f is not None for f in forwarded)
     with a.in_shadow():
-        results = a.run(forward, consts, vals, (*path, "fwd"))
+        results = a.run(forward, consts, differentiated, (*path, "fwd"))
         it = iter(results[:made])
         residuals = [next(it) if f is None else vals[f] for f in forwarded]
         # cotangents are traced at the traced sizes; their layouts say how to shrink them
@@ -119,7 +122,7 @@ def _custom_vjp(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
         cotangents = [a.value(jax.ShapeDtypeStruct(o.shape, o.dtype), o.tags, o.zero) for o in outs]
         grads = a.run(backward.jaxpr, backward.consts, [*residuals, *cotangents], (*path, "bwd"))
         a.path, a.eqn = path, eqn
-        for v, g in zip(vals[p["num_consts"] :], grads, strict=True):
+        for v, g in zip(differentiated, grads, strict=True):
             if v.shape == g.shape:
                 for t, u in zip(v.tags, g.tags, strict=True):
                     a.unify(t, u)
@@ -152,7 +155,7 @@ def _eval_custom_vjp(ev: Evaluator, eqn: Eqn, args: list[Any], path: Path) -> li
         return tuple(ev.run(eqn.params["call_jaxpr"], (), xs, (*path, "call")))
 
     def fwd(*xs: Any) -> tuple[tuple[Any, ...], list[Any]]:
-        results = ev.run(forward, consts, xs, (*path, "fwd"))
+        results = ev.run(forward, consts, xs[num_consts:], (*path, "fwd"))
         it = iter(results[:count])
         return tuple(results[count:]), [next(it) if f is None else xs[f] for f in forwarded]
 
