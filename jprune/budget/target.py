@@ -67,7 +67,7 @@ class Target:
         """The counted quantity at these widths."""
         if self.measure is not None:
             return float(self.measure(widths))
-        return getattr(cost.evaluate(graph, widths), self.quantity)
+        return cost.quantities(graph, widths, [self.quantity])[self.quantity]
 
     def limit(self, dense: float) -> float:
         """The largest allowed cost, given the dense cost."""

@@ -23,7 +23,9 @@ def magnitude(
     """Sum of |w|^p over each unit of each member (no root), reduced over members (DepGraph, section 3.3)."""
 
     def local(m: Any, w: Any) -> Any:
-        return per_unit(m, abs(w.astype(np.float32)) ** p)
+        v = abs(w.astype(np.float32, copy=False))
+        v **= p  # a numpy array in its own memory, anything else as a new array
+        return per_unit(m, v)
 
     return group_scores(graph, leaf_values(params), local, reduce=reduce, normalise=normalise, roles=roles)
 

@@ -8,7 +8,7 @@ the layers instead of multiplied by their number.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,24 +62,27 @@ def product(layouts: Iterable[Layout], widths: Widths, one: float = 1) -> Any:
 
 def evaluate(structure: Structure, widths: Widths) -> Cost:
     """Cost at these widths: {group id: number, or (layers,) vector}; absent groups are whole."""
+    return Cost(**quantities(structure, widths, [f.name for f in dataclasses.fields(Cost)]))
+
+
+def quantities(structure: Structure, widths: Widths, names: Sequence[str]) -> dict[str, Any]:
+    """Some of the fields of `Cost`: allocation prices one quantity hundreds of times."""
     widths = {k: _exact(v) for k, v in widths.items()}
     one: float = 1.0 if any(isinstance(w, jax.Array) for w in widths.values()) else 1
-    macs: Any = 0
-    activations: Any = 0
+    out: dict[str, Any] = dict.fromkeys(names, 0)
     for term in structure.contractions:
-        macs = one * term.coefficient * product(term.factors, widths, one) + macs
-        activations = term.itemsize * product(term.out, widths, one) + activations
-    params: Any = 0
-    state: Any = 0
-    nbytes: Any = 0
-    for leaf in structure.leaves.values():
+        if "macs" in out:
+            out["macs"] = one * term.coefficient * product(term.factors, widths, one) + out["macs"]
+        if "activation_bytes" in out:
+            out["activation_bytes"] = term.itemsize * product(term.out, widths, one) + out["activation_bytes"]
+    for leaf in structure.leaves.values() if {"params", "state", "bytes"} & set(out) else ():
         n = product(leaf.layouts, widths, one)
-        nbytes = leaf.dtype.itemsize * n + nbytes
-        if leaf.is_param:
-            params = n + params
-        else:
-            state = n + state
-    return Cost(*(_plain(x) for x in (macs, params, state, nbytes, activations)))
+        if "bytes" in out:
+            out["bytes"] = leaf.dtype.itemsize * n + out["bytes"]
+        kind = "params" if leaf.is_param else "state"
+        if kind in out:
+            out[kind] = n + out[kind]
+    return {name: _plain(x) for name, x in out.items()}
 
 
 def _exact(w: Any) -> Any:
