@@ -203,6 +203,9 @@ def _expand_leaf(decision: Decision, leaf: Leaf, x: Any, stacked: str) -> Any:
 
 
 def _scatter(x: Any, leaf: Leaf, indices: Indices) -> Any:
+    if not indices:  # also random keys, which numpy cannot hold
+        return x
+
     def scatter(x: Any) -> Any:
         x = jnp.asarray(x)  # scattering needs jax's indexed update also where the leaf is numpy
         for axis, (index, valid) in indices.items():

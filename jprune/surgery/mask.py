@@ -56,6 +56,8 @@ def mask(structure: Structure, params: Any, keep: Keep) -> Any:
             raise KeepError(f"leaf {path_str(path)!r} was not among the traced parameters")
         if np.shape(x) != leaf.shape:  # it could broadcast
             raise KeepError(f"leaf {leaf.path!r} has shape {np.shape(x)}, but {leaf.shape} was traced")
+        if not any(touched(lay, keep) for lay in leaf.layouts):  # also random keys, which have no numeric type
+            return x
         m = leaf_mask(leaf, keep, jnp.promote_types(x.dtype, jnp.float32))
         return x if m is None else (x * m).astype(x.dtype)
 

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core as jex
 
 from jprune.trace import tags as T
@@ -162,7 +163,7 @@ class Analysis:
             return self.opaque(jax.typeof(value), code)
         if np.ndim(value) == 0:
             return Val((), value.dtype, (), (), scalar=_as_float(value))
-        if self.fold_constants and sliceable and not isinstance(value, jax.core.Tracer):
+        if self.fold_constants and sliceable and not isinstance(value, Tracer):
             return Val(
                 np.shape(value),
                 value.dtype,

@@ -21,6 +21,8 @@ def explain(s: Structure, path: str | None = None, axis: int | None = None) -> s
         if path not in s.leaves:
             raise TraceError(f"there is no leaf {path!r}{suggest(path, s.leaves)}")
         leaf = s.leaves[path]
+        if axis is not None and not 0 <= axis < len(leaf.shape):
+            raise TraceError(f"leaf {path!r} has shape {leaf.shape}: there is no axis {axis}")
         axes = range(len(leaf.shape)) if axis is None else [axis]
         return "\n".join(f"{path} axis {i} ({leaf.shape[i]}): {describe_axis(s, leaf, i)}" for i in axes)
     lines = [summary(s), ""]
@@ -70,15 +72,16 @@ def summary(s: Structure) -> str:
     units = sum(math.prod(g.shape) for g in s.groups.values())
     inexact = sum(not g.exact for g in s.groups.values())
     lines = [f"{len(s.groups)} groups with {units} prunable units; {inexact} groups inexact"]
-    count: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    axes: collections.Counter[str] = collections.Counter()
+    entries: dict[str, dict[str, int]] = collections.defaultdict(dict)
     for leaf in s.leaves.values():
         for i, why in enumerate(leaf.frozen):
             if why is not None and leaf.shape[i] > 1:
                 code = f"{why.code}({why.detail})" if why.code in ("UNSUPPORTED", "OPAQUE") else why.code
-                count[code][0] += 1
-                count[code][1] += math.prod(leaf.shape)
-    for code, (axes, params) in sorted(count.items()):
-        lines.append(f"  {code}: {axes} axes of leaves with {params} entries")
+                axes[code] += 1
+                entries[code][leaf.path] = math.prod(leaf.shape)  # a leaf with two such axes counts once
+    for code, of_leaf in sorted(entries.items()):
+        lines.append(f"  {code}: {axes[code]} axes of leaves with {sum(of_leaf.values())} entries")
     return "\n".join(lines)
 
 

@@ -259,7 +259,7 @@ class Structure:
                     )
                 if symbol is not None and symbols.setdefault(symbol, m) != m:
                     raise TraceError(f"axis {axis} of input {path} has size {m}; another input has {symbols[symbol]}")
-        return [x for _, x in flat], symbols
+        return [x if hasattr(x, "dtype") else jax.numpy.asarray(x) for _, x in flat], symbols
 
     def select_used(self, leaves: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """The arguments of the traced jaxpr: those leaves and inputs that an output depends on."""
@@ -358,12 +358,13 @@ def analyse(
     if len(set(paths)) != len(paths):
         twice = [p for p, n in collections.Counter(paths).items() if n > 1]
         raise TraceError(f"two leaves share the path {twice[0]!r}; give them different keys")
-    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, tuple(inputs)))
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params), _input_structs(inputs)
     try:
         closed, out_shape = jax.make_jaxpr(lambda p, xs: fn(p, *xs), return_shape=True)(*structs)
     except (
         jax.errors.ConcretizationTypeError,
         jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
         jax.errors.NonConcreteBooleanIndexError,
         jax.errors.UnexpectedTracerError,
     ) as e:
@@ -382,14 +383,13 @@ def analyse(
     ]
     input_atoms: list[T.Atom] = []
     input_vals: list[tuple[str, Val]] = []
-    for path, x in jax.tree_util.tree_flatten_with_path(tuple(inputs))[0]:
+    for path, x in jax.tree_util.tree_flatten_with_path(structs[1])[0]:
         tags = []
-        for axis, n in enumerate(np.shape(x)):
+        for axis, n in enumerate(x.shape):
             atom = T.Atom(n, Frozen("MODEL_INPUT", f"input {path_str(path)} axis {axis}"), input_dim=len(input_atoms))
             input_atoms.append(atom)
             tags.append((atom,) if n != 1 else ())  # a size of 1 broadcasts: it cannot stand for other sizes
-        dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
-        input_vals.append((path_str(path), Val(tuple(np.shape(x)), dtype, tuple(tags), (False,) * len(tags))))
+        input_vals.append((path_str(path), Val(tuple(x.shape), x.dtype, tuple(tags), (False,) * len(tags))))
     every = [*leaf_vals, *(v for _, v in input_vals)]
     consts = [a.constant(c, sliceable=True) for c in closed.consts]
     outputs = a.run(closed.jaxpr, consts, [v for v, u in zip(every, used, strict=True) if u], ())
@@ -409,6 +409,22 @@ def analyse(
         jax.tree.structure(out_shape),
         jax.tree.structure(params),
     )
+
+
+def _input_structs(inputs: Sequence[Any]) -> Any:
+    """Shapes and types of the inputs; plain numbers stay weakly typed."""
+
+    def one(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+        if hasattr(x, "shape") and hasattr(x, "dtype"):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+        if isinstance(x, bool | int | float | complex):
+            return jax.ShapeDtypeStruct((), jax.dtypes.result_type(x), weak_type=True)
+        raise TraceError(
+            f"input {path_str(path)} is a {type(x).__name__}, not an array or a number; close over it instead of "
+            "passing it"
+        )
+
+    return jax.tree_util.tree_map_with_path(one, tuple(inputs))
 
 
 def _settle_outputs(
@@ -519,7 +535,7 @@ def _finish(
         leaves[path] = Leaf(
             path,
             tuple(x.shape),
-            np.dtype(x.dtype),
+            x.dtype if jax.numpy.issubdtype(x.dtype, jax.dtypes.extended) else np.dtype(x.dtype),
             layouts,
             frozen,
             scans[0] if scans else None,

@@ -258,15 +258,15 @@ turned.defvjp(lambda z: (turned(z), None), lambda _, g: (-g * TABLE,))
         lambda h: jax.nn.relu(h) * jnp.linspace(0.5, 1, 5)[:, None] * jnp.outer(jnp.arange(1.0, 6), TABLE),
         lambda h: h * TABLE * TABLE.sum() * jnp.arange(8.0).sum(),
         lambda h: jax.jit(lambda z: z * jnp.exp(-jnp.arange(8.0)))(h),
-        jax.vmap(jax.jit(lambda z: z * TABLE)),
+        lambda h: jax.lax.map(jax.jit(lambda z: z * TABLE), h),
         lambda h: jax.lax.scan(lambda z, _: (jnp.tanh(z) * TABLE * jnp.cos(jnp.arange(8.0)), None), h, None, length=2)[
             0
         ],
         lambda h: jax.lax.cond(h.sum() > 0, lambda z: z * TABLE, jnp.tanh, h),
-        lambda h: times_table(h),
-        jax.vmap(lambda h: turned(h)),
+        lambda h: jax.lax.map(times_table, h),
+        lambda h: jax.lax.map(turned, h),
     ],
-    ids=["captured", "computed", "mask", "outer", "numbers", "jit", "jit, uncast", "scan", "cond", "jvp", "vjp"],
+    ids=["captured", "computed", "mask", "outer", "numbers", "jit", "jit of a row", "scan", "cond", "jvp", "vjp"],
 )
 def test_constants_freeze_the_axes_they_meet_unless_they_are_folded(use):
     def f(p, x):
