@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+# OpenMP threads that wait by spinning make torch ten times slower as soon as anything else runs on the machine. Read when
+# torch is imported, so set before; processes started from here inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 RESULTS = Path(__file__).parents[1] / "results"
 DISTURBED = "times are medians over rounds that take turns; the machine was shared, so read ratios rather than seconds"
