@@ -145,7 +145,7 @@ def measure(shape: Shape, scanned: bool, keep_params: float = 0.5) -> dict[str, 
     }
 
 
-def main(out: Path = RESULTS / "llama_7b.json", layers: int = 32) -> None:
+def main(out: Path = RESULTS / "llama-7b.json", layers: int = 32) -> None:
     """Time a spec of half the parameters for both layouts of the layers."""
     shape = Shape(layers=layers)
     results = {name: measure(shape, name == "scanned") for name in ("unrolled", "scanned")}
