@@ -7,6 +7,6 @@ from jprune.trace.analysis import Rule as Rule
 from jprune.trace.errors import KeepError as KeepError
 from jprune.trace.errors import NotPrunable as NotPrunable
 from jprune.trace.errors import TraceError as TraceError
+from jprune.trace.rules import register_rule as register_rule
 from jprune.trace.structure import Group as Group
-from jprune.trace.structure import register_rule as register_rule
 from jprune.version import __version__ as __version__

@@ -19,7 +19,8 @@ from jprune.trace import explain as _explain
 from jprune.trace import taps as _taps
 from jprune.trace.analysis import Rule
 from jprune.trace.cost import Cost, LayerCost
-from jprune.trace.structure import Structure, analyse
+from jprune.trace.discover import analyse
+from jprune.trace.structure import Structure
 
 
 class Graph(Structure):

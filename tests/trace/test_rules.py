@@ -10,7 +10,7 @@ from jax.interpreters import ad, mlir
 from laws import check_laws, members, normal
 
 import jprune
-from jprune.trace import structure
+from jprune.trace import rules
 from jprune.trace.tags import Sum
 
 X = normal(99, 5, 6)
@@ -20,10 +20,10 @@ HIDDEN = {"A": normal(0, 6, 8), "C": normal(4, 8, 3)}
 @pytest.fixture
 def user_rules():
     """`register_rule` is for good: what a test registers is taken back after it."""
-    before = dict(structure.USER_RULES)
-    yield structure.USER_RULES
-    structure.USER_RULES.clear()
-    structure.USER_RULES.update(before)
+    before = dict(rules.USER_RULES)
+    yield rules.USER_RULES
+    rules.USER_RULES.clear()
+    rules.USER_RULES.update(before)
 
 
 def primitive(name, implementation, shape):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from jprune.trace.analysis import Rule
+from collections.abc import Callable
+from typing import Any
+
+from jprune.trace.analysis import Rule, Val
 from jprune.trace.rules import contraction, control_flow, elementwise, indexing, reduction, shaping
 
 BUILT_IN: dict[str, Rule] = {
@@ -13,3 +16,22 @@ BUILT_IN: dict[str, Rule] = {
     **indexing.RULES,
     **control_flow.RULES,
 }
+
+USER_RULES: dict[str, Rule] = {}
+
+
+def register_rule(
+    name: str,
+    propagate: Callable[..., list[Val]],
+    rewrite: Callable[..., dict[str, Any]] | None = None,
+    evaluate: Callable[..., list[Any]] | None = None,
+) -> None:
+    """Teach the tracer a primitive (a custom call, one's own kernel); it applies to every later trace.
+
+    Args:
+      name: the primitive's name.
+      propagate: (analysis, equation, operand values) -> result values; see `jprune.trace.analysis`.
+      rewrite: (equation, sizes) -> equation parameters at the pruned sizes, where parameters hold sizes.
+      evaluate: (evaluator, equation, operands, call path) -> results, where binding the primitive is not enough.
+    """
+    USER_RULES[name] = Rule(propagate, rewrite, evaluate)
