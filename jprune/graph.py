@@ -11,6 +11,7 @@ import numpy as np
 from jprune.surgery import compact as _compact
 from jprune.surgery import compact_like as _compact_like
 from jprune.surgery import mask as _mask
+from jprune.surgery import resize as _resize
 from jprune.surgery.decision import Decision, Keep, decide
 from jprune.surgery.plan import Plan, plan_of
 from jprune.surgery.replay import Replay
@@ -112,6 +113,16 @@ class Graph(Structure):
         if keep:
             out.update(decide(self, keep, True, True).widths(stacked))
         return out
+
+    def resize(self, shapes: Any, widths: Mapping[str, Any]) -> Any:
+        """Shapes of all leaves at any group widths, larger ones too: {group id: units}; for a model that starts anew.
+
+        `jprune.models.rebuild(module, graph.resize(variables, widths))` is the zoo's module of these widths.
+
+        Raises:
+          KeepError: an unknown group, a width that is no integer above 0, or one width per layer.
+        """
+        return _resize.resize(self, shapes, widths)
 
     def cost(self, keep: Keep | None = None, *, widths: Mapping[str, Any] | None = None, stacked: str = "pad") -> Cost:
         """Exact cost at a keep set, or at given widths (numbers or vectors per layer; also traced, real ones)."""

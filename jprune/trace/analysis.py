@@ -126,6 +126,7 @@ class Analysis:
         self.rules = rules
         self.fold_constants = fold_constants
         self.records: dict[Path, tuple[list[Val], list[Val]]] = {}
+        self.eqns: dict[Path, Eqn] = {}  # those the function itself evaluates: without derivative rules
         self.folded: dict[Path, list[Val]] = {}
         self.uses: dict[tuple[Path, int], Use] = {}
         self.macs: dict[Path, MacTerm] = {}
@@ -292,6 +293,8 @@ class Analysis:
             self.path, self.eqn = (*path, i), eqn
             outs = self._apply(eqn, ins)
             self.records[(*path, i)] = (ins, outs)
+            if not self.shadow:
+                self.eqns[(*path, i)] = eqn
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v, k, path) for k, v in enumerate(jaxpr.outvars)]
 

@@ -85,6 +85,13 @@ def quantities(structure: Structure, widths: Widths, names: Sequence[str]) -> di
     return {name: _plain(x) for name, x in out.items()}
 
 
+def entries(structure: Structure, widths: Widths, paths: Iterable[str]) -> Any:
+    """Entries of these leaves together, at these widths: the part of `Cost.params` (or `state`) that is theirs."""
+    widths = {k: _exact(v) for k, v in widths.items()}
+    one: float = 1.0 if any(isinstance(w, jax.Array) for w in widths.values()) else 1
+    return _plain(sum(product(structure.leaves[p].layouts, widths, one) for p in paths))
+
+
 def _exact(w: Any) -> Any:
     """Integer widths as Python integers (or vectors of them), so that products cannot overflow or round.
 

@@ -2,7 +2,8 @@
 
 Sizes that equations carry as parameters (target shapes, slice bounds, group counts, ...) are rewritten from the
 axis layouts, so the user's function runs on smaller leaves without an edit. States of statistics are threaded
-through loops and branches: per layer where the tapped parameter is stacked, accumulated where it is shared.
+through loops and branches: per layer where the tapped parameter is stacked, accumulated where it is shared. Results
+of watched equations may also be replaced (jprune.surgery.graft).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jprune.trace.layout import Layout
 
 Layouts = Callable[[Path], tuple[list[tuple[Layout, ...]], list[tuple[Layout, ...]]]]
 States = dict[str, Any]
-Observer = Callable[[Path, Eqn, list[Any], list[Any], States], None]
+Observer = Callable[[Path, Eqn, list[Any], list[Any], States], "list[Any] | None"]
 
 
 class Segments:
@@ -77,7 +78,8 @@ class Evaluator:
       widths: group widths and symbol sizes; numbers.
       segments: symbol of a scan -> [(first layer, last layer + 1, widths of this run)] where layers differ.
       scan_symbols: symbol of the scan equation at a call path.
-      observe: called after each equation that is watched, to update `states`.
+      observe: called after each equation that is watched, to update `states`; results it returns replace the
+        equation's own.
       tap_paths: state id -> (call path of the equation it watches, call path of the scan it is stacked over or None).
     """
 
@@ -159,7 +161,8 @@ class Evaluator:
                 ins = [read(v, k, here) for k, v in enumerate(eqn.invars)]
                 outs = self._eval(eqn, ins, here)
                 if here in self._watched and self.observe is not None:
-                    self.observe(here, eqn, ins, outs, self.states)
+                    replaced = self.observe(here, eqn, ins, outs, self.states)
+                    outs = outs if replaced is None else replaced
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v, k, path) for k, v in enumerate(jaxpr.outvars)]
 

@@ -1,4 +1,8 @@
-"""Gather, scatter and dynamic slices: axes taken whole are carried, axes that data indexes are frozen."""
+"""Gather, scatter and dynamic slices: axes taken whole are carried, axes that data indexes are frozen.
+
+A sum does not ask in which order, or how many, terms are added: the rows that scatter-add adds are one axis with the
+entries of the index that says where, and may be removed together if what they add is zero.
+"""
 
 from __future__ import annotations
 
@@ -63,11 +67,17 @@ def _scatter(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
             a.freeze(operand.tags[i], "DATA_INDEXED", "scatter")
             if j is not None:
                 a.freeze(updates.tags[j], "DATA_INDEXED", "scatter")
-    for j, t in enumerate(updates.tags):
-        if j not in dn.update_window_dims:
-            a.freeze(t, "DATA_INDEXED", "scatter")
-    for t in indices.tags:
-        a.freeze(t, "DATA_INDEXED", "scatter")
+    rows = [j for j in range(len(updates.shape)) if j not in dn.update_window_dims]
+    adds = eqn.primitive.name in ("scatter-add", "scatter_add")
+    for k, j in enumerate(rows):
+        if adds and k not in dn.scatter_indices_batching_dims:
+            a.unify(indices.tags[k], updates.tags[j])
+            if not (updates.zero[j] or updates.scalar == 0):
+                a.inexact(updates.tags[j], "scatter-add adds values that are not zero at removed positions")
+        else:
+            a.freeze(updates.tags[j], "DATA_INDEXED", "scatter")
+            a.freeze(indices.tags[k], "DATA_INDEXED", "scatter")
+    a.freeze(indices.tags[-1], "DATA_INDEXED", "scatter")
     return [a.value(eqn.outvars[0].aval, operand.tags, zero)]
 
 
