@@ -19,7 +19,7 @@ def prune(
     model: Text[str, arg(help="a classifier of the zoo; see `jprune list`")] = "resnet20",
     data: Text[str, arg(help="digits, cifar10, cifar100 or imagenet-folder")] = "digits",
     data_dir: Text[str | None, arg(help="where the data lies (all but digits)")] = None,
-    method: Text[str, arg(help="how units are scored; see `jprune list`")] = "magnitude-l2",
+    method: Text[str, arg(help="how the small network comes about; see `jprune list`")] = "magnitude-l2",
     target: Text[float, arg(help="fraction to KEEP of --quantity")] = 0.5,
     quantity: Literal["macs", "params", "bytes"] = "macs",
     scope: Text[Literal["global", "uniform", "isomorphic"], arg(help="which units compete")] = "global",
@@ -27,7 +27,7 @@ def prune(
     schedule: Text[Literal["one_shot", "linear", "cubic"], arg(help="the way there, over --steps")] = "linear",
     multiple_of: Text[int, arg(help="kept widths are multiples of this (8 or 128 suit accelerators)")] = 1,
     min_keep: Text[int, arg(help="units every group keeps")] = 1,
-    epochs: Text[int, arg(help="of the baseline, and of each sparse phase")] = 20,
+    epochs: Text[int, arg(help="of the baseline, of each sparse phase, and of a network trained from scratch")] = 20,
     finetune_epochs: Text[int, arg(help="after pruning, over all steps")] = 15,
     learning_rate: float = 0.05,
     finetune_learning_rate: float = 0.02,
@@ -46,6 +46,8 @@ def prune(
         jprune prune --model vgg16_bn --data cifar10 --data-dir ~/cifar-10-batches-bin --method taylor --target 0.3
 
         jprune prune --method masksparsity --steps 1 --seed 3 --out runs/ms3
+
+        jprune prune --method precrop --quantity params --target 0.2
     """
     from jprune.pipeline import Options, Run, rows
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,14 +26,24 @@ class Method:
 
     Attributes:
       about: one line.
-      scores: (graph, model, variables, dataset, seed) -> scores.
+      scores: (graph, model, variables, dataset, seed) -> scores; None where the small network is not cut from a
+        trained one.
       sparse: "none"; "global": one more training phase with a penalty on all scales before scoring (network
         slimming); "masked": that, then again from the baseline with the penalty on the unit that will go only.
+      way: "trained": train, prune, fine-tune; "precrop": widths from densities at initialisation, then training.
+      criterion, cap: of "precrop": where the densities come from, and how many times wider a layer may become.
+      quantities: what a target may count.
+      fixed: options that mean nothing to it.
     """
 
     about: str
-    scores: Callable[[Graph, Any, Any, Dataset, int], Scores]
+    scores: Any = None
     sparse: str = "none"
+    way: str = "trained"
+    criterion: str = ""
+    cap: float = 1.0
+    quantities: tuple[str, ...] = ("macs", "params", "bytes")
+    fixed: tuple[str, ...] = ()
 
 
 def _images(dataset: Dataset, seed: int) -> tuple[jax.Array, jax.Array]:
@@ -62,6 +71,13 @@ def _fisher(graph: Graph, model: Any, variables: Any, dataset: Dataset, seed: in
     return importance.fisher(graph, variables, squares)
 
 
+_ONLY_TRAINED = ("scope", "steps", "schedule", "finetune_epochs", "finetune_learning_rate", "strength")
+
+
+def _precrop(criterion: str, about: str, cap: float = 1.0) -> Method:
+    return Method(about, way="precrop", criterion=criterion, cap=cap, quantities=("macs", "params"), fixed=_ONLY_TRAINED)
+
+
 METHODS: dict[str, Method] = {
     "magnitude-l2": Method("sum of squared weights of the group (DepGraph)",
                            lambda g, m, v, d, s: importance.magnitude(g, v, 2)),
@@ -78,6 +94,12 @@ METHODS: dict[str, Method] = {
                        lambda g, m, v, d, s: importance.batchnorm_scale(g, v), "global"),
     "masksparsity": Method("penalty only on the scales of the units that will go (MaskSparsity)",
                            lambda g, m, v, d, s: importance.batchnorm_scale(g, v), "masked"),
+    "precrop": _precrop("synflow", "widths from SynFlow's densities at initialisation, trained from scratch (PreCrop)"),
+    "precrop-snip": _precrop("snip", "the same with SNIP's densities"),
+    "precrop-grasp": _precrop("grasp", "the same with GraSP's densities"),
+    "precrop-synexp": _precrop("synexp", "the same with the densities that maximise SynFlow's expectation"),
+    "preconfig": _precrop("synexp", "the same, and layers may also grow, up to four times (PreConfig)", 4.0),
+    "uniform-width": _precrop("uniform_width", "one width factor for all layers, trained from scratch: the baseline"),
 }  # fmt: skip
 
 

@@ -132,11 +132,41 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         ({"data": "cifar10"}, "data_dir"),
         ({"steps": 0}, "at least 1"),
         ({"epochs": 0}, "epochs"),
+        ({"method": "precrop", "quantity": "bytes"}, "aims at macs or params"),
+        ({"method": "precrop", "finetune_epochs": 15, "steps": 3}, "has no such choice"),
     ],
 )
 def test_wrong_options_are_named_before_anything_is_trained(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         Run(Options(**{**dataclasses.asdict(OPTIONS), **options}), tmp_path / "o", quiet=True)()
+
+
+@pytest.mark.parametrize(
+    ("method", "quantity", "target"), [("precrop-snip", "params", 0.2), ("preconfig", "params", 0.6)]
+)
+def test_small_from_the_start(method, quantity, target, tmp_path):
+    options = Options(model="resnet_digits", method=method, quantity=quantity, target=target, epochs=2, multiple_of=2)
+    summary = Run(options, tmp_path / "o", quiet=True)()
+    before, after = summary["before"], summary["after"]
+    assert after[quantity] <= target * before[quantity] < after[quantity] * 1.05
+    assert summary["achieved_fraction"] == pytest.approx(after[quantity] / before[quantity])
+    assert after["macs"] <= before["macs"] and after["params"] <= before["params"]
+    assert all(w % 2 == 0 for _, w in summary["widths"].values())
+    assert any(w > was for was, w in summary["widths"].values()) == (method == "preconfig")
+    module, small, _ = load_pruned(tmp_path / "o")
+    assert evaluate(module, small, load_digits()).accuracy == after["accuracy"]
+    assert after["params"] == sum(x.size for x in jax.tree.leaves(small["params"]))
+    lines = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["phase"] for r in lines if r["kind"] == "epoch"] == ["baseline"] * 2 + ["from scratch"] * 2
+    with pytest.raises(ValueError, match=r"plan\.json"):
+        load_plan(tmp_path / "o")
+
+
+def test_a_width_budget_out_of_reach_is_refused_before_anything_is_written(tmp_path):
+    options = Options(model="resnet_digits", method="precrop", target=0.001)
+    with pytest.raises(ValueError, match="is the least"):
+        Run(options, tmp_path / "o", quiet=True)
+    assert not (tmp_path / "o").exists()
 
 
 def test_an_unreachable_target_says_what_is_reachable(tmp_path):
@@ -182,7 +212,7 @@ def test_help_teaches(subcommand):
         assert "--finetune-epochs" in out and "fraction to KEEP" in out
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.way == "trained"))
 def test_every_method_scores_every_group_of_a_network_with_batchnorm(name):
     model = build("resnet_digits")
     data = load_digits()
