@@ -12,7 +12,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from jprune.models import densenet, mobilenet, resnet, shufflenet, unet, vgg, vit
+from jprune.models import densenet, llama, mobilenet, resnet, shufflenet, unet, vgg, vit
 from jprune.models.shapes import check_tree
 from jprune.models.torch_weights import from_torch, load_torch
 
@@ -112,6 +112,7 @@ _READERS: dict[type, Callable[[Any, Any], Any]] = {
     densenet.DenseNet: densenet.config_from_params,
     vit.ViT: vit.config_from_params,
     unet.UNet: unet.config_from_params,
+    llama.Llama: llama.config_from_params,
 }
 
 
@@ -134,6 +135,8 @@ def rebuild(module: nn.Module, variables: Any) -> nn.Module:
             f"{type(module).__name__} is not a model of the zoo: run its pruned tree with graph.replay(keep)"
         )
     rebuilt = module.clone(config=reader(variables, module.config))
+    if isinstance(rebuilt, llama.Llama) and rebuilt.scanned != llama.is_scanned(variables):
+        rebuilt = rebuilt.clone(scanned=llama.is_scanned(variables))
     check_tree(rebuilt, variables)
     return rebuilt
 

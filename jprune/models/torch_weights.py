@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from jprune.checkpoint import load_safetensors
+from jprune.checkpoint.tensors import load_safetensors
 from jprune.models import densenet, mobilenet, resnet, shufflenet, vgg, vit
 from jprune.models.shapes import first_layer, shapes_of
 from jprune.trace.leafpaths import flatten
