@@ -92,6 +92,18 @@ def entries(structure: Structure, widths: Widths, paths: Iterable[str]) -> Any:
     return _plain(sum(product(structure.leaves[p].layouts, widths, one) for p in paths))
 
 
+def fraction(structure: Structure, widths: Widths, total: float) -> Any:
+    """Multiply-accumulates at these (traced, real) widths over `total`, exact to rounding in float32.
+
+    Each term is divided before it is added: sums of whole multiply-accumulates would lose integers above 2^24. This is
+    the differentiable constraint of a loss term.
+    """
+    out: Any = 0.0
+    for term in structure.contractions:
+        out = out + term.coefficient / total * product(term.factors, widths, 1.0)
+    return out
+
+
 def _exact(w: Any) -> Any:
     """Integer widths as Python integers (or vectors of them), so that products cannot overflow or round.
 

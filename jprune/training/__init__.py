@@ -1,6 +1,6 @@
 """One training loop and one evaluation for the whole library."""
 
-from jprune.training.config import TrainConfig, learning_rates, sgd
+from jprune.training.config import TrainConfig, learning_rates, sgd, with_own_updates
 from jprune.training.evaluate import Evaluation, evaluate
 from jprune.training.forward import Forward, as_forward
 from jprune.training.loop import train
@@ -20,4 +20,5 @@ __all__ = [
     "recalibrate",
     "sgd",
     "train",
+    "with_own_updates",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -98,3 +99,23 @@ def sgd(weight_decay: float, momentum: float, nesterov: bool) -> optax.GradientT
         optax.trace(momentum, nesterov),
         optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scale),
     )
+
+
+def with_own_updates(
+    optimizer: optax.GradientTransformation, rules: Mapping[str, Callable[[Any, Any], Any]]
+) -> optax.GradientTransformationExtraArgs:
+    """`optimizer`, but for some entries of the parameters: rules[key](gradients, parameters) updates params[key].
+
+    For what is learned beside the weights (thresholds, multipliers, moving averages of gradients): a rule sees all
+    gradients and parameters and returns what is added to its entry; neither decay nor momentum touches it.
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        out, state = inner.update(updates, state, params, **extra)
+        out = dict(cast("Mapping[str, Any]", out))
+        if missing := [k for k in rules if k not in out]:
+            raise ValueError(f"the parameters have the entries {sorted(out)}, none called {missing[0]!r}")
+        return {**out, **{key: rule(updates, params) for key, rule in rules.items()}}, state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)

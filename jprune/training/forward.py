@@ -16,7 +16,8 @@ from flax import linen as nn
 class Forward:
     """A model as training sees it.
 
-    train(variables, x, key) -> (logits, updates): `updates` maps collections ("batch_stats") to their new values;
+    train(variables, x, key) -> (logits, updates): `updates` maps collections ("batch_stats") to their new values; two
+    names are no collections: "losses" {name: scalar} is added to the loss and "metrics" {name: scalar} is logged.
     evaluate(variables, x) -> logits; `casts` says whether parameters and inputs may be given in another float dtype.
     """
 

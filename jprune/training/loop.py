@@ -51,6 +51,7 @@ def train(
     transform: optax.GradientTransformation | None = None,
     optimizer: optax.GradientTransformation | None = None,
     loss: Loss | None = None,
+    epochs: tuple[int, int] | None = None,
     mesh: Mesh | None = None,
     out: str | Path | None = None,
     resume: bool = False,
@@ -66,6 +67,8 @@ def train(
         extra arguments, `learning_rate`. Two with the same `update` and different states share a compiled step.
     optimizer: replaces weight decay, momentum and learning rate.
     loss(logits, batch, params): a scalar, or (scalar, {name: scalar}) whose entries are logged.
+    epochs: (first, last) of the recipe's epochs to run, counted from 0, last excluded: a network that changes on the
+        way is trained in parts, under one learning-rate schedule and one order of the data.
     mesh: batches are split over its axis "data"; parameters that lie on it keep their sharding, others are replicated.
     out: folder for metrics.jsonl and checkpoints. resume: go on from its last checkpoint, or start if there is none.
     on_step(step, metrics) is called for every step, a little late; on_epoch(epoch, variables) after every epoch: what
@@ -101,13 +104,18 @@ def train(
     advance = compiled_step(
         Recipe(forward, tuple(map(update_of, stages)), loss, config.dtype, params is not variables, shardings)
     )
-    rates = learning_rates(config, per_epoch)
+    first, final = epochs or (0, config.epochs)
+    if not 0 <= first < final <= config.epochs:
+        raise ValueError(f"epochs=({first}, {final}) must be a part of the recipe's {config.epochs}, at least one epoch")
+    rates = learning_rates(config, per_epoch)[: final * per_epoch]
+    state = state._replace(step=jax.device_put(state.step + first * per_epoch, state.step.sharding))
     key = jax.random.key(config.seed)
 
     with contextlib.ExitStack() as stack:
         checkpoints, sums = None, {}
         if out is not None:
-            checkpoints = Checkpoints(out / "checkpoints", _recipe(config, dataset, variables))
+            recipe = _recipe(config, dataset, variables) | ({} if epochs is None else {"part": [first, final]})
+            checkpoints = Checkpoints(out / "checkpoints", recipe)
             stack.callback(checkpoints.close)
             state, sums = _start(checkpoints, state, resume)
         step = int(state.step)

@@ -11,7 +11,9 @@ from jprune.graph import Graph, trace
 from jprune.training.forward import Forward, as_forward
 
 
-def pruned_forward(model: Any, variables: Any, x: Any, keep: Mapping[str, Any]) -> Forward:
+def pruned_forward(
+    model: Any, variables: Any, x: Any, keep: Mapping[str, Any], *, allow_empty: bool = False
+) -> Forward:
     """A `Forward` whose variables are `graph.compact(variables, keep)`, without an edit to the model's code.
 
     Both modes are traced, so BatchNorm goes on using and updating batch statistics in training.
@@ -21,6 +23,7 @@ def pruned_forward(model: Any, variables: Any, x: Any, keep: Mapping[str, Any]) 
       variables: the dense variables (arrays or `ShapeDtypeStruct`s).
       x: an example batch of the size used in training: BatchNorm divides by it, so a replay is for that size only.
       keep: {group id: bool (size,)} of the evaluation function's graph.
+      allow_empty: allow a group to lose all its units.
 
     Raises:
       ValueError: the training function ties the channels differently than the evaluation function.
@@ -30,7 +33,8 @@ def pruned_forward(model: Any, variables: Any, x: Any, keep: Mapping[str, Any]) 
     key = jax.eval_shape(lambda: jax.random.key(0))
     train = trace(forward.train, variables, x, key)
     _check_same_groups(evaluate, train, keep)
-    return Forward(train.replay(keep, allow_inexact=True), evaluate.replay(keep, allow_inexact=True), casts=False)
+    modes = [graph.replay(keep, allow_inexact=True, allow_empty=allow_empty) for graph in (train, evaluate)]
+    return Forward(modes[0], modes[1], casts=False)
 
 
 def _check_same_groups(evaluate: Graph, train: Graph, keep: Mapping[str, Any]) -> None:

@@ -89,7 +89,9 @@ def compiled_step(recipe: Recipe) -> Callable[[TrainState, Mapping[str, jax.Arra
             logits = logits.astype(jnp.float32)
             out = recipe.loss(logits, batch, params)
             value, extra = out if isinstance(out, tuple) else (out, {})
-            return value, (logits, updates, extra)
+            updates = dict(updates)
+            losses, logged = updates.pop("losses", {}), updates.pop("metrics", {})
+            return value + sum(losses.values()), (logits, updates, {**extra, **losses, **logged})
 
         (value, (logits, updates, extra)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         if unknown := set(updates) - set(state.rest):

@@ -1,0 +1,401 @@
+"""Grafting: the traced function again, with every chosen convolution's output replaced by a function of yours.
+
+A site is one use of a convolution's kernel and the point where its result is ready: behind the per-channel arithmetic
+that directly follows (bias, BatchNorm in evaluation or in training mode), before anything else sees it. There the
+value y becomes join(site, the convolution's input, y, extra), so that gates, bypasses and adapters can be put into any
+function without an edit to its code. The result is an ordinary function: it can be jitted, differentiated and traced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+
+from jprune.trace.analysis import Path
+from jprune.trace.errors import suggest
+from jprune.trace.evaluate import Evaluator
+from jprune.trace.leafpaths import flatten
+from jprune.trace.rules.control_flow import CALLS
+from jprune.trace.structure import Structure
+
+AFFINE = ("add", "sub", "mul", "div", "add_any")
+CARRIED = ("convert_element_type", "copy", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "reduce_precision")
+ELEMENTWISE = (*AFFINE, "square", "integer_pow", "pow", "sqrt", "rsqrt", "abs", "neg", "max", "stop_gradient", "copy",
+               "convert_element_type")  # fmt: skip
+REMAT = ("remat2", "remat", "checkpoint")
+
+Join = Callable[["Site", jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+class SiteError(ValueError):
+    """A convolution that nothing can be grafted onto; names its kernel, why, and the user's source line."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """One convolution and the point where its result is ready.
+
+    Attributes:
+      leaf: path of the kernel.
+      eqn: the convolution (its `params` hold strides, padding, layout).
+      channel: axis of the channels in its result; kernel_out: in its kernel.
+      norm: paths of the leaves met between the convolution and that point, in order.
+      stem: no other convolution lies before it.
+      shortcut: its result is only added to a branch that starts from the same value.
+      bypassed: inputs reach an output without passing through it (in training mode, running statistics are outputs).
+      where: the user's source line.
+      conv, end: call paths of the convolution and of the equation whose result is replaced.
+    """
+
+    leaf: str
+    eqn: Any
+    norm: tuple[str, ...]
+    stem: bool
+    shortcut: bool
+    bypassed: bool
+    where: str
+    conv: Path
+    end: Path
+
+    @property
+    def channel(self) -> int:
+        return self.eqn.params["dimension_numbers"].out_spec[1]
+
+    @property
+    def kernel_out(self) -> int:
+        return self.eqn.params["dimension_numbers"].rhs_spec[0]
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """As traced, in the kernel's own layout."""
+        return tuple(self.eqn.invars[1].aval.shape)
+
+    @property
+    def width(self) -> int:
+        """Channels of the result, as traced."""
+        return self.kernel_shape[self.kernel_out]
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Spatial sizes of the kernel."""
+        return tuple(self.kernel_shape[i] for i in self.eqn.params["dimension_numbers"].rhs_spec[2:])
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Value:
+    shape: tuple[int, ...]
+    made_by: _Node | None = None
+    read_by: list[_Node] = dataclasses.field(default_factory=list)
+    leaf: str | None = None
+    is_output: bool = False
+    after_conv: bool = False
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Node:
+    path: Path
+    eqn: Any
+    remat: Path | None
+    ins: list[_Value] = dataclasses.field(default_factory=list)
+    outs: list[_Value] = dataclasses.field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.eqn.primitive.name
+
+
+def sites(graph: Structure) -> tuple[dict[str, Site], dict[str, str]]:
+    """({kernel path: site} in program order, {kernel path: why nothing can be grafted there}).
+
+    Works on the trace of either mode: batch statistics are recognised as reductions to one number a channel.
+    """
+    nodes, arguments, results = _flat(graph)
+    at = {n.path: n for n in nodes}
+    uses: dict[str, list[Any]] = {}
+    for use in graph.analysis.uses.values():
+        if use.primitive == "conv_general_dilated":
+            uses.setdefault(use.leaf, []).append(use)
+    found: dict[str, Site] = {}
+    refused: dict[str, str] = {}
+    ends: dict[str, _Value] = {}
+    for leaf, (use, *others) in sorted(uses.items(), key=lambda item: _order(item[1][0].path)):
+        node = at.get(use.path)
+        if others:
+            refused[leaf] = (
+                f"it is used {1 + len(others)} times ({use.where}; {others[0].where}): give each use its own"
+            )
+        elif node is None:
+            refused[leaf] = f"it lies in the body of a loop, branch or custom derivative, at {use.where}: unroll that"
+        else:
+            end, norm = _follow(node)
+            assert end.made_by is not None
+            if end.made_by.remat != node.remat:
+                refused[leaf] = f"rematerialisation ends between it and its normalisation, at {use.where}"
+                continue
+            ends[leaf] = end
+            found[leaf] = Site(leaf, node.eqn, tuple(norm), not node.ins[0].after_conv, _is_shortcut(node, end),
+                               _reachable(nodes, arguments, results, {end}), use.where, node.path,
+                               end.made_by.path)  # fmt: skip
+    # several sites that can each be passed by, but not all at once, are not bypassed: one of them has to stay
+    around = {ends[p] for p, s in found.items() if s.bypassed and not s.shortcut}
+    if not _reachable(nodes, arguments, results, around):
+        found = {p: dataclasses.replace(s, bypassed=False) for p, s in found.items()}
+    return found, refused
+
+
+def select(graph: Structure, leaves: Iterable[str]) -> dict[str, Site]:
+    """The sites of these kernels.
+
+    Raises:
+      SiteError: nothing can be grafted onto one of them, or it is not a convolution's kernel.
+    """
+    found, refused = sites(graph)
+    out = {}
+    for leaf in leaves:
+        if leaf in refused:
+            raise SiteError(f"nothing can be grafted onto the convolution with {leaf!r}: {refused[leaf]}")
+        if leaf not in found:
+            raise SiteError(f"{leaf!r} is no convolution's kernel{suggest(leaf, found)}")
+        out[leaf] = found[leaf]
+    return out
+
+
+def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names that match any of the patterns; SiteError for a pattern that matches none."""
+    names = list(names)
+    for p in patterns:
+        if not fnmatch.filter(names, p):
+            raise SiteError(f"the pattern {p!r} matches no convolution{suggest(p, names)}")
+    return [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
+
+
+def graft(graph: Structure, chosen: Mapping[str, Site], join: Join) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """fn(variables, extras, *inputs) -> (outputs, {kernel path: new state}): the traced function with joins.
+
+    Args:
+      graph: of `fn(variables, *inputs)`, in either mode.
+      chosen: sites of this graph.
+      join: (site, x, y, extras[kernel path]) -> (replacement of y, new state or None). y and its replacement have the
+        layout of the convolution's result (`site.channel` is the channel axis).
+
+    Input dimensions that the function does not depend on may differ from the traced ones.
+    """
+    watched: dict[str, tuple[Path, Path | None]] = {}
+    starting: dict[Path, list[str]] = {}
+    ending: dict[Path, str] = {}
+    for leaf, site in chosen.items():
+        watched[leaf], watched[f"{leaf} input"] = (site.end, None), (site.conv, None)
+        starting.setdefault(site.conv, []).append(leaf)
+        ending[site.end] = leaf
+
+    def grafted(variables: Any, extras: Mapping[str, Any], *inputs: Any) -> tuple[Any, dict[str, Any]]:
+        held: dict[str, tuple[Any, tuple[int, ...]]] = {}
+
+        def observe(path: Path, eqn: Any, ins: list[Any], outs: list[Any], states: dict[str, Any]) -> Any:
+            for leaf in starting.get(path, ()):
+                held[leaf] = ins[0], outs[0].shape
+            leaf = ending.get(path)
+            if leaf is None:
+                return None
+            x, shape = held.pop(leaf)
+            y, states[leaf] = join(chosen[leaf], x, outs[0].reshape(shape), extras.get(leaf))
+            return [y.astype(outs[0].dtype).reshape(outs[0].shape)]
+
+        outs, states = _evaluated(graph, variables, inputs, observe, watched, dict.fromkeys(chosen))
+        return outs, {leaf: states[leaf] for leaf in chosen}
+
+    return grafted
+
+
+def folded(graph: Structure, chosen: Mapping[str, Site], variables: Any, *inputs: Any) -> dict[str, tuple[Any, Any]]:
+    """{kernel path: (factor (n,), shift (n,))}: in evaluation mode y = factor * convolution + shift at each site.
+
+    Read off the function itself, run with constants in place of the convolutions' results.
+    """
+    starting = {s.conv: leaf for leaf, s in chosen.items()}
+    ending = {s.end: leaf for leaf, s in chosen.items()}
+    watched: dict[str, tuple[Path, Path | None]] = {f"{k} input": (s.conv, None) for k, s in chosen.items()}
+    watched |= {k: (s.end, None) for k, s in chosen.items()}
+
+    def run(value: float) -> dict[str, Any]:
+        def observe(path: Path, eqn: Any, ins: list[Any], outs: list[Any], states: dict[str, Any]) -> Any:
+            if path in starting:
+                held[starting[path]] = outs[0].shape
+                outs = [jnp.full_like(outs[0], value)]
+            if path in ending:
+                leaf = ending[path]
+                at = [0] * len(held[leaf])
+                at[chosen[leaf].channel] = slice(None)  # pyright: ignore[reportArgumentType, reportCallIssue]
+                states[leaf] = outs[0].reshape(held[leaf])[tuple(at)]
+            return outs
+
+        held: dict[str, tuple[int, ...]] = {}
+        return _evaluated(graph, variables, inputs, observe, watched, dict.fromkeys(chosen))[1]
+
+    shift, both = run(0.0), run(1.0)
+    return {leaf: (both[leaf] - shift[leaf], shift[leaf]) for leaf in chosen}
+
+
+def _evaluated(
+    graph: Structure, variables: Any, inputs: Sequence[Any], observe: Any, watched: Any, states: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    flat, symbols = graph.bind_inputs(inputs)
+    by_path = dict(flatten(variables))
+    if missing := [p for p in graph.leaves if p not in by_path]:
+        raise ValueError(f"leaf {missing[0]!r} is missing from the variables: give those that were traced")
+    constants = {path: [v.const for v in vals] for path, vals in graph.analysis.folded.items()}
+    ev = Evaluator(graph.rules, graph.layouts_at, constants, graph.analysis.jaxprs, symbols, None,
+                   graph.scan_symbols, observe, watched, states)  # fmt: skip
+    arguments = graph.select_used([by_path[p] for p in graph.leaves], flat)
+    outs = ev.run(graph.jaxpr.jaxpr, graph.jaxpr.consts, arguments, ())
+    return jax.tree.unflatten(graph.out_tree, outs), ev.states
+
+
+# -- the jaxpr with its calls inlined, and what can be read from it --------------------------------------------------
+
+
+def _flat(graph: Structure) -> tuple[list[_Node], list[_Value], list[_Value]]:
+    """Equations in order, the values of the inputs (not the leaves), the results."""
+    nodes: list[_Node] = []
+
+    def walk(jaxpr: Any, args: Sequence[_Value], path: Path, remat: Path | None) -> list[_Value]:
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        env: dict[Any, _Value] = dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(v: Any) -> _Value:
+            if isinstance(v, jex.Literal):
+                return _Value(tuple(np.shape(v.val)))
+            return env.setdefault(v, _Value(tuple(v.aval.shape)))  # only constants are met for the first time here
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            ins = [read(v) for v in eqn.invars]
+            name, here = eqn.primitive.name, (*path, i)
+            inner = eqn.params.get("jaxpr" if name in REMAT else CALLS.get(name, ""))
+            if inner is not None:
+                outs = walk(inner, ins, (*here, "call"), here if name in REMAT else remat)
+            else:
+                node = _Node(here, eqn, remat, ins)
+                nodes.append(node)
+                convolves = any(v.after_conv for v in ins) or "conv_general_dilated" in (name, *_inside(eqn))
+                outs = [_Value(tuple(v.aval.shape), node, after_conv=convolves) for v in eqn.outvars]
+                node.outs = outs
+                for v in ins:
+                    v.read_by.append(node)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    paths = [*graph.leaves, *[None] * len(graph.input_shapes)]
+    used = [p for p, u in zip(paths, graph.used_invars, strict=True) if u]
+    arguments = [_Value(tuple(v.aval.shape), leaf=p) for v, p in zip(graph.jaxpr.jaxpr.invars, used, strict=True)]
+    results = walk(graph.jaxpr.jaxpr, arguments, (), None)
+    for v in results:
+        v.is_output = True
+    return nodes, [v for v in arguments if v.leaf is None], results
+
+
+def _inside(eqn: Any) -> Iterable[str]:
+    """Names of the primitives inside an equation that is not inlined."""
+    for p in eqn.params.values():
+        for sub in p if isinstance(p, tuple | list) else (p,):
+            for e in getattr(getattr(sub, "jaxpr", sub), "eqns", ()):
+                yield e.primitive.name
+                yield from _inside(e)
+
+
+def _order(path: Path) -> tuple[int, ...]:
+    return tuple(k for k in path if isinstance(k, int))
+
+
+def _wide(shape: Sequence[int]) -> list[int]:
+    return [i for i, n in enumerate(shape) if n != 1]
+
+
+def _varies(v: _Value) -> set[int]:
+    """Axes along which the entries of a value may differ."""
+    node = v.made_by
+    if node is not None and v.shape == node.outs[0].shape:
+        if node.name == "broadcast_in_dim":
+            axes = node.eqn.params["broadcast_dimensions"]
+            return {axes[i] for i in _varies(node.ins[0]) if i < len(axes)}
+        if node.name in ("convert_element_type", "copy"):
+            return _varies(node.ins[0])
+        if node.name in CARRIED:
+            before = _wide(node.ins[0].shape)
+            if [node.ins[0].shape[i] for i in before] == [v.shape[i] for i in _wide(v.shape)]:
+                moved = dict(zip(before, _wide(v.shape), strict=True))
+                return {moved[i] for i in _varies(node.ins[0]) if i in moved}
+        if node.name in ELEMENTWISE:
+            return {i for x in node.ins for i in _varies(x)}
+    return set(_wide(v.shape))
+
+
+def _leaves_of(v: _Value) -> list[str]:
+    """Leaves that a per-channel operand is computed from directly, not through statistics of the data."""
+    if v.leaf is not None:
+        return [v.leaf]
+    node = v.made_by
+    if node is None or node.name not in (*ELEMENTWISE, *CARRIED):
+        return []
+    return [p for x in node.ins for p in _leaves_of(x)]
+
+
+def _is_statistical(node: _Node, axis: int) -> bool:
+    """Whether this reader only lets numbers per channel out: a reduction, or elementwise steps towards some."""
+    if node.name.startswith("reduce_") and "axes" in node.eqn.params:
+        left = set(_wide(node.ins[0].shape)) - set(node.eqn.params["axes"])
+        return left <= {axis}
+    if node.name not in ELEMENTWISE or any(v.is_output for v in node.outs):
+        return False
+    readers = [n for v in node.outs for n in v.read_by]
+    return bool(readers) and all(_is_statistical(n, axis) for n in readers)
+
+
+def _follow(node: _Node) -> tuple[_Value, list[str]]:
+    """From a convolution through the per-channel arithmetic behind it: (the last such result, leaves on the way)."""
+    value = end = node.outs[0]
+    axis = node.eqn.params["dimension_numbers"].out_spec[1]
+    leaves: list[str] = []
+    while not value.is_output:
+        readers = [n for n in value.read_by if not _is_statistical(n, axis)]
+        if len(readers) != 1:  # it is used elsewhere too, or twice
+            break
+        step = readers[0]
+        out = step.outs[0]
+        if step.name in AFFINE and out.shape == value.shape:
+            (other,) = [v for v in step.ins if v is not value]
+            if not _varies(other) <= {axis} or (step.name == "div" and step.ins[0] is not value):
+                break
+            leaves += [p for p in _leaves_of(other) if p not in leaves]
+            value = end = out
+        elif step.name in CARRIED and [value.shape[i] for i in _wide(value.shape)] == [
+            out.shape[i] for i in _wide(out.shape)
+        ]:
+            if axis not in _wide(value.shape):
+                break
+            axis = _wide(out.shape)[_wide(value.shape).index(axis)]
+            value = out
+        else:
+            break
+    return end, leaves
+
+
+def _is_shortcut(node: _Node, end: _Value) -> bool:
+    """Its input also enters another convolution, and its result goes nowhere but into a sum."""
+    shared = any(n is not node and n.name == "conv_general_dilated" for n in node.ins[0].read_by)
+    return shared and len(end.read_by) == 1 and end.read_by[0].name in ("add", "add_any")
+
+
+def _reachable(nodes: list[_Node], inputs: list[_Value], results: list[_Value], blocked: set[_Value]) -> bool:
+    """Whether data gets from the inputs to a result without passing through the blocked values."""
+    reached = set(inputs)
+    for node in nodes:
+        if not reached.isdisjoint(node.ins):
+            reached.update(v for v in node.outs if v not in blocked)
+    return not reached.isdisjoint(results)
