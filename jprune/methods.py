@@ -30,8 +30,10 @@ class Method:
         trained one.
       sparse: "none"; "global": one more training phase with a penalty on all scales before scoring (network
         slimming); "masked": that, then again from the baseline with the penalty on the unit that will go only.
-      way: "trained": train, prune, fine-tune; "precrop": widths from densities at initialisation, then training.
-      criterion, cap: of "precrop": where the densities come from, and how many times wider a layer may become.
+      way: "trained": train, prune, fine-tune; "precrop": widths from densities at initialisation, then training;
+        "lapp": shrink in the first epochs of the only training.
+      criterion, cap: of "precrop": where the densities come from, and how many times wider a layer may become; the
+        criterion of "lapp" is its kind of bypass.
       quantities: what a target may count.
       fixed: options that mean nothing to it.
     """
@@ -78,6 +80,11 @@ def _precrop(criterion: str, about: str, cap: float = 1.0) -> Method:
     return Method(about, way="precrop", criterion=criterion, cap=cap, quantities=("macs", "params"), fixed=_ONLY_TRAINED)
 
 
+def _lapp(bypass: str, about: str) -> Method:
+    fixed = (*_ONLY_TRAINED, "multiple_of", "min_keep")
+    return Method(about, way="lapp", criterion=bypass, quantities=("macs",), fixed=fixed)
+
+
 METHODS: dict[str, Method] = {
     "magnitude-l2": Method("sum of squared weights of the group (DepGraph)",
                            lambda g, m, v, d, s: importance.magnitude(g, v, 2)),
@@ -100,6 +107,9 @@ METHODS: dict[str, Method] = {
     "precrop-synexp": _precrop("synexp", "the same with the densities that maximise SynFlow's expectation"),
     "preconfig": _precrop("synexp", "the same, and layers may also grow, up to four times (PreConfig)", 4.0),
     "uniform-width": _precrop("uniform_width", "one width factor for all layers, trained from scratch: the baseline"),
+    "lapp": _lapp("pw", "a learned threshold per layer, a 1x1 bypass beside each, in the first epochs (LAPP)"),
+    "lapp-dw": _lapp("dw", "the same with depthwise bypasses, which cost least"),
+    "lapp-none": _lapp("none", "the same without bypasses"),
 }  # fmt: skip
 
 

@@ -124,6 +124,7 @@ def run(
     resume: bool = False,
     progress: Any = True,
     title: str = "lapp",
+    on_step: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> Result:
     """Train a network from its initial variables and prune it on the way.
 
@@ -131,7 +132,7 @@ def run(
       model: whatever `jprune.training.as_forward` takes; with a `train` argument if it has BatchNorm.
       variables: initial ones. dataset: to train and test on.
       choose: thresholds by layer that replace the learned ones when the network is sliced (baselines).
-      mesh, out, resume, progress: as in `train`; both parts keep their checkpoints below `out`, which also gets
+      mesh, out, resume, progress, on_step: as in `train`; both parts keep their checkpoints below `out`, which also gets
         lapp.json with the numbers of the result.
 
     Raises:
@@ -140,7 +141,7 @@ def run(
     """
     batch = config.train.batch_size
     net = prepare(model, variables, jax.ShapeDtypeStruct((batch, *dataset.image_shape), jnp.float32), config.lapp)
-    _check_reachable(net)
+    check_reachable(net)
     per_epoch = steps_per_epoch(dataset.train, batch)
     first, last = config.warmup_epochs * per_epoch, config.stop * per_epoch
     never = (last + 1, last + 2)  # a step that the first part does not reach
@@ -149,7 +150,9 @@ def run(
     found: list[str] = []
     out = None if out is None else Path(out)
 
-    def on_step(step: int, metrics: Mapping[str, float]) -> None:
+    def watch(step: int, metrics: Mapping[str, float]) -> None:
+        if on_step is not None:
+            on_step(step, metrics)
         early = config.learn and step == first + -(-(last - first) // 5)
         if early and metrics["threshold_shift"] < STUCK and metrics["ratio"] > metrics["budget"]:
             _warn(found, f"after a fifth of the pruning phase no threshold has moved by {STUCK} and the budget is not "
@@ -162,7 +165,7 @@ def run(
     optimizer = with_own_updates(descent, update_rules(net))
     common = {"mesh": mesh, "resume": resume, "progress": progress}
     trained, history = train(gated, start, dataset, config.train, optimizer=optimizer, epochs=(0, config.stop),
-                             out=out and out / "pruning", on_step=on_step, on_epoch=on_epoch,
+                             out=out and out / "pruning", on_step=watch, on_epoch=on_epoch,
                              title=f"{title} pruning", **common)  # fmt: skip
     chosen = finalise(net, trained, None if choose is None else choose(net), config.nearest)
     if choose is None and abs(chosen.offset) > lapp.SUSPICIOUS:
@@ -172,7 +175,7 @@ def run(
     accuracy = {"gated": evaluate(gated, trained, dataset, mesh=mesh).accuracy}
     accuracy["sliced"] = evaluate(small.forward, small.variables, dataset, batch, mesh=mesh).accuracy
     tuned, rest = train(small.forward, small.variables, dataset, config.train, epochs=(config.stop, config.train.epochs),
-                        out=out and out / "training", title=f"{title} small", **common)  # fmt: skip
+                        out=out and out / "training", title=f"{title} small", on_step=on_step, **common)  # fmt: skip
     accuracy["final"] = evaluate(small.forward, tuned, dataset, batch, mesh=mesh).accuracy
     counted = trace(small.forward.evaluate, tuned, net.x, is_param=lambda p: net.graph.leaves[p].is_param).cost()
     promised = net.graph.cost(small.keep)
@@ -192,8 +195,8 @@ def run(
     return result
 
 
-def _check_reachable(net: Network) -> None:
-    """Before the training rather than after it."""
+def check_reachable(net: Network) -> None:
+    """Raise Infeasible, before the training rather than after it, for a target below what has to stay."""
     minimum = float(ratio(net, {n: layer.min_keep for n, layer in net.layers.items()}))
     if minimum > net.config.target:
         raise lapp.Infeasible(f"the target {net.config.target:.4g} cannot be reached: {minimum:.4g} is left when every "

@@ -11,7 +11,10 @@ from jprune.surgery.plan import Plan
 
 
 def load_pruned(folder: str | Path) -> tuple[Any, Any, dict[str, Any]]:
-    """(model, variables, metadata) of a run's folder, ready to apply: a linen module.
+    """(model, variables, metadata) of a run's folder.
+
+    The model is a linen module; a network that LAPP made, whose bypasses no module of the zoo has, is a
+    `jprune.training.Forward`: call its `evaluate(variables, x)`.
 
     Raises:
       ValueError: the folder holds no finished run, or a damaged one.
@@ -19,6 +22,10 @@ def load_pruned(folder: str | Path) -> tuple[Any, Any, dict[str, Any]]:
     variables, metadata = checkpoint.load(Path(folder) / "checkpoint")
     if not {"model", "num_classes"} <= metadata.keys():
         raise ValueError(f"{folder} holds a checkpoint that no pruning run wrote: load it with jprune.checkpoint.load")
+    if "lapp" in metadata:
+        from jprune.pipeline.gradual import load
+
+        return load(metadata), variables, metadata
     return rebuild(build(metadata["model"], metadata["num_classes"]), variables), variables, metadata
 
 

@@ -59,11 +59,11 @@ class Run:
     """One run of the main job; calling it goes through all phases."""
 
     def __init__(self, options: Options, out: Path, resume: bool = False, quiet: bool = False):
-        from jprune.pipeline import cropped, trained
+        from jprune.pipeline import cropped, gradual, trained
 
         self.o, self.out, self.quiet = options, out, quiet
         self.method: Method = method(options.method)
-        self.way: Any = {"trained": trained, "precrop": cropped}[self.method.way]
+        self.way: Any = {"trained": trained, "precrop": cropped, "lapp": gradual}[self.method.way]
         self.data = load_data(options)
         self.model = build(options.model, self.data.num_classes)
         options.recipe(options.epochs, options.learning_rate)  # says what is wrong with it before a folder is made

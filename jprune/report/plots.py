@@ -46,6 +46,21 @@ def curve(
     _save(figure, path)
 
 
+def thresholds(path: Path, by_layer: Mapping[str, Sequence[float]]) -> None:
+    """The learned threshold of every layer after each epoch, in standard deviations of its scores."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    for name, values in by_layer.items():
+        ax.plot(np.arange(1, len(values) + 1), values, lw=1.2, label=_short(name))
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("threshold")
+    ax.set_title("Learned thresholds")
+    ax.grid(alpha=0.3)
+    if len(by_layer) <= 12:
+        ax.legend(frameon=False, fontsize=7)
+    _save(figure, path)
+
+
 def histograms(path: Path, scores: Mapping[str, Any], keep: Mapping[str, Any], most: int = 12) -> None:
     """Importance of the kept and the removed units, of all groups together and of the largest groups."""
     scores = {g: np.asarray(s, np.float64).ravel() for g, s in scores.items()}

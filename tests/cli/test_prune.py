@@ -162,9 +162,25 @@ def test_small_from_the_start(method, quantity, target, tmp_path):
         load_plan(tmp_path / "o")
 
 
-def test_a_width_budget_out_of_reach_is_refused_before_anything_is_written(tmp_path):
-    options = Options(model="resnet_digits", method="precrop", target=0.001)
-    with pytest.raises(ValueError, match="is the least"):
+def test_shrunk_while_trained(tmp_path):
+    options = Options(model="resnet_digits", method="lapp", epochs=4)
+    summary = Run(options, tmp_path / "o", quiet=True)()
+    before, after = summary["before"], summary["after"]
+    assert 0.47 * before["macs"] < after["macs"] <= before["macs"] / 2
+    model, small, metadata = load_pruned(tmp_path / "o")
+    assert evaluate(model, small, load_digits()).accuracy == after["accuracy"]
+    assert {g: len(k) for g, k in metadata["lapp"]["keep"].items()} == {g: w for g, (_, w) in summary["widths"].items()}
+    x = jnp.zeros((2, 8, 8, 1))
+    assert jprune.trace(model.evaluate, small, x).cost().macs // 2 == after["macs"]  # bypasses included
+    assert after["params"] == sum(x.size for x in jax.tree.leaves(small["params"]))
+    assert (tmp_path / "o" / "thresholds.png").read_bytes().startswith(b"\x89PNG")
+    assert "bypass" in (tmp_path / "o" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("method", "message"), [("precrop", "is the least"), ("lapp", "is left when every")])
+def test_a_width_budget_out_of_reach_is_refused_before_anything_is_written(method, message, tmp_path):
+    options = Options(model="resnet_digits", method=method, target=0.001)
+    with pytest.raises(ValueError, match=message):
         Run(options, tmp_path / "o", quiet=True)
     assert not (tmp_path / "o").exists()
 

@@ -1,0 +1,88 @@
+"""Shrunk while it is trained for the first time (LAPP): thresholds learn in the first epochs, the rest is ordinary."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import Progress
+
+from jprune.channels import lapp_run
+from jprune.channels.lapp import LappConfig
+from jprune.channels.lapp_network import init, prepare, slice_lapp
+from jprune.data import steps_per_epoch
+from jprune.graph import Graph, trace
+from jprune.models import build
+from jprune.pipeline.run import Outcome
+from jprune.report import plots
+from jprune.training.forward import Forward
+
+if TYPE_CHECKING:
+    from jprune.pipeline.run import Run
+
+
+def epochs(run: Run) -> int:
+    """Of the baseline and of the network that shrinks."""
+    return 2 * run.o.epochs
+
+
+def _settings(run: Run) -> lapp_run.LappRun:
+    o = run.o
+    recipe = o.recipe(o.epochs, o.learning_rate)
+    return lapp_run.LappRun(LappConfig(target=o.target, bypass=run.method.criterion), recipe)
+
+
+def check_reachable(run: Run) -> None:
+    """Refuse a target below what is left with every prunable filter gone, before anything is trained."""
+    variables, x = run.shapes()
+    lapp_run.check_reachable(prepare(run.model, variables, x, _settings(run).lapp))
+
+
+def small_model(run: Run, graph: Graph, variables: Any, dense: Any, progress: Progress) -> Outcome:
+    """Train from the baseline's own initialisation, shrinking on the way."""
+    o, settings = run.o, _settings(run)
+    steps = o.epochs * steps_per_epoch(run.data.train, o.batch_size)
+    with run.counted("lapp", steps, progress) as on_step:
+        found = lapp_run.run(run.model, variables, run.data, settings, out=run.out / "phases", resume=True,
+                             progress=progress, on_step=on_step)  # fmt: skip
+    cut = settings.stop
+    run.phases += [("pruning", found.history[:cut]), ("training", found.history[cut:])]
+    x = jnp.zeros((2, *run.data.image_shape), jnp.float32)
+    cost = trace(found.model.evaluate, found.variables, x).cost()
+    keep = {layer: np.flatnonzero(k).tolist() for layer, k in found.keep.items()}
+    return Outcome(
+        graph,
+        dense,
+        found.model,
+        found.variables,
+        {layer: (int(k.size), int(k.sum())) for layer, k in found.keep.items()},
+        cost.macs,
+        {"lapp": {"config": dataclasses.asdict(settings.lapp), "keep": keep, "batch": o.batch_size}},
+        figures=(("Thresholds", "thresholds", lambda p: plots.thresholds(p, found.thresholds)),),
+        more={
+            "lapp": {
+                "offset": found.offset,
+                "accuracy": found.accuracy,
+                "thresholds": found.thresholds,
+                "warnings": list(found.warnings),
+            }
+        },
+    )
+
+
+def load(metadata: Mapping[str, Any]) -> Forward:
+    """The small network of a finished run, from what its checkpoint says; its variables lie beside it."""
+    saved = metadata["lapp"]
+    settings: dict[str, Any] = {**saved["config"], "only": tuple(saved["config"]["only"])}
+    config = LappConfig(**settings)
+    model = build(metadata["model"], metadata["num_classes"])
+    x = jax.ShapeDtypeStruct((saved["batch"], *metadata["image_shape"]), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    net = prepare(model, variables, x, config)
+    keep = {layer: np.isin(np.arange(net.layers[layer].size), kept) for layer, kept in saved["keep"].items()}
+    whole = jax.eval_shape(lambda v: init(jax.random.key(0), net, v), variables)
+    return slice_lapp(net, whole, keep).forward
