@@ -202,6 +202,13 @@ class Evaluator:
         axis = layer_axis(layout, symbol)
         return value if axis is None else jax.lax.slice_in_dim(value, lo, hi, axis=axis)
 
+    def rows_of(self, symbol: str, value: Any, j: int) -> Any:
+        """Run j of an operand that a scan runs over: its leading axis is that of the layers, whatever it holds."""
+        if isinstance(value, Segments):
+            return value.parts[j]
+        lo, hi, _ = self.segments[symbol][j]
+        return jax.lax.slice_in_dim(value, lo, hi, axis=0)
+
     def join(self, symbol: str, parts: Sequence[Any], layout: tuple[Layout, ...]) -> Any:
         """One array of all layers where the runs agree in shape, else the runs side by side."""
         axis = layer_axis(layout, symbol)

@@ -412,3 +412,23 @@ def test_layers_that_are_indexed_by_hand_are_not_rows_of_a_group():
     graph = check_laws(f, params, (x,))
     assert {g: (i.size, i.layers) for g, i in graph.groups.items()} == {"a:2": (8, None)}
     assert graph.leaves["a"].frozen[0].code == "SINGLE_INDEX"
+
+
+def per_layer_constant(p, tokens):
+    """Each layer is given a number of its own that no parameter holds."""
+    strength = jnp.asarray([0.5, 2.0, 1.5])
+
+    def body(x, row):
+        w, s = row
+        return x + s * (layer(w, x, True) - x), None
+
+    x, _ = jax.lax.scan(body, p["embed"][tokens], (p["layers"], strength))
+    return norm(x, p["norm"]) @ p["head"]
+
+
+@pytest.mark.parametrize("mode", ["pad", "bucket", "unstack"])
+def test_constants_that_differ_by_layer_follow_their_layers(mode):
+    graph = jprune.trace(per_layer_constant, SCAN, TOKENS)
+    keep = choice((20, 20, 7), (5, 5, 5))
+    want = per_layer_constant(graph.mask(SCAN, keep), TOKENS)
+    assert relative(pruned(graph, SCAN, keep, mode), want) < 1e-5

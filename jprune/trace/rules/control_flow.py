@@ -264,14 +264,14 @@ def _eval_scan(ev: Evaluator, eqn: Eqn, args: list[Any], path: Path) -> list[Any
         ev.states.update(stacked)
         return [*carry, *ys]
     assert ev.layouts is not None
-    ins, outs = ev.layouts(path)
+    _, outs = ev.layouts(path)
     runs = list(range(len(ev.segments[symbol])))
     if eqn.params["reverse"]:
         runs.reverse()
     results = {}
     for j in runs:
         lo, hi, _ = ev.segments[symbol][j]
-        part = [ev.layers_of(symbol, x, ins[nk + k], j) for k, x in enumerate(xs)]
+        part = [ev.rows_of(symbol, x, j) for x in xs]
         (carry, _), (results[j], _) = one(ev.segment(symbol, j), carry, part, hi - lo, ({}, {}))
     ys = [
         ev.join(symbol, [results[j][k] for j in sorted(results)], outs[nk - nc + k])
