@@ -18,6 +18,8 @@ from jprune.trace.joins import joins
 from jprune.trace.layout import Fixed, Unit
 from jprune.trace.structure import Structure
 
+SPATIAL = ("KERNEL_SPATIAL", "CONV_SPATIAL")  # axes other than channels
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -95,8 +97,11 @@ def width_variables(graph: Structure, stage_width: str | None = None) -> WidthVa
     if mode == "keep":
         stay |= between | (graph.groups.keys() - facts.bent)
         for p in weights:
-            if p not in depthwise and (not summed_over[p] or own[p] <= summed_over[p]):
-                stay |= own[p]  # reads the input, or gives the output
+            codes = {f.code for f in graph.leaves[p].frozen if f is not None}
+            reads_input = not summed_over[p] and codes <= {"MODEL_INPUT", *SPATIAL}
+            gives_output = own[p] <= summed_over[p] and codes <= {"MODEL_OUTPUT", *SPATIAL}
+            if p not in depthwise and (reads_input or gives_output):
+                stay |= own[p]
     free = [g for g in graph.groups if touching[g] and g not in stay and g not in pooled]
     if not free and not pooled:
         raise ValueError(
