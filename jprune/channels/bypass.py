@@ -1,10 +1,11 @@
 """Light convolutions beside a convolution: same input, same output shape, a fraction of its multiply-accumulates.
 
     pw       BatchNorm(1x1 convolution)                        1 / window
-    dw       BatchNorm(depthwise convolution)                  1 / input channels
+    dw       BatchNorm(depthwise convolution)                  1 / the smaller number of channels
     lowrank  BatchNorm(1x1 (window convolution to rank r))     about r / output channels
 
-Kernels lie in the layout of the convolution they accompany, whatever that is; BatchNorm uses the statistics of the
+A depthwise convolution with more outputs than inputs repeats inputs, one with fewer sums neighbouring ones. Kernels
+lie in the layout of the convolution they accompany, whatever that is; BatchNorm uses the statistics of the
 batch in training and running ones in evaluation.
 """
 
@@ -48,13 +49,13 @@ def check(site: Site, kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"the bypass must be one of {KINDS}, not {kind!r}")
     p = site.eqn.params
-    inputs = _inputs(site)
+    few, many = sorted((_inputs(site), site.width))
     if kind != "none" and any(d != 1 for d in p["lhs_dilation"]):
         raise ValueError(
             f"{site.leaf!r} belongs to a transposed convolution, which no bypass accompanies: leave it out"
         )
-    if kind == "dw" and site.width % inputs:
-        raise ValueError(f"{site.leaf!r} makes {site.width} channels of {inputs}: a depthwise bypass needs a multiple; "
+    if kind == "dw" and many % few:
+        raise ValueError(f"{site.leaf!r} makes {site.width} channels of {_inputs(site)}: a depthwise bypass needs a multiple; "
                          "use bypass='pw' or 'lowrank'")  # fmt: skip
 
 
@@ -97,8 +98,9 @@ def as_kernel(site: Site, kind: str, params: Any, stats: Any) -> tuple[jax.Array
         centre = [((k - 1) // 2, k - 1 - (k - 1) // 2) for k in site.window]
         kernel = jnp.pad(kernel, (*centre, (0, 0), (0, 0)))
     else:
-        of = jnp.arange(site.width) // (site.width // groups)  # the input channel each output reads
-        kernel = kernel * (jnp.arange(inputs)[:, None] == of)
+        group = jnp.arange(site.width) // (site.width // groups)
+        kernel = jnp.tile(kernel, (*[1] * len(site.window), groups, 1))
+        kernel = kernel * (jnp.arange(inputs)[:, None] // (inputs // groups) == group)
     order = [0] * kernel.ndim
     for k, axis in enumerate((*spec[2:], spec[1], spec[0])):
         order[axis] = k
@@ -116,7 +118,7 @@ def _inputs(site: Site) -> int:
 
 
 def _groups(site: Site, kind: str) -> int:
-    return _inputs(site) if kind == "dw" else site.eqn.params["feature_group_count"]
+    return min(_inputs(site), site.width) if kind == "dw" else site.eqn.params["feature_group_count"]
 
 
 def _rank(site: Site) -> int:

@@ -95,6 +95,8 @@ def prepare(model: Any, variables: Any, x: Any, config: LappConfig) -> Network:
     if not layers:
         raise ValueError("no convolution is prunable; prune_1x1=True and only=(..) choose others, and with couple=True "
                          "all producers of a group have to be prunable")  # fmt: skip
+    used = [k for layer in layers.values() for k in layer.kernels]
+    sites = {k: sites[0][k] for k in used}, {k: sites[1][k] for k in used}
     net = Network(config, forward, x, (evaluate, train), sites, layers, forward, evaluate,
                   int(evaluate.cost().macs), bare)  # fmt: skip
     if config.score == "bn":

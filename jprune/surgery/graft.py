@@ -140,9 +140,11 @@ def sites(graph: Structure) -> tuple[dict[str, Site], dict[str, str]]:
                 refused[leaf] = f"rematerialisation ends between it and its normalisation, at {use.where}"
                 continue
             ends[leaf] = end
-            found[leaf] = Site(leaf, node.eqn, tuple(norm), not node.ins[0].after_conv, _is_shortcut(node, end),
+            found[leaf] = Site(leaf, node.eqn, tuple(norm), not node.ins[0].after_conv, False,
                                _reachable(nodes, arguments, results, {end}), use.where, node.path,
                                end.made_by.path)  # fmt: skip
+    made = {end: at[found[p].conv] for p, end in ends.items()}
+    found = {p: dataclasses.replace(s, shortcut=_is_shortcut(ends[p], made)) for p, s in found.items()}
     # several sites that can each be passed by, but not all at once, are not bypassed: one of them has to stay
     around = {ends[p] for p, s in found.items() if s.bypassed and not s.shortcut}
     if not _reachable(nodes, arguments, results, around):
@@ -386,10 +388,14 @@ def _follow(node: _Node) -> tuple[_Value, list[str]]:
     return end, leaves
 
 
-def _is_shortcut(node: _Node, end: _Value) -> bool:
-    """Its input also enters another convolution, and its result goes nowhere but into a sum."""
-    shared = any(n is not node and n.name == "conv_general_dilated" for n in node.ins[0].read_by)
-    return shared and len(end.read_by) == 1 and end.read_by[0].name in ("add", "add_any")
+def _is_shortcut(end: _Value, made: Mapping[_Value, _Node]) -> bool:
+    """Its input also enters another convolution, and its result is only added to what is further from that input."""
+    start = made[end].ins[0]
+    shared = any(n is not made[end] and n.name == "conv_general_dilated" for n in start.read_by)
+    if not shared or len(end.read_by) != 1 or end.read_by[0].name not in ("add", "add_any"):
+        return False
+    others = [made.get(v) for v in end.read_by[0].ins if v is not end]
+    return all(node is None or node.ins[0] is not start for node in others)
 
 
 def _reachable(nodes: list[_Node], inputs: list[_Value], results: list[_Value], blocked: set[_Value]) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jprune.training.state import TrainState
@@ -30,7 +31,7 @@ class Checkpoints:
         """Start writing the state at `step`; returns as soon as the state may change again."""
         run = {"recipe": self.recipe, "hash": _digest(self.recipe), "sums": sums}
         self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), run=ocp.args.JsonSave(run))
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(_stored(state)), run=ocp.args.JsonSave(run))
         )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, float]]:
@@ -43,8 +44,9 @@ class Checkpoints:
                 f"{self.folder} holds a run with another recipe ({'; '.join(changed)}): "
                 "resume with the same recipe, or choose another folder"
             )
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _stored(like))
         state = self._read(step, state=ocp.args.StandardRestore(target))["state"]
+        state = jax.tree.map(lambda x, old: x if old.size else old, state, like._asdict())
         return TrainState(**state), run["sums"]
 
     def close(self) -> None:
@@ -60,6 +62,11 @@ class Checkpoints:
                 f"cannot read checkpoint {self.folder / str(step)} ({cause}): it is damaged or belongs to "
                 "another optimiser; delete it to resume from the one before, or start in another folder"
             ) from error
+
+
+def _stored(state: TrainState) -> dict[str, Any]:
+    """The state with a number in place of every empty array (a layer without channels), which orbax cannot write."""
+    return jax.tree.map(lambda x: x if x.size else jnp.zeros((), x.dtype, device=x.sharding), state._asdict())
 
 
 def _digest(recipe: dict[str, Any]) -> str:

@@ -196,7 +196,12 @@ def test_branches_that_can_only_be_passed_one_at_a_time_are_not_bypassed():
     def inception(p, x):
         return jnp.concatenate([conv(x, p["a"]), conv(x, p["b"])], -1).mean((1, 2))
 
-    assert not any(s.bypassed for s in sites(jprune.trace(inception, p, IMAGES))[0].values())
+    def parallel(p, x):  # neither is the other's shortcut
+        return (conv(x, p["a"]) + conv(x, p["b"])).mean((1, 2))
+
+    for fn in (inception, parallel):
+        found = sites(jprune.trace(fn, {k: p[k] for k in "ab"}, IMAGES))[0].values()
+        assert len(found) == 2 and not any(s.bypassed or s.shortcut for s in found)
     assert "c" not in sites(jprune.trace(two_ways, p, IMAGES))[0]  # its kernel is computed, so it is no leaf
 
 
