@@ -91,7 +91,7 @@ def test_the_stream_is_one_group_through_everything(scanned):
 
 @pytest.mark.parametrize("scanned", [False, True])
 def test_what_is_frozen_and_why(scanned):
-    module, _, graph = traced("qwen3", scanned)
+    _, _, graph = traced("qwen3", scanned)
     at, lead = ("params/layers", 1) if scanned else ("params/layer2", 0)
     for name, axis in (("q/kernel", 2), ("k/kernel", 2), ("q_norm/scale", 0), ("k_norm/scale", 0)):
         reason = graph.leaves[f"{at}/attn/{name}"].frozen[axis + lead]
@@ -190,7 +190,7 @@ def test_a_pruned_decoder_generates():
 
 
 def test_both_arrangements_find_the_same_groups_and_cost_the_same():
-    (m1, v1, loop), (m2, v2, scan) = traced("qwen2"), traced("qwen2", True)
+    (_, v1, loop), (_, v2, scan) = traced("qwen2"), traced("qwen2", True)
     assert loop.cost().macs == scan.cost().macs and loop.cost().params == scan.cost().params
     keep1, keep2 = {}, {}
     for role, g in by_role(scan, True).items():

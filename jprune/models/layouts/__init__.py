@@ -1,0 +1,45 @@
+"""The same decoder in other codebases' trees: logical matrices by name and layer, conversion, slicing by kept units."""
+
+from jprune.models.layouts.codebases import (
+    EASYLM,
+    GEMMA,
+    HF,
+    LAYOUTS,
+    LEVANTER,
+    LINEN,
+    LINEN_SCAN,
+    MAXTEXT,
+    MAXTEXT_SCAN,
+    PEFT,
+    TUNIX,
+    custom,
+    gemma,
+)
+from jprune.models.layouts.kept import Kept, kept_of_plan, slice_kept
+from jprune.models.layouts.layout import ROLES, Layout, Site, convert, update, view, views
+
+__all__ = [
+    "EASYLM",
+    "GEMMA",
+    "HF",
+    "LAYOUTS",
+    "LEVANTER",
+    "LINEN",
+    "LINEN_SCAN",
+    "MAXTEXT",
+    "MAXTEXT_SCAN",
+    "PEFT",
+    "ROLES",
+    "TUNIX",
+    "Kept",
+    "Layout",
+    "Site",
+    "convert",
+    "custom",
+    "gemma",
+    "kept_of_plan",
+    "slice_kept",
+    "update",
+    "view",
+    "views",
+]
