@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -334,6 +335,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                        [r["accuracy"]["std"] for r in at], marker="o", ms=3, lw=1, capsize=2,
                        label=m + (" (zeros skipped)" if m.startswith("unstructured") else ""))  # fmt: skip
     curve.set_xscale("log")
+    curve.xaxis.set_minor_formatter(NullFormatter())
     curve.set_xlabel("multiply-accumulates per image")
     curve.set_ylabel("test accuracy")
     if len(ratios) > 1:
