@@ -9,8 +9,6 @@ The folder is written under a temporary name beside its place and renamed when c
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +19,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from jprune.trace.leafpaths import flatten, path_str
 from jprune.version import __version__
+from jprune.whole_files import whole_folder
 
 FORMAT = "jprune-checkpoint/1"
 Placement: TypeAlias = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
@@ -53,23 +52,10 @@ def save(
             f"the metadata for {folder} is not JSON ({error}): use strings, numbers, lists, dicts"
         ) from error
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir()
+    with whole_folder(folder, overwrite) as unfinished:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(unfinished / "variables", variables)
         (unfinished / "metadata.json").write_text(text)
-        if folder.exists():  # a full folder cannot be replaced in one move; the old one steps aside for an instant
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            os.replace(folder, old)
-            os.replace(unfinished, folder)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def load(folder: str | Path, *, like: Any = None, sharding: Placement | None = None) -> tuple[Any, dict[str, Any]]:

@@ -1,0 +1,214 @@
+"""config.json of the Hugging Face hub and `LlamaConfig`: both dialects read, the older one (all programs know it) written.
+
+Hub and transformers 4: top-level `rope_theta`, `rope_scaling` (or null; its type under `rope_type` or `type`) and
+`torch_dtype`. transformers 5: `rope_parameters` with everything about positions, and `dtype`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jprune.models.llama import FAMILIES, LlamaConfig
+from jprune.models.rope import Rope
+
+OWN = "jprune_"  # model types of folders whose layers differ; stock programs refuse them
+PER_LAYER = {"intermediate_size": "ffn", "num_attention_heads": "q_heads", "num_key_value_heads": "kv_heads"}
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def config_from_hf(hf: Mapping[str, Any], dtype: str = "float32") -> LlamaConfig:
+    """The model that a config.json describes, per-layer widths of our own folders included.
+
+    Args:
+      hf: the JSON object.
+      dtype: of the weights, if the config does not say.
+
+    Raises:
+      ValueError: a model type, activation, rope type or quantisation that is not supported; the key is named.
+    """
+    kind = str(hf.get("model_type"))
+    family = kind.removeprefix(OWN)
+    if family not in FAMILIES:
+        raise ValueError(f"model_type {kind!r} is not supported: only {', '.join(FAMILIES)} are")
+    if hf.get("quantization_config"):
+        raise ValueError("the model is quantised (quantization_config): dequantise it before pruning")
+    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {hf['hidden_act']!r} is not supported: only 'silu' is")
+    depth, d, heads = (_required(hf, k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    head = hf.get("head_dim") or (128 if family == "qwen3" else d // heads)
+    bias = bool(hf.get("attention_bias", False)) and family in ("llama", "qwen3")
+    widths = {
+        "ffn": [_required(hf, "intermediate_size")] * depth,
+        "q_heads": [heads] * depth,
+        "kv_heads": [hf.get("num_key_value_heads") or heads] * depth,
+    }
+    for layer, overrides in (hf.get("per_layer_config") or {}).items():
+        for key, value in overrides.items():
+            if key not in PER_LAYER or not 0 <= int(layer) < depth:
+                raise ValueError(f"per_layer_config of layer {layer} has {key!r}: only {', '.join(PER_LAYER)} are read")
+            widths[PER_LAYER[key]][int(layer)] = value
+    return LlamaConfig(
+        vocab=_required(hf, "vocab_size"),
+        stream=d,
+        head_dim=head,
+        ffn=tuple(widths["ffn"]),
+        q_heads=tuple(widths["q_heads"]),
+        kv_heads=tuple(widths["kv_heads"]),
+        windows=_windows(hf, family, depth),
+        eps=float(hf.get("rms_norm_eps", 1e-6)),
+        rope=_rope(hf),
+        tied=bool(hf.get("tie_word_embeddings", False)),
+        qkv_bias=bias or family == "qwen2",
+        o_bias=bias,
+        mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama",
+        qk_norm=family == "qwen3",
+        family=family,
+        max_positions=int(hf.get("max_position_embeddings", 2048)),
+        dtype=str(hf.get("dtype") or hf.get("torch_dtype") or dtype).removeprefix("torch."),
+    )
+
+
+def _required(hf: Mapping[str, Any], key: str) -> int:
+    value = hf.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json has {key} = {value!r}: a positive integer is needed")
+    return value
+
+
+def _windows(hf: Mapping[str, Any], family: str, depth: int) -> tuple[int | None, ...] | None:
+    """How far every layer looks back."""
+    window = hf.get("sliding_window")
+    if family == "llama" or window is None or (family != "mistral" and not hf.get("use_sliding_window", False)):
+        return None
+    kinds = hf.get("layer_types")
+    if family == "mistral":
+        own = [True] * depth
+    elif kinds is None:
+        own = [i >= hf.get("max_window_layers", 28) for i in range(depth)]
+    else:
+        if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+            raise ValueError(
+                f"layer_types has {min(unknown)!r}: only sliding_attention and full_attention are supported"
+            )
+        own = [k == "sliding_attention" for k in kinds]
+        if len(own) != depth:
+            raise ValueError(f"layer_types lists {len(own)} layers, num_hidden_layers says {depth}")
+    return tuple(int(window) if o else None for o in own) if any(own) else None
+
+
+def _rope(hf: Mapping[str, Any]) -> Rope:
+    found = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    theta = float(found.get("rope_theta", hf.get("rope_theta") or 10000.0))
+    kind = found.get("rope_type") or found.get("type") or "default"
+    if kind not in _ROPE_KEYS:
+        raise ValueError(f"rope type {kind!r} is not supported: only {', '.join(_ROPE_KEYS)} are")
+    for place in (hf, found):
+        if place.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("partial_rotary_factor is not supported: whole heads are rotated")
+    if missing := [k for k in _ROPE_KEYS[kind] if k not in found]:
+        raise ValueError(f"rope scaling {kind!r} lacks {missing[0]!r}")
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, "linear", float(found["factor"]))
+    factor, low, high, original = (found[k] for k in _ROPE_KEYS["llama3"])
+    return Rope(theta, "llama3", float(factor), float(low), float(high), int(original))
+
+
+def export_family(config: LlamaConfig) -> str:
+    """The family whose stock `transformers` classes compute this model; the config's own wherever that is possible.
+
+    A LLaMA whose heads do not divide the stream is refused by its config class there, though the model would run; as
+    a Mistral without a window it is the same function.
+
+    Raises:
+      ValueError: no stock family has this mixture of biases, norms and windows.
+    """
+    families = [config.family, *(f for f in ("llama", "mistral", "qwen2", "qwen3") if f != config.family)]
+    reasons = [(f, _unfit(f, config)) for f in families]
+    fit = next((f for f, why in reasons if why is None), None)
+    if fit is None:
+        raise ValueError("no stock model computes this: " + "; ".join(f"{f} {why}" for f, why in reasons))
+    return fit
+
+
+def _unfit(family: str, c: LlamaConfig) -> str | None:
+    """Why a family's stock classes cannot be this model."""
+    windows = set(c.windows or (None,))
+    if len(windows - {None}) > 1:
+        return "has one window size"
+    if family == "llama" and windows != {None}:
+        return "has no window"
+    if family == "mistral" and len(windows) > 1:
+        return "has one window for all layers"
+    if family == "llama" and c.stream % max(c.q_heads):
+        return f"needs a number of heads that divides {c.stream}"
+    if c.qk_norm != (family == "qwen3"):
+        return "has no qk_norm" if c.qk_norm else "always has qk_norm"
+    if c.mlp_bias and family != "llama":
+        return "has no mlp_bias"
+    if family in ("llama", "qwen3") and c.qkv_bias != c.o_bias:
+        return "has biases on q, k, v and o together"
+    if family == "mistral" and (c.qkv_bias or c.o_bias):
+        return "has no attention biases"
+    if family == "qwen2" and (not c.qkv_bias or c.o_bias):
+        return "has biases on q, k, v and not on o"
+    return None
+
+
+def hf_from_config(config: LlamaConfig, family: str, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A config.json for stock `transformers` of a uniform model; other keys of `base` (token ids, ...) are kept."""
+    c = config
+    out = {k: v for k, v in (base or {}).items() if k not in _REPLACED}
+    out |= {
+        "architectures": [f"{CLASSES[family]}ForCausalLM"],
+        "model_type": family,
+        "vocab_size": c.vocab,
+        "hidden_size": c.stream,
+        "intermediate_size": max(c.ffn),
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": max(c.q_heads),
+        "num_key_value_heads": max(c.kv_heads),
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": c.max_positions,
+        "rms_norm_eps": c.eps,
+        "rope_theta": c.rope.theta,
+        "rope_scaling": _scaling(c.rope),
+        "tie_word_embeddings": c.tied,
+        "torch_dtype": c.dtype,
+    }
+    if family in ("llama", "qwen3"):
+        out["attention_bias"] = c.qkv_bias
+    if family == "llama":
+        out["mlp_bias"] = c.mlp_bias
+    window = next((w for w in c.windows or () if w is not None), None)
+    if family == "mistral":
+        out["sliding_window"] = window
+    elif family in ("qwen2", "qwen3"):
+        own = [w is not None for w in c.windows or (None,) * c.depth]
+        out |= {"use_sliding_window": window is not None, "sliding_window": window}
+        out["max_window_layers"] = own.index(True) if any(own) else c.depth
+        if own != sorted(own):  # only the newer key can say that other layers than the last ones have a window
+            out["layer_types"] = ["sliding_attention" if o else "full_attention" for o in own]
+    return out
+
+
+def _scaling(rope: Rope) -> dict[str, Any] | None:
+    if rope.kind == "default":
+        return None
+    values = (rope.factor, rope.low, rope.high, rope.original)
+    return {"rope_type": rope.kind, **dict(zip(_ROPE_KEYS[rope.kind], values, strict=False))}
+
+
+_REPLACED = (
+    "auto_map", "per_layer_config", "block_configs", "layer_types", "rope_parameters", "rope_scaling", "rope_theta",
+    "dtype", "torch_dtype", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers",
+    "transformers_version", "pretraining_tp", "quantization_config",
+)  # fmt: skip

@@ -1,0 +1,150 @@
+"""safetensors files of a Hugging Face folder: read one tensor at a time without copying, written in shards.
+
+A tensor that was read is a view of the file mapped into memory; only what is used of it is ever loaded, so that a model
+larger than half the memory can be read, and each device of a mesh can be given its own part.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from jprune.whole_files import write_json
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class TensorFiles(Mapping[str, np.ndarray]):
+    """The tensors of a folder by name; `files["lm_head.weight"]` is a read-only view of the mapped file.
+
+    Raises:
+      ValueError: no weights, a truncated or foreign file, an index that names a tensor its shard does not have.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._found: dict[str, tuple[mmap.mmap, dict[str, Any], int, Path]] = {}
+        whole, index = self.folder / WEIGHTS, self.folder / INDEX
+        if whole.is_file():
+            self._open(whole)
+        elif index.is_file():
+            where = read_json(index).get("weight_map")
+            if not isinstance(where, dict) or not where:
+                raise ValueError(f"{index} has no weight_map: download it again")
+            for file in sorted(set(where.values())):
+                self._open(self.folder / file)
+            for name, file in where.items():
+                if name not in self._found or self._found[name][3].name != file:
+                    raise ValueError(f"{self.folder / file} has no tensor {name!r}, which {INDEX} says it has")
+        else:
+            raise ValueError(f"{self.folder} has neither {WEIGHTS} nor {INDEX}: give the folder of a safetensors model")
+
+    def _open(self, path: Path) -> None:
+        broken = f"{path} is truncated or not a safetensors file: download or copy it again"
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, though {INDEX} names it: download it")
+        size = path.stat().st_size
+        if size < 8:
+            raise ValueError(broken)
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = 8 + int.from_bytes(data[:8], "little")
+        try:
+            header = json.loads(data[8:start]) if start <= size else None
+        except ValueError:
+            header = None
+        if not isinstance(header, dict):
+            raise ValueError(broken)
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if start + entry["data_offsets"][1] > size:
+                raise ValueError(f"{broken} (tensor {name!r} ends after it)")
+            self._found[name] = (data, entry, start, path)
+
+    def dtype(self, name: str) -> np.dtype:
+        """Its dtype; raises ValueError for types that are not plain floating point (quantised weights)."""
+        kind = self._found[name][1]["dtype"]
+        if kind not in DTYPES:
+            raise ValueError(
+                f"tensor {name!r} has dtype {kind}; only {', '.join(DTYPES)} are read: dequantise the model first"
+            )
+        return DTYPES[kind]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self._found[name][1]["shape"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        data, entry, start, path = self._found[name]
+        dtype, shape = self.dtype(name), self.shape(name)
+        first, last = entry["data_offsets"]
+        count = int(np.prod(shape, dtype=np.int64))
+        if last - first != count * dtype.itemsize:
+            raise ValueError(f"{path}: tensor {name!r} of shape {shape} has {last - first} bytes: download it again")
+        return np.frombuffer(data, dtype, count, start + first).reshape(shape)
+
+    def __iter__(self):
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+    """Write tensors into `folder`, in files of at most `shard_bytes` (a larger tensor has a file of its own)."""
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    total = held = 0
+
+    def part(i: int) -> Path:
+        return folder / f"part-{i:05d}.safetensors"
+
+    def flush() -> None:
+        nonlocal pending, held
+        if pending:
+            save_file(pending, part(len(shards)), metadata={"format": "pt"})
+            shards.append(list(pending))
+            pending, held = {}, 0
+
+    for name, x in tensors:
+        if held and held + x.nbytes > shard_bytes:
+            flush()
+        pending[name] = np.ascontiguousarray(x)
+        held += x.nbytes
+        total += x.nbytes
+    flush()
+    if len(shards) == 1:
+        part(0).rename(folder / WEIGHTS)
+        return
+    where = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        part(i).rename(folder / file)
+        where |= dict.fromkeys(names, file)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ValueError if the file is missing or is none."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: give the folder of a Hugging Face model")
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): download or copy it again") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds no JSON object: download or copy it again")
+    return data
