@@ -255,7 +255,7 @@ def table(results: dict[str, Any]) -> Table:
 
 COLORS = {"lapp": "#2a6f97", "uniform": "#c8553d", "random": "#e0a458", "narrow": "#5b8c5a", "random widths": "#9b72aa",
           "dense": "#444444"}  # fmt: skip
-LINES = {"none": "-", "pw": "--", "dw": ":", "lowrank": "-."}
+MARKERS = {"none": "o", "pw": "s", "dw": "^", "lowrank": "D", "": "*"}
 
 
 def draw(results: dict[str, Any], seeds: dict[str, dict[str, Any]], path: Path) -> None:
@@ -265,16 +265,19 @@ def draw(results: dict[str, Any], seeds: dict[str, dict[str, Any]], path: Path) 
     curves: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for name, r in results.items():
         how = next(h for h in sorted(COLORS, key=len, reverse=True) if name.startswith(h))
-        rest = name.removeprefix(how).strip().rsplit(" ", 1)[0] if name != how else ""
+        rest = name.removeprefix(how).strip().rpartition(" ")[0]
         point = r["macs_fraction"]["mean"], r["accuracy"]["mean"], r["accuracy"]["std"]
-        curves.setdefault((how, rest if not rest[:1].isdigit() else ""), []).append(point)
+        curves.setdefault((how, rest), []).append(point)
     for (how, rest), points in curves.items():
         x, y, e = zip(*sorted(points), strict=True)
-        left.errorbar(x, y, e, color=COLORS[how], ls=LINES.get(rest, ":"), marker="o", ms=4, lw=1.2, elinewidth=0.7,
+        if how == "dense":
+            left.axhline(y[0], color=COLORS[how], lw=0.8, label=how)
+            continue
+        left.errorbar(x, y, e, color=COLORS[how], marker=MARKERS.get(rest, "x"), ms=5, lw=1.0, elinewidth=0.6,
                       label=f"{how} {rest}".strip())  # fmt: skip
     left.set_xlabel("multiply-accumulates kept, bypass included")
     left.set_ylabel("test accuracy")
-    left.legend(fontsize=7, frameon=False)
+    left.legend(fontsize=7, frameon=False, loc="lower right")
     shown = [n for n in results if n.startswith("lapp ") and "kept" in next(iter(seeds.values()))[n]][:6]
     for k, name in enumerate(shown):
         kept = [s[name]["kept"] for s in seeds.values()]
