@@ -28,11 +28,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jprune
-from experiments import record
+from experiments import paper_data, record
 from jprune.channels.lapp import LappConfig
 from jprune.channels.lapp_network import Network, finalise, init, prepare, slice_lapp
 from jprune.channels.lapp_run import LappRun, run
-from jprune.data import Dataset, load_cifar, load_digits, load_image_folder
+from jprune.data import Dataset, load_digits
 from jprune.models import resnet
 from jprune.training import TrainConfig, evaluate, train
 
@@ -80,18 +80,6 @@ class Setting:
     rows: tuple[Row, ...]
 
 
-def _cifar(folder: Path | None, seed: int) -> Dataset:
-    if folder is None:
-        raise ValueError("this configuration needs --data-dir, the folder with CIFAR-10's binary files")
-    return load_cifar(folder, 10)
-
-
-def _imagenet(folder: Path | None, seed: int) -> Dataset:
-    if folder is None:
-        raise ValueError("this configuration needs --data-dir, the folder that holds train/ and val/")
-    return load_image_folder(folder)
-
-
 def _small_rows() -> tuple[Row, ...]:
     def c(target: float, bypass: str, **more: Any) -> LappConfig:
         return LappConfig(target, bypass, schedule="constant", **more)
@@ -130,12 +118,12 @@ SETTINGS: dict[str, Setting] = {
     ),
     "resnet20-cifar10": Setting(
         lambda w: resnet.cifar(20, shortcut="pad" if w is None else "projection", widths=w or (16, 32, 64)),
-        (16, 32, 64), _cifar,
+        (16, 32, 64), paper_data.cifar10,
         TrainConfig(epochs=200, batch_size=128, learning_rate=0.1, weight_decay=5e-4),
         warmup=1, stop=10, rows=_paper_rows(0.403),
     ),
     "resnet18-imagenet": Setting(
-        lambda w: resnet.imagenet(18), (), _imagenet,
+        lambda w: resnet.imagenet(18), (), paper_data.imagenet,
         TrainConfig(epochs=100, batch_size=256, learning_rate=0.1, weight_decay=1e-4),
         warmup=1, stop=5, rows=tuple(r for r in _paper_rows(0.444) if r.how != "narrow"),
     ),

@@ -29,10 +29,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jprune
-from experiments import record
+from experiments import paper_data, record
 from jprune.channels import masksparsity as ms
 from jprune.channels.groupnorm import group_sparsity
-from jprune.data import Dataset, load_cifar, load_digits, load_image_folder, steps_per_epoch
+from jprune.data import Dataset, load_digits, steps_per_epoch
 from jprune.importance import batchnorm_scale, magnitude, random
 from jprune.models import rebuild, resnet
 from jprune.training import TrainConfig, evaluate, learning_rates, train
@@ -69,18 +69,6 @@ class Setting:
     threshold: float = 0.01
 
 
-def _cifar(folder: Path | None, seed: int) -> Dataset:
-    if folder is None:
-        raise ValueError("this configuration needs --data-dir, the folder with CIFAR-10's binary files")
-    return load_cifar(folder, 10)
-
-
-def _imagenet(folder: Path | None, seed: int) -> Dataset:
-    if folder is None:
-        raise ValueError("this configuration needs --data-dir, the folder that holds train/ and val/")
-    return load_image_folder(folder)
-
-
 _DIGITS = TrainConfig(epochs=15, batch_size=64, learning_rate=0.05, weight_decay=5e-4, eval_every_epochs=0)
 _CIFAR = TrainConfig(
     epochs=200, batch_size=128, learning_rate=0.1, schedule="step", milestones=(100, 150), weight_decay=1e-4
@@ -96,17 +84,17 @@ SETTINGS: dict[str, Setting] = {
         ratios=(0.75, 0.5), strength=0.02, group_strength=5e-3, weak=5e-3,
     ),
     "resnet56-cifar10": Setting(
-        lambda: resnet.cifar(56), _cifar, _CIFAR, _CIFAR,
+        lambda: resnet.cifar(56), paper_data.cifar10, _CIFAR, _CIFAR,
         dataclasses.replace(_CIFAR, epochs=40, learning_rate=0.01, milestones=(20, 30)),
         ratios=(0.5,), strength=5e-4, group_strength=5e-4, coupled=True,
     ),
     "resnet110-cifar10": Setting(
-        lambda: resnet.cifar(110), _cifar, _CIFAR, _CIFAR,
+        lambda: resnet.cifar(110), paper_data.cifar10, _CIFAR, _CIFAR,
         dataclasses.replace(_CIFAR, epochs=40, learning_rate=0.01, milestones=(20, 30)),
         ratios=(0.6,), strength=5e-4, group_strength=5e-4, coupled=True,
     ),
     "resnet50-imagenet": Setting(
-        lambda: resnet.imagenet(50), _imagenet, _IMAGENET, _IMAGENET,
+        lambda: resnet.imagenet(50), paper_data.imagenet, _IMAGENET, _IMAGENET,
         dataclasses.replace(_IMAGENET, epochs=40, learning_rate=5e-4, milestones=(10, 20, 30)),
         ratios=(0.5,), strength=5e-4, group_strength=5e-4,
     ),

@@ -29,12 +29,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jprune
-from experiments import record
+from experiments import paper_data, record
 from jprune import importance
 from jprune.budget import Target
 from jprune.channels import precropping as pc
 from jprune.channels import precropping_checks as claims
-from jprune.data import ArraySplit, Dataset, epoch_batches, load_cifar, load_digits, load_image_folder
+from jprune.data import ArraySplit, Dataset, epoch_batches, load_digits
 from jprune.models import build, rebuild, vgg
 from jprune.training import TrainConfig, as_forward, evaluate, mean_cross_entropy, sgd, train
 from jprune.training.state import Recipe, compiled_step, init_state, update_of
@@ -74,18 +74,6 @@ def _chain() -> Any:
     return vgg.VGG(vgg.VGGConfig(widths, (), 10, bias=False, pools=(1, 2)))
 
 
-def _cifar(folder: Path | None, seed: int) -> Dataset:
-    if folder is None:
-        raise ValueError("this configuration needs --data-dir, the folder with CIFAR-10's binary files")
-    return load_cifar(folder, 10)
-
-
-def _imagenet(folder: Path | None, seed: int) -> Dataset:
-    if folder is None:
-        raise ValueError("this configuration needs --data-dir, the folder that holds train/ and val/")
-    return load_image_folder(folder)
-
-
 _CIFAR = TrainConfig(epochs=160, batch_size=128, learning_rate=0.1, schedule="step", milestones=(80, 120),
                      weight_decay=5e-4)  # fmt: skip
 _IMAGENET = TrainConfig(epochs=100, batch_size=256, learning_rate=0.1, schedule="cosine", weight_decay=1e-4,
@@ -102,12 +90,12 @@ SETTINGS: dict[str, Setting] = {
         exempt=("params/head/kernel",),
     ),
     **{
-        f"{name}-cifar10": Setting(lambda m=model: build(m, 10), _cifar, _CIFAR, (0.1, 0.5, 0.2, 0.05), _SCALED)
+        f"{name}-cifar10": Setting(lambda m=model: build(m, 10), paper_data.cifar10, _CIFAR, (0.1, 0.5, 0.2, 0.05), _SCALED)
         for name, model in (
             ("resnet20", "resnet20"), ("mobilenet_v2", "mobilenet_v2_small"), ("shufflenet_v2", "shufflenet_v2_small"))
     },
     **{
-        f"{model}-imagenet": Setting(lambda m=model: build(m, 1000), _imagenet, _IMAGENET, (0.5,))
+        f"{model}-imagenet": Setting(lambda m=model: build(m, 1000), paper_data.imagenet, _IMAGENET, (0.5,))
         for model in ("mobilenet_v2", "resnet50")
     },
 }  # fmt: skip

@@ -1,0 +1,21 @@
+"""The papers' data sets, from the folder that --data-dir names; nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jprune.data import Dataset, load_cifar, load_image_folder
+
+
+def cifar10(folder: Path | None, seed: int) -> Dataset:
+    """CIFAR-10 in its binary format; its splits are fixed, so the seed changes nothing."""
+    if folder is None:
+        raise ValueError("this configuration needs --data-dir, the folder with CIFAR-10's binary files")
+    return load_cifar(folder, 10)
+
+
+def imagenet(folder: Path | None, seed: int) -> Dataset:
+    """ImageNet-style folders train/ and val/; the seed changes nothing."""
+    if folder is None:
+        raise ValueError("this configuration needs --data-dir, the folder that holds train/ and val/")
+    return load_image_folder(folder)
