@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.llama_7b
 
-32 layers of plain JAX: RMSNorm, rotary attention, gated MLP; as a Python loop over per-layer trees and as one scan over
-stacked leaves. Everything from the first line of tracing to the shapes of the pruned tree is timed: trace, allocate
-(random scores, equal fractions of all groups), plan, compact (of shapes). Peak memory shows that no weight was made.
+`jprune.models.llama` with 32 layers, as a Python loop over trees of their own and as one scan over stacked leaves.
+Everything from the first line of tracing to the shapes of the pruned tree is timed: trace, allocate (random scores, equal
+fractions of all groups), plan, compact (of shapes). Peak memory shows that no weight was made.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import jprune
 from experiments import record
 from experiments.benchmarks import RESULTS
 from jprune.budget import Target, uniform
+from jprune.models.llama import Llama, llama_config
 
 SECONDS, MEGABYTES = 20.0, 1024  # the checks: time of one layout, growth of the peak; the weights are 13 GB
 
@@ -42,71 +43,9 @@ class Shape:
     tokens: int = 128
 
 
-def abstract_params(s: Shape, scanned: bool) -> Any:
-    """bfloat16 `ShapeDtypeStruct`s; the layers as a list of trees, or stacked on a leading axis."""
-    head = s.embed // s.heads
-    layer = {
-        "attention_norm": (s.embed,),
-        "query": (s.embed, s.heads, head),
-        "key": (s.embed, s.heads, head),
-        "value": (s.embed, s.heads, head),
-        "output": (s.heads, head, s.embed),
-        "mlp_norm": (s.embed,),
-        "gate": (s.embed, s.hidden),
-        "up": (s.embed, s.hidden),
-        "down": (s.hidden, s.embed),
-    }
-
-    def struct(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-
-    return {
-        "embedding": struct(s.vocab, s.embed),
-        "layers": {name: struct(s.layers, *shape) for name, shape in layer.items()}
-        if scanned
-        else [{name: struct(*shape) for name, shape in layer.items()} for _ in range(s.layers)],
-        "norm": struct(s.embed),
-        "head": struct(s.embed, s.vocab),
-    }
-
-
-def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x / root mean square, times scale, over the last axis."""
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-5)).astype(x.dtype) * scale
-
-
-def rotary(x: jax.Array) -> jax.Array:
-    """Rotary position embedding of (batch, tokens, heads, head size), pairs (j, j + half)."""
-    half = x.shape[-1] // 2
-    angle = jnp.arange(x.shape[1])[:, None] * 10000.0 ** (-jnp.arange(half) / half)
-    cos, sin = (f(angle)[None, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def block(p: Any, x: jax.Array) -> jax.Array:
-    """One pre-norm layer on (batch, tokens, embed)."""
-    y = rms_norm(x, p["attention_norm"])
-    q, k, v = (jnp.einsum("bte,ehd->bthd", y, p[name]) for name in ("query", "key", "value"))
-    q, k = rotary(q), rotary(k)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
-    past = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-    weights = jax.nn.softmax(jnp.where(past, logits, -1e30), -1).astype(x.dtype)
-    x = x + jnp.einsum("bqhd,hde->bqe", jnp.einsum("bhqk,bkhd->bqhd", weights, v), p["output"])
-    y = rms_norm(x, p["mlp_norm"])
-    return x + (jax.nn.silu(y @ p["gate"]) * (y @ p["up"])) @ p["down"]
-
-
-def decoder(params: Any, tokens: jax.Array) -> jax.Array:
-    """(batch, tokens) int32 -> logits (batch, tokens, vocab); layers in either layout."""
-    x = params["embedding"][tokens]
-    if isinstance(params["layers"], dict):
-        x, _ = jax.lax.scan(lambda x, p: (jax.checkpoint(block)(p, x), None), x, params["layers"])
-    else:
-        for p in params["layers"]:
-            x = block(p, x)
-    return rms_norm(x, params["norm"]) @ params["head"]
+def decoder(s: Shape, scanned: bool) -> Llama:
+    """The model of that shape, in bfloat16; the layers as trees of their own, or stacked on a leading axis."""
+    return Llama(llama_config(s.vocab, s.embed, s.hidden, s.layers, s.heads, eps=1e-5, dtype="bfloat16"), scanned)
 
 
 def peak_megabytes() -> float:
@@ -118,10 +57,11 @@ def peak_megabytes() -> float:
 def measure(shape: Shape, scanned: bool, keep_params: float = 0.5) -> dict[str, Any]:
     """Seconds of every part, what was found, and what the pruned tree has."""
     before = peak_megabytes()
-    params = abstract_params(shape, scanned)
+    model = decoder(shape, scanned)
     tokens = jax.ShapeDtypeStruct((2, shape.tokens), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     clock = [time.perf_counter()]
-    graph = jprune.trace(decoder, params, tokens)
+    graph = jprune.trace(model.apply, params, tokens)
     clock.append(time.perf_counter())
     rng = np.random.default_rng(0)
     scores = {g: rng.random(info.shape) for g, info in graph.groups.items() if info.exact}
