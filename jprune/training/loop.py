@@ -106,7 +106,9 @@ def train(
     )
     first, final = epochs or (0, config.epochs)
     if not 0 <= first < final <= config.epochs:
-        raise ValueError(f"epochs=({first}, {final}) must be a part of the recipe's {config.epochs}, at least one epoch")
+        raise ValueError(
+            f"epochs=({first}, {final}) must be a part of the recipe's {config.epochs}, at least one epoch"
+        )
     rates = learning_rates(config, per_epoch)[: final * per_epoch]
     state = state._replace(step=jax.device_put(state.step + first * per_epoch, state.step.sharding))
     key = jax.random.key(config.seed)
