@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jprune.models.llama import FAMILIES, LlamaConfig
+from jprune.models.llama_config import FAMILIES, LlamaConfig
 from jprune.models.rope import Rope
 
 OWN = "jprune_"  # model types of folders whose layers differ; stock programs refuse them

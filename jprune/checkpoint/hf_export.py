@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jprune.checkpoint.hf_config import CLASSES, OWN, PER_LAYER, hf_from_config
-from jprune.models.llama import LlamaConfig
+from jprune.models.llama_config import LlamaConfig
 
 CODE_FILE = "modeling_jprune.py"
 

@@ -32,8 +32,9 @@ from jprune.checkpoint.hf_export import (
 )
 from jprune.checkpoint.hf_files import TensorFiles, read_json, write_tensors
 from jprune.models.layouts.codebases import HF, LINEN, LINEN_SCAN
+from jprune.models.layouts.convert import shape_in, sizes
 from jprune.models.layouts.kept import Kept
-from jprune.models.layouts.layout import from_logical, shape_in, sizes, views
+from jprune.models.layouts.layout import from_logical, views
 from jprune.models.llama import Llama, LlamaConfig, unstack_layers
 from jprune.models.shapes import check_tree
 from jprune.version import __version__
@@ -81,7 +82,7 @@ def load_hf(
 
     Args:
       folder: config.json beside model.safetensors or its shards; from the hub or from `save_hf`, in any mode.
-      dtype: cast the weights; None: as stored.
+      dtype: cast the weights; None: every tensor as it is stored.
       scanned: stack the layers.
       sharding: one for all leaves, or a function of (leaf path, ShapeDtypeStruct); None: the default device.
       keep_padding: leave the zeros of a folder that was saved "padded" where they are.
@@ -119,7 +120,8 @@ def load_hf(
         if scanned and layer is not None:
             if layer:
                 continue
-            x = np.empty((config.depth, *part(name, 0).shape), own)
+            kinds = [files.dtype(names[name, i]) for i in range(config.depth)]
+            x = np.empty((config.depth, *part(name, 0).shape), np.result_type(*kinds) if dtype is None else own)
             for i in range(config.depth):
                 x[i] = part(name, i)
         else:
@@ -128,7 +130,7 @@ def load_hf(
         node = params
         for key in keys[:-1]:
             node = node.setdefault(key, {})
-        node[keys[-1]] = _placed("/".join(("params", *keys)), x, own, sharding)
+        node[keys[-1]] = _placed("/".join(("params", *keys)), x, x.dtype if dtype is None else own, sharding)
     return config, {"params": params}, {"hf_config": hf, "record": record}
 
 

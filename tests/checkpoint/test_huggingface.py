@@ -130,6 +130,21 @@ def test_scanned_and_sharded_and_cast(tmp_path):
     assert seen == {p: x.shape for p, x in flatten(stacked)}
 
 
+def test_norms_that_are_stored_more_precisely_stay_so(tmp_path):
+    flat = tensors(ml_dtypes.bfloat16)
+    flat |= {n: x for n, x in tensors().items() if "norm" in n}
+    folder = write(tmp_path / "m", flat)
+    ids, _ = prompt()
+    config, v, _ = load_hf(folder)
+    assert config.dtype == "bfloat16" and v["params"]["layer0"]["input_norm"]["scale"].dtype == jnp.float32
+    _, stacked, _ = load_hf(folder, scanned=True)
+    equal(stacked, stack_layers(v))
+    logits = [Llama(config, s).apply(p, ids) for s, p in ((False, v), (True, stacked))]
+    np.testing.assert_allclose(*logits, atol=0.1)
+    save_hf(v, config, tmp_path / "n")
+    equal(load_hf(tmp_path / "n")[1], v)
+
+
 def test_nothing_is_read_before_it_is_asked_for_and_nothing_stays_tied_to_the_file(tmp_path):
     folder = write(tmp_path / "m")
     files = TensorFiles(folder)

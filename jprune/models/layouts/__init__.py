@@ -15,8 +15,9 @@ from jprune.models.layouts.codebases import (
     custom,
     gemma,
 )
+from jprune.models.layouts.convert import convert
 from jprune.models.layouts.kept import Kept, kept_of_plan, slice_kept
-from jprune.models.layouts.layout import ROLES, Layout, Site, convert, update, view, views
+from jprune.models.layouts.layout import ROLES, Layout, Site, update, view, views
 
 __all__ = [
     "EASYLM",

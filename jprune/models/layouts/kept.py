@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jprune.models.layouts.layout import Layout, Site, matches, views
-from jprune.models.llama import LlamaConfig
+from jprune.models.llama_config import LlamaConfig
 from jprune.surgery.compact import take
 from jprune.surgery.plan import Plan
 from jprune.trace.leafpaths import path_str
