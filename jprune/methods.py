@@ -77,7 +77,9 @@ _ONLY_TRAINED = ("scope", "steps", "schedule", "finetune_epochs", "finetune_lear
 
 
 def _precrop(criterion: str, about: str, cap: float = 1.0) -> Method:
-    return Method(about, way="precrop", criterion=criterion, cap=cap, quantities=("macs", "params"), fixed=_ONLY_TRAINED)
+    return Method(
+        about, way="precrop", criterion=criterion, cap=cap, quantities=("macs", "params"), fixed=_ONLY_TRAINED
+    )
 
 
 def _lapp(bypass: str, about: str) -> Method:
