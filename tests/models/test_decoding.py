@@ -23,8 +23,17 @@ def ready(family, scanned=False):
     return module, v, ids, mask, np.asarray(jax.jit(module.apply)(v, ids, mask))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("scanned", [False, True])
+QUICK = {("qwen2", False), ("qwen2", True), ("qwen3", False), ("mistral", True)}
+
+
+@pytest.mark.parametrize(
+    ("family", "scanned"),
+    [
+        (f, s) if (f, s) in QUICK else pytest.param(f, s, marks=pytest.mark.slow)
+        for f in FAMILIES
+        for s in (False, True)
+    ],
+)
 def test_prefill_and_steps_give_the_logits_of_one_pass(family, scanned):
     module, v, ids, mask, want = ready(family, scanned)
     step = jax.jit(module.apply)
@@ -70,8 +79,7 @@ def greedy(module, v, ids, mask, steps):
     return ids
 
 
-@pytest.mark.parametrize("family", ["llama3", "mistral"])
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize(("family", "scanned"), [("llama3", True), ("mistral", False)])
 def test_greedy_generation(family, scanned):
     module, v, ids, mask, _ = ready(family, scanned)
     want = greedy(module, v, ids, mask, 5)
@@ -90,12 +98,12 @@ def test_layers_of_different_widths_decode():
 
 def test_sampling_follows_the_logits_and_the_key():
     module, v, ids, _, logits = ready("llama")
-    rows = 4000
+    rows = 1000
     many = jnp.broadcast_to(ids[:1], (rows, ids.shape[1]))
     drawn = np.asarray(generate(module, v, many, 1, temperature=2.0, key=jax.random.key(1)))[:, -1]
     want = np.asarray(jax.nn.softmax(logits[0, -1] / 2.0))
     found = np.bincount(drawn, minlength=50) / rows
-    assert np.abs(found - want).max() < 0.03
+    assert np.abs(found - want).max() < 0.06
     again = generate(module, v, many[:2], 6, temperature=1.0, key=jax.random.key(2))
     np.testing.assert_array_equal(again, generate(module, v, many[:2], 6, temperature=1.0, key=jax.random.key(2)))
     assert (again != generate(module, v, many[:2], 6, temperature=1.0, key=jax.random.key(3))).any()
@@ -120,7 +128,7 @@ def test_the_cache_keeps_the_dtype_of_the_weights():
     v = stack_layers(weights(c))
     cache = new_cache(Llama(c, scanned=True), 1, 4)
     assert cache.k.dtype == jnp.bfloat16 and cache.k.shape == (3, 1, 4, 2, 8)
-    logits, after = Llama(c, scanned=True).apply(v, prompt()[0][:1, :3], None, cache)
+    logits, after = jax.jit(Llama(c, scanned=True).apply)(v, prompt()[0][:1, :3], None, cache)
     assert logits.dtype == jnp.float32 and after.v.dtype == jnp.bfloat16
 
 

@@ -97,7 +97,7 @@ def test_layers_of_different_widths():
     v = weights(c)
     ids, mask = prompt()
     want, real = formulas(v, c, ids, mask)
-    np.testing.assert_allclose(Llama(c).apply(v, ids, mask)[real], want[real], atol=5e-4)
+    np.testing.assert_allclose(jax.jit(Llama(c).apply)(v, ids, mask)[real], want[real], atol=5e-4)
     assert not c.uniform
     with pytest.raises(ValueError, match="unstack_layers"):
         Llama(c, scanned=True).init(jax.random.key(0), ids)
@@ -176,9 +176,8 @@ def test_bfloat16_weights():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), v)
     real = np.asarray(mask, bool)
     for scanned in (False, True):
-        got = Llama(dataclasses.replace(c, dtype="bfloat16"), scanned).apply(
-            stack_layers(half) if scanned else half, ids, mask
-        )
+        run = jax.jit(Llama(dataclasses.replace(c, dtype="bfloat16"), scanned).apply)
+        got = run(stack_layers(half) if scanned else half, ids, mask)
         assert got.dtype == jnp.float32
         assert np.abs(got[real] - want[real]).max() < 0.05 * np.abs(want).max()
 
