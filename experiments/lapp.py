@@ -327,9 +327,7 @@ def main(
                 console.print(f"seed {seed}  {row.name}: {found['accuracy']:.3f} at {found['macs_fraction']:.1%}")
     results = summary(per_seed)
     stored = {
-        "command": f"python -m experiments.lapp --config {config} --seeds {' '.join(map(str, seeds))}",
-        "machine": record.machine(),
-        "setting": json.loads(json.dumps(dataclasses.asdict(setting), default=str)) | {"model": config, "data": ""},
+        **record.heading("lapp", config, seeds, setting),
         "checks": checks(results, per_seed) if config == "small" and not rows else {},
         "results": results,
         "seeds": dict(zip(map(str, seeds), per_seed, strict=True)),

@@ -344,9 +344,7 @@ def main(
     results = summary(per_seed)
     verdict = checks(results) if config == "small" else {}
     record.write(out, {
-        "command": f"python -m experiments.masksparsity --config {config} --seeds {' '.join(map(str, seeds))}",
-        "machine": record.machine(),
-        "setting": json.loads(json.dumps(dataclasses.asdict(setting), default=str)) | {"model": config, "data": ""},
+        **record.heading("masksparsity", config, seeds, setting),
         "checks": verdict,
         "results": results,
         "seeds": dict(zip(map(str, seeds), per_seed, strict=True)),

@@ -374,9 +374,7 @@ def main(
             progress.update(whole, advance=1)
     results = summary(per_seed)
     stored = {
-        "command": f"python -m experiments.precropping --config {config} --seeds {' '.join(map(str, seeds))}",
-        "machine": record.machine(),
-        "setting": json.loads(json.dumps(dataclasses.asdict(setting), default=str)) | {"model": config, "data": ""},
+        **record.heading("precropping", config, seeds, setting),
         "checks": checks(results, times) if config == "small" else {},
         "step_ms": times,
         "results": results,

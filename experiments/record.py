@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import platform
 import statistics
@@ -45,3 +47,10 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
     """JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
+
+
+def heading(program: str, config: str, seeds: Sequence[int], setting: Any) -> dict[str, Any]:
+    """How a results file of several seeds begins: the command that makes it, the machine, the settings as plain data."""
+    plain = json.loads(json.dumps(dataclasses.asdict(setting), default=str)) | {"model": config, "data": ""}
+    command = f"python -m experiments.{program} --config {config} --seeds {' '.join(map(str, seeds))}"
+    return {"command": command, "machine": machine(), "setting": plain}

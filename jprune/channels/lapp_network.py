@@ -359,8 +359,10 @@ def update_rules(net: Network) -> dict[str, Callable[[Any, Any], Any]]:
     c = net.config
 
     def thresholds(grads: Any, params: Any) -> Any:
-        step = lambda t, d: lapp.threshold_step(t, d, c.threshold_rate, c.bound)  # noqa: E731
-        return jax.tree.map(step, params["threshold"], grads["threshold"])
+        return {
+            n: lapp.threshold_step(t, grads["threshold"][n], c.threshold_rate, c.bound)
+            for n, t in params["threshold"].items()
+        }
 
     def importance(grads: Any, params: Any) -> Any:
         w, d = dict(flatten(params["network"])), dict(flatten(grads["network"]))

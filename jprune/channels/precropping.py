@@ -149,9 +149,11 @@ def layer_densities(
     elif method == "random":
         scores = at_init.weight_chance(variables, paths, jax.random.key(_seed(key, method)))
     else:
-        fn = forward.evaluate
-        if scoring.bn == "train":
-            fn = lambda v, x: forward.train(v, x, jax.random.key(0))[0]  # noqa: E731
+
+        def in_training(v: Any, x: Any) -> Any:
+            return forward.train(v, x, jax.random.key(0))[0]
+
+        fn = in_training if scoring.bn == "train" else forward.evaluate
         more = {"temperature": scoring.temperature} if method == "grasp" else {}
         scores = getattr(at_init, method)(fn, variables, batches, paths, loss, **more)
     return density.densities(scores, keep, scoring.exempt)

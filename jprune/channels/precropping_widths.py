@@ -7,6 +7,7 @@ channels meet the budget (`fit`). Which widths may change stands in `width_varia
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -182,14 +183,13 @@ def meters_of(graph: Structure, budgets: Sequence[Target], rule: WidthRule, weig
     """The budgets as numbers; `weights` are those counted without `count_bn`."""
     if not budgets:
         raise ValueError("give at least one budget, such as Target.params(0.2)")
-    out = []
-    for b in budgets:
+
+    def count(b: Target, widths: Mapping[str, Any]) -> Any:
         if b.quantity == "params" and not rule.count_bn:
-            count = lambda w: cost.entries(graph, w, weights)  # noqa: E731
-        else:
-            count = lambda w, b=b: b.cost(graph, w)  # noqa: E731
-        out.append(Meter(b.quantity, count, b.limit(count({}))))
-    return out
+            return cost.entries(graph, widths, weights)
+        return b.cost(graph, widths)
+
+    return [Meter(b.quantity, functools.partial(count, b), b.limit(count(b, {}))) for b in budgets]
 
 
 def fit(

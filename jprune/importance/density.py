@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 from jprune.importance.at_init import weight_masks
 from jprune.trace.errors import suggest
@@ -73,8 +73,8 @@ def proportional(to: Mapping[str, float], n: Mapping[str, int], keep: float) -> 
 
 
 def synexp(
-    n: Float[np.ndarray, " layers"],
-    f: Float[np.ndarray, " layers"],
+    n: Real[np.ndarray, " layers"],
+    f: Real[np.ndarray, " layers"],
     params: float | None = None,
     macs: float | None = None,
     cap: float = 1.0,

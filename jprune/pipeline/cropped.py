@@ -14,7 +14,7 @@ from jprune import budget
 from jprune.channels.precropping import Cropped, Scoring, WidthRule, precrop
 from jprune.graph import Graph
 from jprune.models import rebuild
-from jprune.pipeline.run import Outcome
+from jprune.pipeline.outcome import Outcome
 
 if TYPE_CHECKING:
     from jprune.pipeline.run import Run

@@ -17,7 +17,7 @@ from jprune.channels.lapp_network import init, prepare, slice_lapp
 from jprune.data import steps_per_epoch
 from jprune.graph import Graph, trace
 from jprune.models import build
-from jprune.pipeline.run import Outcome
+from jprune.pipeline.outcome import Outcome
 from jprune.report import plots
 from jprune.training.forward import Forward
 

@@ -73,13 +73,12 @@ class Options:
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {allowed}")
         chosen = method(self.method)
-        for name in ("quantity", *chosen.fixed):
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if name == "quantity" and value not in chosen.quantities:
-                allowed = " or ".join(chosen.quantities)
-                raise ValueError(f"quantity is {value!r}: method {self.method!r} aims at {allowed}")
-            if name != "quantity" and value != default:
-                raise ValueError(f"{name} is {value!r}: method {self.method!r} has no such choice; leave it out")
+        if self.quantity not in chosen.quantities:
+            allowed = " or ".join(chosen.quantities)
+            raise ValueError(f"quantity is {self.quantity!r}: method {self.method!r} aims at {allowed}")
+        for field in dataclasses.fields(self):
+            if field.name in chosen.fixed and (value := getattr(self, field.name)) != field.default:
+                raise ValueError(f"{field.name} is {value!r}: method {self.method!r} has no such choice; leave it out")
 
     def recipe(self, epochs: int, learning_rate: float) -> TrainConfig:
         """The training recipe of a phase."""

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,49 +21,24 @@ from jprune.data import steps_per_epoch
 from jprune.graph import Graph, trace
 from jprune.methods import Method, method
 from jprune.models import build
+from jprune.pipeline import cropped, gradual, trained
 from jprune.pipeline.options import Options, load_data
+from jprune.pipeline.outcome import Outcome
 from jprune.report import measure, page, plots
 from jprune.training import evaluate, train
 from jprune.training.forward import as_forward
 from jprune.whole_files import write_json
 
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """A small model beside the dense one.
-
-    Attributes:
-      graph: of the dense model, for two images; dense: its trained variables.
-      model: the small model, whatever `jprune.training.as_forward` takes; small: its variables.
-      widths: {group: (units before, units after)}.
-      predicted: the quantity aimed at, as it was predicted for two images; the small model itself has to have it.
-      metadata: what `load_pruned` needs to make the model again.
-      keep: what stays of the dense model's groups, where the small one was cut out of it.
-      figures: (caption, file name, draw(path)) beside widths and timeline.
-      more: further entries of summary.json.
-    """
-
-    graph: Graph
-    dense: Any
-    model: Any
-    small: Any
-    widths: dict[str, tuple[int, int]]
-    predicted: float
-    metadata: dict[str, Any]
-    keep: dict[str, np.ndarray] | None = None
-    figures: tuple[tuple[str, str, Callable[[Path], None]], ...] = ()
-    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+WAYS: dict[str, Any] = {"trained": trained, "precrop": cropped, "lapp": gradual}  # modules of the same three functions
 
 
 class Run:
     """One run of the main job; calling it goes through all phases."""
 
     def __init__(self, options: Options, out: Path, resume: bool = False, quiet: bool = False):
-        from jprune.pipeline import cropped, gradual, trained
-
         self.o, self.out, self.quiet = options, out, quiet
         self.method: Method = method(options.method)
-        self.way: Any = {"trained": trained, "precrop": cropped, "lapp": gradual}[self.method.way]
+        self.way: Any = WAYS[self.method.way]
         self.data = load_data(options)
         self.model = build(options.model, self.data.num_classes)
         options.recipe(options.epochs, options.learning_rate)  # says what is wrong with it before a folder is made

@@ -17,7 +17,7 @@ from jprune.channels import masksparsity as ms
 from jprune.data import steps_per_epoch
 from jprune.graph import Graph, trace
 from jprune.models import rebuild
-from jprune.pipeline.run import Outcome
+from jprune.pipeline.outcome import Outcome
 from jprune.report import plots
 from jprune.training import evaluate, learning_rates
 

@@ -416,7 +416,10 @@ def test_what_moves_thresholds_and_weights():
     assert relative(again.train(v, x, KEY)[0], forward.train(v, x, KEY)[0]) < 1e-6
     assert float(jnp.abs(task(again)["network"][block][layer]["kernel"][..., closed]).max()) > 0
     # the score's own gradient is off unless asked for
-    first = lambda c: jax.grad(lambda p: gates(c, p)[name].sum() * 1.0)(v["params"])["network"][block][layer]["kernel"]  # noqa: E731
+
+    def first(c):
+        return jax.grad(lambda p: gates(c, p)[name].sum() * 1.0)(v["params"])["network"][block][layer]["kernel"]
+
     scored = dataclasses.replace(net, config=dataclasses.replace(net.config, score_grad=True))
     assert float(jnp.abs(first(net)).max()) == 0 and float(jnp.abs(first(scored)).max()) > 0
 

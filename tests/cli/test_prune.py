@@ -142,7 +142,8 @@ def test_wrong_options_are_named_before_anything_is_trained(tmp_path, options, m
 
 
 @pytest.mark.parametrize(
-    ("method", "quantity", "target"), [("precrop-snip", "params", 0.2), ("preconfig", "params", 0.6)]
+    ("method", "quantity", "target"),
+    [("precrop-snip", "params", 0.2), pytest.param("preconfig", "params", 0.6, marks=pytest.mark.slow)],
 )
 def test_small_from_the_start(method, quantity, target, tmp_path):
     options = Options(model="resnet_digits", method=method, quantity=quantity, target=target, epochs=2, multiple_of=2)
