@@ -13,7 +13,8 @@ only names, and an option.
     t_l      <- clip(t_l - rate * gradient, -4, 4)        weights and thresholds learn together       [ours]
     finally  the smallest common offset on all thresholds that meets the target; masked filters are sliced off
 
-These are the formulas; `lapp_network` puts them into a traced function, `lapp_run` trains it.
+These are the formulas; `lapp_layers`, `lapp_gates`, `lapp_forward` and `lapp_network` put them into a traced function,
+`lapp_run` trains it.
 """
 
 from __future__ import annotations

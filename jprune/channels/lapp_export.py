@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jprune.channels import bypass
-from jprune.channels.lapp_network import Network, Sliced, original, placed_join, relative_path
+from jprune.channels.lapp_forward import placed_join
+from jprune.channels.lapp_layers import Network, original, relative_path
+from jprune.channels.lapp_network import Sliced
 from jprune.graph import trace
 from jprune.surgery.graft import Site, folded, graft
 from jprune.trace.leafpaths import flatten, path_str

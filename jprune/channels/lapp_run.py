@@ -24,13 +24,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jprune.channels import lapp
+from jprune.channels.lapp_gates import ratio
 from jprune.channels.lapp_network import (
     Network,
     finalise,
     gated_forward,
     init,
     prepare,
-    ratio,
     slice_lapp,
     update_rules,
 )

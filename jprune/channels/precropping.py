@@ -29,6 +29,7 @@ from jprune.channels.width_variables import width_variables
 from jprune.graph import trace
 from jprune.importance import at_init, density
 from jprune.importance.density import Densities
+from jprune.importance.expected_flow import synexp_of_paths
 from jprune.trace import cost
 from jprune.trace.structure import Structure
 from jprune.training.forward import as_forward
@@ -44,6 +45,8 @@ class Scoring:
     Attributes:
       keep: fraction of the weights that the criterion keeps; None: the smallest fraction that a budget leaves.
       rounds, schedule, rescale: of SynFlow. temperature: of GraSP.
+      paths: SynExp counts the network's paths, skip connections included, instead of taking it for a chain.
+      xavier: GraSP draws matrices (not convolutions) anew, Xavier-normal, for scoring only, as its authors did.
       bn: BatchNorm in "eval" or "train" mode while SNIP and GraSP score.
       exempt: leaf paths whose density is ignored.
     """
@@ -53,6 +56,8 @@ class Scoring:
     schedule: Literal["exponential", "linear"] = "exponential"
     rescale: bool = False
     temperature: float = 200.0
+    paths: bool = False
+    xavier: bool = False
     bn: Literal["eval", "train"] = "eval"
     exempt: tuple[str, ...] = ()
 
@@ -137,7 +142,10 @@ def layer_densities(
         f = np.array([spent[p] for p in scored], np.float64)
         macs = left.get("macs")
         params = left.get("params", keep if macs is None else None)
-        p = density.synexp(n, f, params and params * n.sum(), macs and macs * f.sum(), rule.cap)
+        limits = params and params * n.sum(), macs and macs * f.sum(), rule.cap
+        if scoring.paths:
+            return synexp_of_paths(forward.evaluate, variables, x, {p: spent[p] for p in scored}, *limits)
+        p = density.synexp(n, f, *limits)
         return dict(zip(scored, map(float, p), strict=True))
     if method in ("erk", "reverse"):
         return getattr(density, method)(shapes, keep)
@@ -153,6 +161,9 @@ def layer_densities(
         def in_training(v: Any, x: Any) -> Any:
             return forward.train(v, x, jax.random.key(0))[0]
 
+        if method == "grasp" and scoring.xavier:
+            matrices = [t.leaf for t in graph.taps.values() if t.primitive == "dot_general" and t.leaf in paths]
+            variables = at_init.xavier(variables, matrices, jax.random.key(_seed(key, method)))
         fn = in_training if scoring.bn == "train" else forward.evaluate
         more = {"temperature": scoring.temperature} if method == "grasp" else {}
         scores = getattr(at_init, method)(fn, variables, batches, paths, loss, **more)

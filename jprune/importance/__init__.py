@@ -18,6 +18,7 @@ from jprune.importance.chance import random as random
 from jprune.importance.density import densities as densities
 from jprune.importance.density import erk as erk
 from jprune.importance.density import synexp as synexp
+from jprune.importance.expected_flow import synexp_of_paths as synexp_of_paths
 from jprune.importance.geometric import fpgm as fpgm
 from jprune.importance.gradient import fisher as fisher
 from jprune.importance.gradient import mean_squared_gradients as mean_squared_gradients

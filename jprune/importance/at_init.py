@@ -112,6 +112,14 @@ def grasp(
     return {p: s / norm for p, s in scores.items()}
 
 
+def xavier(variables: Any, matrices: Sequence[str], key: Array) -> Any:
+    """The variables with these matrices drawn anew, Xavier-normal: GraSP's authors score so, then go back."""
+    w = weights_of(variables, matrices)
+    draw = jax.nn.initializers.xavier_normal()
+    keys = jax.random.split(key, max(len(w), 1))
+    return with_weights(variables, {p: draw(k, np.shape(v), v.dtype) for (p, v), k in zip(w.items(), keys)})
+
+
 def _gradient(fn: Fn, variables: Any, loss: OutputLoss) -> Callable[[Any, Any, Any], Any]:
     @jax.jit
     def gradient(w: Any, x: Any, y: Any) -> Any:
@@ -165,9 +173,6 @@ def synflow(
     _check_keep(keep)
     if rounds < 1 or schedule not in ("exponential", "linear"):
         raise ValueError(f"rounds is at least 1 and schedule 'exponential' or 'linear'; got {rounds}, {schedule!r}")
-    for leaf in jax.tree.leaves(x):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"SynFlow feeds ones in place of data; an input of {leaf.dtype} is an index, not a number")
     w = weights_of(variables, weights)
     size = sum(int(np.size(v)) for v in w.values())
     k = np.arange(1, rounds + 1) / rounds
@@ -175,22 +180,17 @@ def synflow(
     removed = np.array([_removed(r, size) for r in ratio], np.int64)
     with jax.enable_x64(True):
 
-        def modulus(leaf: Any) -> Any:
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                return leaf
-            return jnp.abs(jnp.asarray(leaf, jnp.float64))
-
         @jax.jit
         def scored(variables: Any) -> Any:
             base = jax.tree.map(modulus, variables)
             w = weights_of(base, weights)
             if rescale:
                 w = {p: v / (jnp.sum(v) / np.sqrt(v.size)) for p, v in w.items()}
-            ones = jax.tree.map(lambda leaf: jnp.ones((1, *leaf.shape[1:]), jnp.float64), x)
+            ones = ones_like_one_sample(x)
 
             def score(masks: Any) -> Any:
                 masked = jax.tree.map(jnp.multiply, w, masks)
-                flow = jax.grad(lambda w: sum(o.sum() for o in jax.tree.leaves(fn(with_weights(base, w), ones))))
+                flow = jax.grad(lambda w: total_flow(fn, with_weights(base, w), ones))
                 return jax.tree.map(lambda v, g: jnp.abs(v * g), masked, flow(masked))
 
             def round_(k: Any, masks: Any) -> Any:
@@ -210,6 +210,24 @@ def synflow(
             "computes in a smaller dtype of its own; pass rescale=True"
         )
     return scores
+
+
+def modulus(leaf: Any) -> Any:
+    """|leaf| in float64 (under `jax.enable_x64`); integers and keys as they are."""
+    return jnp.abs(jnp.asarray(leaf, jnp.float64)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def ones_like_one_sample(x: Any) -> Any:
+    """An all-ones float64 input of one sample; raises ValueError for inputs that are indices."""
+    for leaf in jax.tree.leaves(x):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"SynFlow feeds ones in place of data; an input of {leaf.dtype} is an index, not a number")
+    return jax.tree.map(lambda leaf: jnp.ones((1, *leaf.shape[1:]), jnp.float64), x)
+
+
+def total_flow(fn: Fn, variables: Any, x: Any) -> Any:
+    """Sum of all outputs."""
+    return sum(o.sum() for o in jax.tree.leaves(fn(variables, x)))
 
 
 def weight_magnitude(variables: Any, weights: Sequence[str]) -> WeightScores:

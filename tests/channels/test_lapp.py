@@ -21,19 +21,9 @@ import jprune
 from jprune.channels import bypass, lapp
 from jprune.channels.lapp import LappConfig, common_offset, gate, hinge, standardise, target_at
 from jprune.channels.lapp_export import merge_bypass
-from jprune.channels.lapp_network import (
-    finalise,
-    gated_forward,
-    gates,
-    init,
-    original,
-    prepare,
-    ratio,
-    scores,
-    slice_lapp,
-    sliceable,
-    update_rules,
-)
+from jprune.channels.lapp_gates import gates, ratio, scores
+from jprune.channels.lapp_layers import original, sliceable
+from jprune.channels.lapp_network import finalise, gated_forward, init, prepare, slice_lapp, update_rules
 from jprune.channels.lapp_run import LappRun, run
 from jprune.data import load_digits
 from jprune.models import rebuild, resnet, vgg

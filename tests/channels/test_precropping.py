@@ -382,6 +382,27 @@ def test_densities_are_averaged_over_initialisations_and_exempt_leaves_are_ignor
     assert both == pytest.approx({p: (one[p] + two[p]) / 2 for p in one})
 
 
+def test_synexp_over_paths_and_grasp_with_fresh_matrices(small):
+    """With a skip around them the block's own layers are worth less than as a chain; Xavier changes GraSP's densities."""
+    module, v, x, batches = small
+    graph, ask = jprune.trace(module.apply, v, x), Target.params(0.6)
+    chain, paths = (
+        pc.layer_densities(module, graph, v, x, "synexp", (Target.params(0.1),), scoring=pc.Scoring(paths=p))
+        for p in (False, True)
+    )
+    conv = "params/stage1_block1/conv1/kernel"
+    assert paths[conv] < 0.9 * chain[conv]
+    found = pc.precrop(module, v, x, ask, "synexp", scoring=pc.Scoring(paths=True))
+    assert found.achieved["params"] <= found.asked["params"]
+    plain, drawn = (
+        pc.precrop(module, v, x, ask, "grasp", batches=batches, key=jax.random.key(0), scoring=pc.Scoring(xavier=on))
+        for on in (False, True)
+    )
+    assert plain.densities != drawn.densities
+    with pytest.raises(ValueError, match="give key="):
+        pc.precrop(module, v, x, ask, "grasp", batches=batches, scoring=pc.Scoring(xavier=True))
+
+
 def test_one_ratio_for_all_is_what_uniform_width_means():
     found = pc.precrop(MODULE, SHAPES, IMAGE, Target.params(0.25), "uniform_width")
     ratio = [w / CHAIN.groups[g].size for g, w in found.widths.items()]

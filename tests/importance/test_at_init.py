@@ -326,6 +326,55 @@ def test_synexp_against_a_general_solver(seed):
     np.testing.assert_allclose(got, solved.x, rtol=2e-2)
 
 
+def test_the_expected_flow_of_a_chain_is_synexp():
+    v = {"a": jnp.ones((3, 8)), "b": -2 * jnp.ones((8, 5)), "c": jnp.full((5, 4), 0.1)}
+
+    def chain(v, x):
+        return jax.nn.relu(jax.nn.relu(x @ v["a"]) @ v["b"]) @ v["c"]
+
+    macs, x = {"a": 24, "b": 400, "c": 20}, jnp.zeros((2, 3))
+    n = np.array([24.0, 40.0, 20.0])
+    for budgets in ({"params": 30.0}, {"macs": 90.0}, {"params": 40.0, "macs": 100.0}):
+        got = importance.synexp_of_paths(chain, v, x, macs, **budgets)
+        want = importance.synexp(n, np.array([24.0, 400.0, 20.0]), **budgets)
+        np.testing.assert_allclose([got[p] for p in macs], want, rtol=1e-3)
+
+
+def test_the_expected_flow_with_a_skip_against_a_grid():
+    """The flow of h = x a, y = h b + h c by brute force: a skip takes from both layers of the other path."""
+    rng = np.random.default_rng(0)
+    v = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in {"a": (20, 4), "b": (4, 6), "c": (6, 4)}.items()}
+
+    def skip(v, x):
+        h = x @ v["a"]
+        return h + jax.nn.relu(h @ v["b"]) @ v["c"]
+
+    n = np.array([80.0, 24.0, 24.0])
+    got = importance.synexp_of_paths(
+        skip, v, jnp.zeros((2, 20)), dict(zip("abc", (80, 24, 24), strict=True)), params=40.0
+    )
+    p = np.array([got[k] for k in "abc"])
+    assert n @ p <= 40.0 * (1 + 1e-12) and p.max() <= 1
+    a, b, c = (np.abs(np.asarray(v[k])).mean() for k in "abc")
+
+    def flow(p):
+        return 80 * a * p[0] * (1 + 24 * b * c * p[1] * p[2])
+
+    grid = np.linspace(1e-3, 1, 400)
+    pb, pc = np.meshgrid(grid, grid)
+    pa = np.minimum(1, (40 - 24 * pb - 24 * pc) / 80)
+    best = np.where(pa > 0, flow((pa, pb, pc)), 0).max()
+    assert flow(p) >= best * (1 - 1e-3)
+    assert flow(p) > flow(importance.synexp(n, n, params=40.0)) * 1.01
+
+
+def test_xavier_draws_the_named_matrices_and_nothing_else():
+    v = {"conv": jnp.ones((3, 3, 2, 4)), "head": jnp.ones((300, 100))}
+    new = at_init.xavier(v, ["head"], jax.random.key(0))
+    assert new["conv"] is v["conv"]
+    np.testing.assert_allclose(np.std(new["head"]), np.sqrt(2 / 400), rtol=0.02)
+
+
 @given(st.integers(0, 1000))
 @settings(max_examples=10, deadline=None)
 def test_growing_layers_never_lowers_the_objective(seed):
