@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from jprune import checkpoint
 from jprune.data import steps_per_epoch
@@ -24,6 +19,7 @@ from jprune.models import build
 from jprune.pipeline import cropped, gradual, trained
 from jprune.pipeline.options import Options, load_data
 from jprune.pipeline.outcome import Outcome
+from jprune.pipeline.workspace import Workspace
 from jprune.report import measure, page, plots
 from jprune.training import evaluate, train
 from jprune.training.forward import as_forward
@@ -32,50 +28,27 @@ from jprune.whole_files import write_json
 WAYS: dict[str, Any] = {"trained": trained, "precrop": cropped, "lapp": gradual}  # modules of the same three functions
 
 
-class Run:
+class Run(Workspace):
     """One run of the main job; calling it goes through all phases."""
 
     def __init__(self, options: Options, out: Path, resume: bool = False, quiet: bool = False):
-        self.o, self.out, self.quiet = options, out, quiet
+        super().__init__(out, quiet)
+        self.o = options
         self.method: Method = method(options.method)
         self.way: Any = WAYS[self.method.way]
         self.data = load_data(options)
         self.model = build(options.model, self.data.num_classes)
         options.recipe(options.epochs, options.learning_rate)  # says what is wrong with it before a folder is made
         self.way.check_reachable(self)
-        self._claim(resume)
+        self.claim(dataclasses.asdict(options), resume)
         self.phases: list[tuple[str, list[dict[str, Any]]]] = []
-        self.seconds: dict[str, float] = {}
-
-    def _claim(self, resume: bool) -> None:
-        """Take the folder, or go on with the run that has it."""
-        file = self.out / "options.json"
-        mine = json.loads(json.dumps(dataclasses.asdict(self.o)))
-        if file.is_file():
-            if not resume:
-                raise ValueError(f"{self.out} already holds a run: give --resume to go on with it, or another --out")
-            try:
-                theirs = json.loads(file.read_text())
-            except ValueError as error:
-                raise ValueError(f"{file} is damaged ({error}): choose another --out") from error
-            for k in mine:
-                if theirs.get(k) != mine[k]:
-                    raise ValueError(
-                        f"{self.out} was started with {k} = {theirs.get(k)!r}, now it is {mine[k]!r}: "
-                        "resume with the same options, or choose another --out"
-                    )
-            return
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(f"{self.out} exists and is not a pruning run: choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(file, mine)
 
     def __call__(self) -> dict[str, Any]:
         """All phases; returns what summary.json says."""
         o = self.o
         x = jnp.zeros((2, *self.data.image_shape), jnp.float32)
         variables = jax.jit(self.model.init)(jax.random.key(o.seed), x)
-        with self._progress(self.way.epochs(self) * steps_per_epoch(self.data.train, o.batch_size)) as progress:
+        with self.progress(self.way.epochs(self) * steps_per_epoch(self.data.train, o.batch_size)) as progress:
             recipe = o.recipe(o.epochs, o.learning_rate)
             dense = self.fit("baseline", recipe, self.model, variables, None, progress)
             outcome = self.way.small_model(self, trace(self.model.apply, dense, x), variables, dense, progress)
@@ -121,7 +94,7 @@ class Run:
         checkpoint.save(self.out / "checkpoint", outcome.small, overwrite=True, metadata={
             "model": o.model, "num_classes": self.data.num_classes, "image_shape": list(self.data.image_shape),
             "options": dataclasses.asdict(o), **outcome.metadata})  # fmt: skip
-        self._join_metrics()
+        self.join_metrics([name for name, _ in self.phases])
         achieved = getattr(final.cost(), o.quantity) / getattr(outcome.graph.cost(), o.quantity)
         summary = {
             "options": dataclasses.asdict(o),
@@ -156,47 +129,7 @@ class Run:
             draw(out[-1][1])
         return out
 
-    def _join_metrics(self) -> None:
-        temporary = self.out / "metrics.jsonl.tmp"
-        with temporary.open("w") as out:
-            for name, _ in self.phases:
-                for line in (self.folder(name) / "metrics.jsonl").read_text().splitlines():
-                    out.write(json.dumps({"phase": name, **json.loads(line)}) + "\n")
-        os.replace(temporary, self.out / "metrics.jsonl")
-
-    def folder(self, phase: str) -> Path:
-        """Where a phase of training keeps its checkpoints and metrics."""
-        return self.out / "phases" / phase.replace(" ", "-")
-
-    # -- progress -------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _progress(self, steps: int) -> Iterator[Progress]:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                   TimeRemainingColumn())  # fmt: skip
-        with Progress(*columns, disable=self.quiet) as progress:
-            self._whole = progress.add_task("[bold]all of it", total=steps)
-            yield progress
-
-    @contextlib.contextmanager
-    def phase(self, name: str, progress: Progress) -> Iterator[None]:
-        """A phase that is no training: shown, and timed without the trainings inside."""
-        task = progress.add_task(name, total=1)
-        inside = sum(self.seconds.values())
-        start = time.monotonic()
-        yield
-        nested = sum(self.seconds.values()) - inside
-        self.seconds[name] = time.monotonic() - start - nested
-        progress.update(task, completed=1)
-
-    @contextlib.contextmanager
-    def counted(self, name: str, steps: int, progress: Progress) -> Iterator[Callable[[int, Any], None]]:
-        """A training phase of so many steps: timed; yields what is to be called after each, to move the bar on."""
-        before = progress.tasks[self._whole].completed
-        start = time.monotonic()
-        yield lambda step, _: progress.update(self._whole, completed=before + step)
-        progress.update(self._whole, completed=before + steps)
-        self.seconds[name] = time.monotonic() - start
+    # -- training -----------------------------------------------------------------------------------------------
 
     def fit(self, name: str, recipe: Any, model: Any, variables: Any, transform: Any, progress: Progress) -> Any:
         """One phase of training, resumed if it was interrupted."""
