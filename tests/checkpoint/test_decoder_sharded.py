@@ -11,17 +11,13 @@ import jprune
 from jprune import checkpoint
 from jprune.models import rebuild
 from jprune.models.llama import Llama, stack_layers
+from jprune.models.llama_placement import placement
 from jprune.trace.leafpaths import flatten
 
 folder = sys.argv[1]
-mesh = Mesh(np.array(jax.devices()), ("model",))
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
 
-def place(path, leaf):
-    lead = (None,) * path.startswith("params/layers/")
-    module = path.split("/")[-2]
-    spec = {"gate": P(*lead, None, "model"), "up": P(*lead, None, "model"), "down": P(*lead, "model", None),
-            "q": P(*lead, None, "model", None), "o": P(*lead, "model", None, None)}.get(module, P())
-    return NamedSharding(mesh, spec)
+place = placement(mesh)
 
 def placed(tree):
     return all(x.sharding.is_equivalent_to(place(p, x), x.ndim) for p, x in flatten(tree))
@@ -29,11 +25,16 @@ def placed(tree):
 def same(a, b):
     return all(bool((np.asarray(x) == np.asarray(y)).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
+shapes = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in {
+    "params/layer0/mlp/gate/kernel": (8, 6), "params/layers/mlp/down/kernel": (3, 6, 8), "params/layer1/attn/q/kernel": (8, 4, 2),
+    "params/layer1/attn/k/kernel": (8, 3, 2), "params/layer1/attn/q/bias": (4, 2), "params/embed/embedding": (10, 8)}.items()}
+specs = [tuple(place(n, s).spec) for n, s in shapes.items()]
+expected = [(None, "model"), (None, "model", None), (None, "model", None), (), ("model", None), ()]
 c = tiny("llama", dtype="bfloat16", max_positions=64)
 v = weights(c)
 ids, mask = prompt()
 checkpoint.save_hf(v, c, folder + "/hf")
-out = {}
+out = {"divided": specs == expected}
 for scanned in (False, True):
     name = "scanned " if scanned else ""
     _, w, _ = checkpoint.load_hf(folder + "/hf", sharding=place, scanned=scanned)
@@ -60,4 +61,4 @@ print(json.dumps(out))
 
 def test_four_devices(tmp_path):
     found = run_script(SCRIPT, tmp_path)
-    assert len(found) == 10 and all(found.values()), found
+    assert len(found) == 11 and all(found.values()), found
