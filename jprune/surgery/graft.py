@@ -210,7 +210,7 @@ def graft(graph: Structure, chosen: Mapping[str, Site], join: Join) -> Callable[
             y, states[leaf] = join(chosen[leaf], x, outs[0].reshape(shape), extras.get(leaf))
             return [y.astype(outs[0].dtype).reshape(outs[0].shape)]
 
-        outs, states = _evaluated(graph, variables, inputs, observe, watched, dict.fromkeys(chosen))
+        outs, states = evaluated(graph, variables, inputs, observe, watched, dict.fromkeys(chosen))
         return outs, {leaf: states[leaf] for leaf in chosen}
 
     return grafted
@@ -239,15 +239,20 @@ def folded(graph: Structure, chosen: Mapping[str, Site], variables: Any, *inputs
             return outs
 
         held: dict[str, tuple[int, ...]] = {}
-        return _evaluated(graph, variables, inputs, observe, watched, dict.fromkeys(chosen))[1]
+        return evaluated(graph, variables, inputs, observe, watched, dict.fromkeys(chosen))[1]
 
     shift, both = run(0.0), run(1.0)
     return {leaf: (both[leaf] - shift[leaf], shift[leaf]) for leaf in chosen}
 
 
-def _evaluated(
+def evaluated(
     graph: Structure, variables: Any, inputs: Sequence[Any], observe: Any, watched: Any, states: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
+    """(outputs, states) of the traced function with an observer at the watched equations (see `Evaluator`).
+
+    Raises:
+      ValueError: the variables lack a leaf that was traced.
+    """
     flat, symbols = graph.bind_inputs(inputs)
     by_path = dict(flatten(variables))
     if missing := [p for p in graph.leaves if p not in by_path]:

@@ -28,6 +28,8 @@ DIVISOR = "reconfigure:"
 
 Path: TypeAlias = tuple[int | str, ...]
 Eqn: TypeAlias = Any  # jax.extend.core.JaxprEqn
+LAYERS = "layers"  # a step of moves: one layer of a stacked leaf enters the body of a scan
+Move: TypeAlias = Any  # (equation, number of its result), or LAYERS
 
 
 @dataclasses.dataclass(slots=True)
@@ -41,6 +43,7 @@ class Val:
       scalar: the number every entry equals, where it is a known constant.
       leaf: the parameter leaf these entries come from unchanged (through casts and layout changes only).
       const: the value itself, where it is a folded constant.
+      moves: the casts and layout changes between the leaf and this value (see jprune.trace.moves).
     """
 
     shape: tuple[int, ...]
@@ -50,6 +53,7 @@ class Val:
     scalar: float | None = None
     leaf: str | None = None
     const: np.ndarray | None = None
+    moves: tuple[Move, ...] = ()
 
     def flag(self, axis: int, n: int) -> bool:
         """Whether this operand is zero at removed positions of an axis of size n that it may be broadcast along."""
@@ -89,6 +93,7 @@ class Use:
     out_features: tuple[int, ...]  # axes of the result that are indexed by the leaf
     where: str
     eqn: Any
+    moves: tuple[Move, ...]  # from the leaf to the leaf operand
 
 
 @dataclasses.dataclass(slots=True)
@@ -240,6 +245,7 @@ class Analysis:
             tuple(out_features),
             self.where,
             self.eqn,
+            v.moves,
         )
 
     def count(
@@ -326,7 +332,13 @@ class Analysis:
             folded = self._fold(eqn, ins)
             if folded is not None:
                 return folded
-        return rule.propagate(self, eqn, ins)
+        outs = rule.propagate(self, eqn, ins)
+        if rule.evaluate is None:
+            for k, o in enumerate(outs):
+                source = next((v for v in ins if o.leaf is not None and v.leaf == o.leaf and v is not o), None)
+                if source is not None:
+                    o.moves = (*source.moves, (eqn, k))
+        return outs
 
     def _fold(self, eqn: Eqn, ins: list[Val]) -> list[Val] | None:
         """Evaluate an equation whose operands are all known constants (one of them, or the result, an array)."""

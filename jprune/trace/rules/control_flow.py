@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from jprune.trace import tags as T
-from jprune.trace.analysis import Analysis, Eqn, Path, Rule, Val
+from jprune.trace.analysis import LAYERS, Analysis, Eqn, Path, Rule, Val
 from jprune.trace.evaluate import Evaluator
 from jprune.trace.tags import Frozen
 
@@ -224,7 +224,7 @@ def _scan(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
             T.unify(axis, t)
         else:
             a.freeze(t, "SCAN_LENGTH")
-        xs.append(Val(v.shape[1:], v.dtype, v.tags[1:], v.zero[1:], v.scalar, v.leaf))
+        xs.append(Val(v.shape[1:], v.dtype, v.tags[1:], v.zero[1:], v.scalar, v.leaf, moves=(*v.moves, LAYERS)))
     consts = vals[:nc]
     _, outs = _fixpoint(a, vals[nc:nk], lambda c: a.run_closed(eqn.params["jaxpr"], [*consts, *c, *xs], "body"))
     results = [Val(v.shape, v.dtype, v.tags, v.zero, v.scalar) for v in outs[: nk - nc]]
