@@ -184,11 +184,47 @@ class Product:
 
     def matrix(self, leaf: Any) -> Float[Array, "*lead out in"]:
         """The matrix in an array of the leaf's shape (weights, or their gradient), in its dtype."""
-        shared, summed, new, _, _ = self._axes
         x = moves.operand(self.tap.use.moves, leaf)
-        extra = x.ndim - len(shared) - len(summed) - len(new)
-        x = jnp.transpose(x, (*range(extra), *(extra + i for i in (*shared, *new, *summed))))
-        return x.reshape(*self.lead, *self.shape)
+        return self._laid(x) if self.tap.layers is None else jax.vmap(self._laid)(x)
+
+    def map(self, fn: Callable[..., Any], leaves: Sequence[Any], *rows: Any) -> Any:
+        """fn(*matrices (out, in), *rows), for one matrix of `lead` after the other; results stacked over `lead`.
+
+        Args:
+          fn: of the matrices in `leaves`, and of what else there is one of per matrix.
+          leaves: arrays of the leaf's shape.
+          *rows: pytrees of arrays with the leading axes `lead`.
+        """
+        before, after = moves.split(self.tap.use.moves)
+        stacks = [moves.operand(before, leaf) for leaf in leaves]
+
+        def one_layer(xs: Any) -> Any:
+            matrices = [self._laid(moves.operand(after, x)) for x in xs[0]]
+            run = _over(len(self.batch), lambda ys: fn(*ys[0], *ys[1]))
+            return run((matrices, xs[1]))
+
+        return _over(self.tap.layers is not None, one_layer)((stacks, rows))
+
+    def units(self, side: str, sums: Float[Array, "*lead n"], group: str) -> Float[Array, "*layers units"]:
+        """Sums per row (side "out") or per column ("in") of the matrices, added up over what each unit owns."""
+        layouts, sizes = (self.tap.out_layouts, self.outputs) if side == "out" else (self._in_layouts, self.inputs)
+        axis = next(k for k, layout in enumerate(layouts) if group in L.groups_in(layout))
+        n = 0 if self.tap.layers is None else 1
+        v = jnp.sum(sums, axis=tuple(range(n, sums.ndim - 1)))
+        v = v.reshape(*v.shape[:n], *sizes)
+        v = jnp.sum(v, axis=tuple(n + k for k in range(len(sizes)) if k != axis))
+        return jnp.sum(v[..., L.unit_positions(layouts[axis], group)], axis=-1)
+
+    @property
+    def _in_layouts(self) -> tuple[L.Layout, ...]:
+        """The layouts of `inputs`."""
+        of = dict(zip(self.tap.use.data_features, self.tap.in_layouts, strict=True))
+        return tuple(of[d] for _, d in self._axes[4])
+
+    def _laid(self, x: Any) -> Any:
+        """A weight operand of one layer, as (*batch, out, in)."""
+        shared, summed, new, _, _ = self._axes
+        return jnp.transpose(x, (*shared, *new, *summed)).reshape(*self.batch, *self.shape)
 
     def leaf_like(self, matrix: Float[Array, "*lead out in"], shape: tuple[int, ...]) -> Any:
         """The array of the leaf's shape whose matrix this is."""
@@ -225,6 +261,11 @@ class Product:
     @property
     def _precision(self) -> Any:
         return self.tap.use.eqn.params["precision"]
+
+
+def _over(depth: int, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """fn at every index of the leading axes, one after the other."""
+    return fn if not depth else functools.partial(lax.map, _over(depth - 1, fn))
 
 
 def product(graph: Structure, name: str) -> Product:

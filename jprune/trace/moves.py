@@ -49,6 +49,12 @@ def operand(moves: Moves, leaf: Any) -> Any:
     return x
 
 
+def split(moves: Moves) -> tuple[Moves, Moves]:
+    """The steps before and behind the entry into a scan; without one, none before."""
+    at = next((i for i, m in enumerate(moves) if m is LAYERS), -1)
+    return moves[: max(at, 0)], moves[at + 1 :]
+
+
 def leaf_like(moves: Moves, x: Any, shape: tuple[int, ...]) -> Any:
     """The array of the leaf's shape whose operand is `x`; zero where the leaf does not enter the operand."""
     if all(m is LAYERS or m[0].primitive.name in SAME for m in moves):
