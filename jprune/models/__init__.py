@@ -12,7 +12,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from jprune.models import densenet, llama, mobilenet, resnet, shufflenet, unet, vgg, vit
+from jprune.models import densenet, dit, llama, mobilenet, resnet, shufflenet, unet, vgg, vit
 from jprune.models.shapes import check_tree
 from jprune.models.torch_weights import from_torch, load_torch
 
@@ -113,6 +113,7 @@ _READERS: dict[type, Callable[[Any, Any], Any]] = {
     vit.ViT: vit.config_from_params,
     unet.UNet: unet.config_from_params,
     llama.Llama: llama.config_from_params,
+    dit.VideoDiT: dit.config_from_params,
 }
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jprune.models import densenet, layers, llama, unet, vgg, vit
+from jprune.models import densenet, dit, layers, llama, unet, vgg, vit
 from jprune.trace.leafpaths import flatten
 
 FIRST = {vgg.VGG: "block1_conv1", vit.ViT: "patch_embed", unet.UNet: "down1_conv1"}  # elsewhere: "stem_conv"
@@ -26,7 +26,7 @@ def shapes_of(module: nn.Module, channels: int, tokens: int | None = None) -> An
       module: of the zoo.
       channels: of its images.
       tokens: of a vision transformer, the class token included; its position embedding has so many rows.
-        A decoder (`jprune.models.llama`) needs neither.
+        A decoder (`jprune.models.llama`) and a `VideoDiT` need neither.
 
     Raises:
       ValueError: the config's widths do not fit each other.
@@ -43,11 +43,14 @@ def shapes_of(module: nn.Module, channels: int, tokens: int | None = None) -> An
         if not tokens or tokens <= (c.pool == "token"):
             raise ValueError(f"a position embedding of {tokens} tokens leaves none for the image's patches")
         height, width = c.patch, c.patch * (tokens - (c.pool == "token"))
-    example = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
+    shapes = [(1, height, width, channels)]
     if isinstance(module, llama.Llama):
-        example = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        shapes = [(1, 2)]
+    elif isinstance(module, dit.VideoDiT):
+        shapes = [(1, *c.patch, c.channels), (1,), (1, 1, c.text_width)]
+    dtype = jnp.int32 if isinstance(module, llama.Llama) else jnp.float32
     try:
-        return jax.eval_shape(module.init, jax.random.key(0), example)
+        return jax.eval_shape(module.init, jax.random.key(0), *(jax.ShapeDtypeStruct(s, dtype) for s in shapes))
     except (TypeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"the widths of this {type(module).__name__} do not fit each other: {first}") from error
@@ -59,8 +62,8 @@ def check_tree(module: nn.Module, variables: Any) -> None:
     for path, leaf in flatten(params):
         if 0 in leaf.shape:
             raise ValueError(f"leaf {path!r} has no elements left: only graph.replay(keep) can run this tree")
-    decoder = isinstance(module, llama.Llama)
-    channels = 0 if decoder else layers.shape_of(params, first_layer(module), "kernel")[-2]
+    no_image = isinstance(module, llama.Llama | dit.VideoDiT)
+    channels = 0 if no_image else layers.shape_of(params, first_layer(module), "kernel")[-2]
     tokens = layers.shape_of(params, "pos_embed")[1] if isinstance(module, vit.ViT) else None
     expected = shapes_of(module, channels, tokens)
     whole = "params" in variables
