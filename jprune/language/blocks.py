@@ -8,6 +8,7 @@ blocks and never of a model's names, so that they work on any function that is a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,8 @@ import numpy as np
 from jprune.trace import layout as L
 from jprune.trace.analysis import Path
 from jprune.trace.layout import Unit
-from jprune.trace.residual import Branch, Flow, Point
+from jprune.trace.probes import Point
+from jprune.trace.residual import Branch, Flow
 from jprune.trace.structure import Structure, Tap
 
 
@@ -36,6 +38,7 @@ class Block:
       value: group of the channels of the value heads; None where they are fixed.
       out: tap of the attention's last product; None where the block has no attention.
       start, end: where the residual stream enters and leaves the block.
+      features: the axes of these values that run over the stream's channels.
       layers: L where the block is the body of a scan over L layers, else None.
       scan: call path of that scan.
     """
@@ -48,8 +51,17 @@ class Block:
     out: str | None
     start: Point
     end: Point
+    features: tuple[int, ...]
     layers: int | None
     scan: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer of a decoder: a block, and which of its layers where it is the body of a scan."""
+
+    block: Block
+    row: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +116,16 @@ def blocks(graph: Structure) -> tuple[Block, ...]:
     return tuple(out)
 
 
+def layers(found: Sequence[Block]) -> tuple[Layer, ...]:
+    """Every layer in the order they run: blocks that share the body of a scan take turns."""
+    out: list[Layer] = []
+    for _, group in itertools.groupby(enumerate(found), lambda ib: ib[1].scan or ib[0]):
+        body = [b for _, b in group]
+        rows = [None] if body[0].layers is None else range(body[0].layers)
+        out += [Layer(b, row) for row in rows for b in body]
+    return tuple(out)
+
+
 def _block(graph: Structure, flow: Flow, mlp: Branch, channels: str, attention: Branch | None, heads: _Heads) -> Block:
     tap = graph.taps[mlp.tap]
     start, end = mlp.start, mlp.end
@@ -119,7 +141,19 @@ def _block(graph: Structure, flow: Flow, mlp: Branch, channels: str, attention: 
             "leaves through different loops, branches or rematerialised calls"
         )
     return Block(channels, mlp.tap, heads.kv, heads.query, heads.value, attention.tap if attention else None,
-                 *points, tap.layers, tap.scan_path)  # fmt: skip
+                 *points, _features(graph, tap, points[1]), tap.layers, tap.scan_path)  # fmt: skip
+
+
+def _features(graph: Structure, tap: Tap, at: Point) -> tuple[int, ...]:
+    """The axes of the stream that are the features of the product that is added to it."""
+    layouts = graph.layouts_at(at.path)[1 if at.after else 0][at.index]
+    found = tuple(i for i, lay in enumerate(layouts) if lay in tap.out_layouts)
+    if len(found) == len(tap.out_layouts):
+        return found
+    result = graph.analysis.records[tap.use.path][1][0].shape
+    if result == tuple(L.full_size(lay) for lay in layouts):
+        return tap.use.out_features
+    raise BlockError(f"which axes of the stream behind {tap.id!r} ({tap.where}) are its channels cannot be told")
 
 
 def _channels(graph: Structure, tap: Tap) -> str:

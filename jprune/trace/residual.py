@@ -11,27 +11,13 @@ import dataclasses
 
 from jprune.trace.analysis import Path, Val
 from jprune.trace.joins import CONTRACTIONS
+from jprune.trace.probes import Point
 from jprune.trace.rules.control_flow import CALLS
 from jprune.trace.structure import Structure, Tap
 
 SUMS = ("add", "add_any")
 SAME = ("convert_element_type", "copy", "reduce_precision", "stop_gradient", "optimization_barrier",
         "sharding_constraint")  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A value inside a traced function: operand or result `index` of the equation at a call path.
-
-    Attributes:
-      path: call path of the equation.
-      index: which operand, or which result.
-      after: whether it is a result.
-    """
-
-    path: Path
-    index: int
-    after: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,7 @@ from rich.progress import track
 
 from jprune.trace import layout as L
 from jprune.trace.errors import TraceError, suggest
-from jprune.trace.evaluate import Evaluator
-from jprune.trace.leafpaths import flatten
+from jprune.trace.probes import Point, Probe, probed
 from jprune.trace.structure import Structure, Tap
 
 
@@ -168,49 +167,27 @@ def step_of(
       (step, states): step(states, params, tuple of inputs) -> states, jitted; states are {tap id: {reducer: state}}.
     """
     chosen = _choose(structure, taps, side)
-    names = list(reducers)
-
-    def start(tap: Tap) -> Any:
-        layouts = tap.in_layouts if side == "in" else tap.out_layouts
-        features = int(np.prod([L.full_size(a) for a in layouts], dtype=np.int64))
-        state = {r: reducers[r].init(features) for r in names}
-        if tap.layers is None:
-            return state
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (tap.layers, *x.shape)), state)
-
-    tap_paths = {t.id: (t.use.path, t.scan_path) for t in chosen}
-    at: dict[Any, list[Tap]] = {}
-    for t in chosen:
-        at.setdefault(t.use.path, []).append(t)
-
-    def observe(path: Any, eqn: Any, ins: list[Any], outs: list[Any], states: dict[str, Any]) -> None:
-        for tap in at[path]:
-            value, axes = (
-                (ins[tap.use.data_operand], tap.use.data_features) if side == "in" else (outs[0], tap.use.out_features)
-            )
-            x = _as_samples(value, axes)
-            states[tap.id] = {r: reducers[r].update(states[tap.id][r], x) for r in names}
+    run, states = probed(structure, {t.id: _probe(t, reducers, side) for t in chosen})
 
     @jax.jit
     def step(states: Any, params: Any, inputs: Any) -> Any:
-        flat, symbols = structure.bind_inputs(inputs)
-        leaves = [x for _, x in flatten(params)]
-        ev = Evaluator(
-            structure.rules,
-            structure.layouts_at,
-            _folded(structure),
-            structure.analysis.jaxprs,
-            symbols,
-            None,
-            structure.scan_symbols,
-            observe,
-            tap_paths,
-            dict(states),
-        )
-        ev.run(structure.jaxpr.jaxpr, structure.jaxpr.consts, structure.select_used(leaves, flat), ())
-        return ev.states
+        return run(states, params, *inputs)[1]
 
-    return step, {t.id: start(t) for t in chosen}
+    return step, states
+
+
+def _probe(tap: Tap, reducers: Mapping[str, Reducer], side: str) -> Probe:
+    use, entering = tap.use, side == "in"
+    layouts, axes = (tap.in_layouts, use.data_features) if entering else (tap.out_layouts, use.out_features)
+    features = int(np.prod([L.full_size(a) for a in layouts], dtype=np.int64))
+
+    def update(states: Any, value: Any) -> Any:
+        x = _as_samples(value, axes)
+        return {r: reducers[r].update(states[r], x) for r in reducers}
+
+    point = Point(use.path, use.data_operand if entering else 0, not entering)
+    init = {r: reducers[r].init(features) for r in reducers}
+    return Probe((point,), init, update, tap.scan_path, tap.layers)
 
 
 def _choose(structure: Structure, taps: Iterable[str] | None, side: str) -> list[Tap]:
@@ -228,10 +205,6 @@ def _choose(structure: Structure, taps: Iterable[str] | None, side: str) -> list
         if not (tap.in_layouts if side == "in" else tap.out_layouts):
             raise TraceError(f"tap {tap.id!r} ({tap.primitive}) has no feature axes on its {side!r} side")
     return chosen
-
-
-def _folded(structure: Structure) -> dict[Any, Any]:
-    return {path: [v.const for v in vals] for path, vals in structure.analysis.folded.items()}
 
 
 def _as_samples(x: Any, axes: tuple[int, ...]) -> Any:
