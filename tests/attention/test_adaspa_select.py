@@ -89,11 +89,11 @@ def by_loops(masses, config, tokens):
     sparsity=st.sampled_from([0.0, 0.25, 0.5, 0.7, 0.8]),
     text=st.sampled_from([(0, 0), (0, 5), (0, 8), (34, 6), (32, 8)]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_against_plain_loops(seed, mode, sparsity, text):
     rng = np.random.default_rng(seed)
     config = AdaSpaConfig(sparsity, 4, head_adaptive=mode, text_start=text[0], text_len=text[1], recall_threshold=0.6)
-    masses = rng.gamma(0.3, size=(2, 5, 10, 10)) * np.exp(2 * rng.normal(size=(2, 5, 1, 1)))
+    masses = rng.gamma(rng.uniform(0.8, 3, (2, 5, 1, 1)), size=(2, 5, 10, 10))
     masses[:, :, :, :3] = np.round(masses[:, :, :, :3])  # ties
     masses = masses.astype(np.float32).astype(np.float64)
     found = jax.jit(select_blocks, static_argnums=(1, 2))(jnp.asarray(masses, jnp.float32), config, 40)
