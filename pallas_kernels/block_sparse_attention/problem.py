@@ -1,0 +1,101 @@
+"""One attention problem as every backend receives it: (batch, heads, tokens, features) of whole blocks, and which pairs count.
+
+A key counts for a query if its block is in the query block's list and every token rule holds. The rules that exist are
+read from `Tokens`: an entry that is None is a rule that no backend spends an instruction on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelConfig:
+    """What trades speed for memory, never results.
+
+    Attributes:
+      step_tokens: keys (in gradients of keys: queries) that one step of the loop over a list fetches and multiplies. On
+        TPU below 256 wastes the matrix unit. None: 512 on TPU; elsewhere a whole list where it has at most 4096 keys.
+      rows_at_once: query blocks that the XLA backend handles together. None: 1 on CPU, 32 elsewhere.
+    """
+
+    step_tokens: int | None = None
+    rows_at_once: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What a compiled program is specific to."""
+
+    scale: float
+    soft_cap: float | None
+    block_q: int
+    block_k: int
+    config: KernelConfig = KernelConfig()
+    interpret: Any = False
+
+
+class Tokens(NamedTuple):
+    """Rules for pairs of tokens; None is no rule. Keys behind `kv_len` are zeros in every array.
+
+    kv_len: int32 (batch,), keys before it count. q_offset: int32 (batch,), causal: key <= query + offset.
+    q_segments, kv_segments: int32 (batch, tokens), equal ones see each other.
+    """
+
+    kv_len: Any = None
+    q_offset: Any = None
+    q_segments: Any = None
+    kv_segments: Any = None
+
+    @property
+    def any(self) -> bool:
+        """Whether a rule exists."""
+        return any(x is not None for x in self)
+
+
+def visible(tokens: Tokens, batch: Any, rows: Any, cols: Any) -> Any:
+    """bool (queries, keys): which pairs the rules allow, for positions `rows` and `cols` of one batch element."""
+    ok = jnp.ones((rows.shape[0], cols.shape[0]), bool)
+    if tokens.kv_len is not None:
+        ok &= cols[None] < tokens.kv_len[batch]
+    if tokens.q_offset is not None:
+        ok &= cols[None] <= rows[:, None] + tokens.q_offset[batch]
+    if tokens.q_segments is not None:
+        ok &= tokens.q_segments[batch][rows][:, None] == tokens.kv_segments[batch][cols][None]
+    return ok
+
+
+def logits(static: Static, products: Any) -> Any:
+    """Scaled and capped products of queries and keys."""
+    s = products * static.scale
+    return s if static.soft_cap is None else static.soft_cap * jnp.tanh(s / static.soft_cap)
+
+
+def through_cap(static: Static, s: Any, ds: Any) -> Any:
+    """The gradient of the products from that of the capped logits `s`."""
+    return ds * static.scale if static.soft_cap is None else ds * static.scale * (1 - (s / static.soft_cap) ** 2)
+
+
+def accumulator(*arrays: Any) -> Any:
+    """The type sums are kept in: float32, float64 for float64 inputs."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def finite_lse(lse: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """The log-sum-exp that a gradient subtracts: rows that saw no key get a number so large that exp(s - lse) is 0."""
+    return jnp.where(jnp.isneginf(lse), 1e30, lse)
+
+
+def leading(index: Any, array: Any, axis: int) -> Any:
+    """A batch or head index into an array whose axis may be a broadcast 1."""
+    return index if array.shape[axis] > 1 else 0 * index
+
+
+def matmul(a: Any, b: Any, dtype: Any, *, transpose: bool = False) -> Any:
+    """a @ b, or a @ b.T, summed in `dtype`."""
+    return jax.lax.dot_general(a, b, (((1,), (1 if transpose else 0,)), ((), ())), preferred_element_type=dtype)
