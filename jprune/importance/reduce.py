@@ -43,6 +43,25 @@ def per_unit(member: Member, entries: Float[Values, ...]) -> Float[Values, "... 
     return _sum(v[..., member.positions], (-1,))
 
 
+def unit_matrices(member: Member, leaf: Any, layer: int | None = None) -> list[Float[Values, "units entries"]]:
+    """A leaf as matrices with one row per unit: one for each position a unit owns, fused matrices being apart.
+
+    Args:
+      member: where the group's units are in the leaf.
+      leaf: its value.
+      layer: which layer of a stacked leaf.
+    """
+    if (layer is None) != (member.layer_axis is None):
+        raise ValueError(f"leaf {member.path!r} {'is' if layer is None else 'is not'} stacked over layers")
+    axis = member.axis
+    if layer is not None and member.layer_axis is not None:
+        leaf = leaf[(slice(None),) * member.layer_axis + (layer,)]
+        axis -= member.layer_axis < axis
+    order = (axis, *(i for i in range(leaf.ndim) if i != axis))
+    rows = leaf.transpose(order).reshape(leaf.shape[axis], -1)
+    return [rows[member.positions[:, j]] for j in range(member.positions.shape[1])]
+
+
 def _sum(x: Any, axes: tuple[int, ...]) -> Any:
     if isinstance(x, np.ndarray):  # in double precision: numpy adds rows one after the other, jax pairwise
         return np.sum(x, axis=axes, dtype=np.float64).astype(np.float32)
