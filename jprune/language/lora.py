@@ -23,7 +23,7 @@ from jax import lax
 from jprune.language.blocks import Block, blocks
 from jprune.surgery.adapt import Product, TapError, adapt, consumers, gate, gates, product
 from jprune.trace import layout as L
-from jprune.trace.leafpaths import flatten
+from jprune.trace.leafpaths import flatten, with_leaves
 from jprune.trace.structure import Structure, Tap
 
 Lora: TypeAlias = dict[str, dict[str, Any]]
@@ -192,10 +192,11 @@ def adapted(graph: Structure, config: LoraConfig | None = None) -> Callable[...,
 def merge(graph: Structure, params: Any, lora: Lora, config: LoraConfig | None = None) -> Any:
     """The parameters with W + s B A, added in float32 and cast to W's dtype; jit-able."""
     scale = (config or LoraConfig()).scale
-    new = dict(flatten(params))
+    old = dict(flatten(params))
+    new = {}
     for p in products(graph, list(lora)).values():
-        f, w = lora[p.tap.id], new[p.tap.leaf]
+        f, w = lora[p.tap.id], old[p.tap.leaf]
         delta = jnp.matmul(f["b"], f["a"], precision=lax.Precision.HIGHEST)
         wide = jnp.asarray(w, jnp.float32) + scale * p.leaf_like(delta, w.shape)
         new[p.tap.leaf] = wide.astype(w.dtype)
-    return jax.tree.unflatten(jax.tree.structure(params), [new[path] for path, _ in flatten(params)])
+    return with_leaves(params, new)

@@ -188,10 +188,10 @@ class Product:
         return self._laid(x) if self.tap.layers is None else jax.vmap(self._laid)(x)
 
     def map(self, fn: Callable[..., Any], leaves: Sequence[Any], *rows: Any) -> Any:
-        """fn(*matrices (out, in), *rows), for one matrix of `lead` after the other; results stacked over `lead`.
+        """fn(matrices (out, in), *rows), for one index of `lead` after the other; results stacked over `lead`.
 
         Args:
-          fn: of the matrices in `leaves`, and of what else there is one of per matrix.
+          fn: of a list of the matrices in `leaves`, and of what else there is one of per matrix.
           leaves: arrays of the leaf's shape.
           *rows: pytrees of arrays with the leading axes `lead`.
         """
@@ -200,7 +200,7 @@ class Product:
 
         def one_layer(xs: Any) -> Any:
             matrices = [self._laid(moves.operand(after, x)) for x in xs[0]]
-            run = _over(len(self.batch), lambda ys: fn(*ys[0], *ys[1]))
+            run = _over(len(self.batch), lambda ys: fn(ys[0], *ys[1]))
             return run((matrices, xs[1]))
 
         return _over(self.tap.layers is not None, one_layer)((stacks, rows))
