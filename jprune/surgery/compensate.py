@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jprune.surgery.compact import indices_of
-from jprune.surgery.decision import Keep, decide
+from jprune.surgery.decision import Keep, axis_index, decide, touched
+from jprune.trace import moves
 from jprune.trace.leafpaths import flatten, path_str
 from jprune.trace.structure import Structure, Tap
 
@@ -48,21 +48,24 @@ def compensate(structure: Structure, params: Any, keep: Keep, means: Mapping[str
     for tap in structure.taps.values():
         if tap.primitive not in CONTRACTIONS:
             continue
-        gone = indices_of(tap.in_layouts, decision.slots, None)
+        gone = {
+            a: axis_index(lay, decision.slots) for a, lay in enumerate(tap.in_layouts) if touched(lay, decision.keep)
+        }
         if not gone:
             continue
-        reason = _move(structure, tap, {a: np.asarray(i[0]) for a, i in gone.items()}, values, means)
+        reason = _move(structure, tap, gone, values, means)
         if reason:
             skipped[tap.id] = reason
     new = jax.tree_util.tree_map_with_path(lambda p, x: values[path_str(p)], params)
     return Compensated(new, skipped)
 
 
-def _move(structure: Structure, tap: Tap, kept: Mapping[int, np.ndarray], values: dict[str, Any], means: Any) -> str:
-    if tap.layers is not None:
-        return "its weights are stacked for a scan: unstack them first"
+def _move(structure: Structure, tap: Tap, kept: Mapping[int, Any], values: dict[str, Any], means: Any) -> str:
+    """Move what one consumer loses into the bias behind it; why that cannot be done, or ""."""
     if tap.id not in means:
         return "no mean was given for it"
+    if reason := moves.check(tap.use.moves, tap.layers):
+        return reason
     records = structure.analysis.records
     result = records[tap.use.path][1][0]
     readers = [(path, k) for path, (ins, _) in records.items() for k, v in enumerate(ins) if v is result]
@@ -70,28 +73,43 @@ def _move(structure: Structure, tap: Tap, kept: Mapping[int, np.ndarray], values
     biases = [u for u in biases if u.primitive == "add" or (u.primitive == "sub" and u.leaf_operand == 1)]
     if len(biases) != 1 or len({path for path, _ in readers}) != 1:
         return "no bias or running mean follows it directly"
+    (bias,) = biases
+    layer_axis = structure.leaves[bias.leaf].layer_axis
+    if (layer_axis is None) != (tap.layers is None):
+        return f"{bias.leaf} is shared by layers whose weights are not, or the other way round"
     operand = records[tap.use.path][0][tap.use.data_operand]
     features = [operand.shape[a] for a in tap.use.data_features]
-    constant = np.asarray(jax.device_get(means[tap.id]), np.float32).reshape(features)
-    inside = np.ones(features, bool)
-    for axis, index in kept.items():
-        stays = np.zeros(features[axis], bool)
-        stays[index.ravel()] = True
-        inside &= stays.reshape([-1 if i == axis else 1 for i in range(len(features))])
-    constant = np.where(inside, 0.0, constant)
-    shift = _contract(tap, operand.shape, constant, values[tap.leaf])
-    if shift is None:
+    constants = np.asarray(jax.device_get(means[tap.id]), np.float32).reshape(tap.layers or 1, *features)
+    weights = moves.operand(tap.use.moves, jnp.asarray(values[tap.leaf], jnp.float32))
+    shifts = []
+    for layer, constant in enumerate(constants):
+        lost = np.where(_stays(kept, features, layer), 0.0, constant)
+        shifts.append(_contract(tap, operand.shape, lost, weights if tap.layers is None else weights[layer]))
+    if any(s is None for s in shifts):
         return "a transposed convolution spreads a constant unevenly"
-    (bias,) = biases
     old = values[bias.leaf]
+    laid = old.astype(jnp.float32)
+    rows = laid[None] if layer_axis is None else jnp.moveaxis(laid, layer_axis, 0)
+    if shifts[0].size != rows[0].size:
+        return f"{bias.leaf} has {rows[0].size} entries for {shifts[0].size} features"
     sign = 1.0 if bias.primitive == "add" else -1.0
-    if shift.size != old.size:
-        return f"{bias.leaf} has {old.size} entries for {shift.size} features"
-    values[bias.leaf] = (old.astype(jnp.float32) + sign * shift.reshape(old.shape)).astype(old.dtype)
+    rows = rows + sign * jnp.stack([s.reshape(rows.shape[1:]) for s in shifts])
+    values[bias.leaf] = (rows[0] if layer_axis is None else jnp.moveaxis(rows, 0, layer_axis)).astype(old.dtype)
     return ""
 
 
-def _contract(tap: Tap, shape: tuple[int, ...], constant: np.ndarray, leaf: Any) -> Any:
+def _stays(kept: Mapping[int, Any], features: list[int], layer: int) -> np.ndarray:
+    """Which input features of a consumer are kept in this layer."""
+    inside = np.ones(features, bool)
+    for axis, (index, valid) in kept.items():
+        stays = np.zeros(features[axis], bool)
+        row, ok = (x[layer] if np.ndim(x) == 2 else x for x in (index, valid))
+        stays[row[ok]] = True
+        inside &= stays.reshape([-1 if i == axis else 1 for i in range(len(features))])
+    return inside
+
+
+def _contract(tap: Tap, shape: tuple[int, ...], constant: np.ndarray, weights: Any) -> Any:
     """The consumer's result for an input that is this constant everywhere, by its own equation on one position."""
     eqn, features = tap.use.eqn, tap.use.data_features
     params = dict(eqn.params)
@@ -101,14 +119,12 @@ def _contract(tap: Tap, shape: tuple[int, ...], constant: np.ndarray, leaf: Any)
             return None
         numbers = params["dimension_numbers"]
         for k, (axis, kernel_axis) in enumerate(zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], strict=True)):
-            position[axis] = (leaf.shape[kernel_axis] - 1) * params["rhs_dilation"][k] + 1
+            position[axis] = (weights.shape[kernel_axis] - 1) * params["rhs_dilation"][k] + 1
         spatial = len(numbers.lhs_spec) - 2
         params.update(padding=((0, 0),) * spatial, window_strides=(1,) * spatial)
     order = sorted(range(len(features)), key=lambda k: features[k])
     laid = np.transpose(constant, order).reshape([n if a in features else 1 for a, n in enumerate(position)])
     data = jnp.broadcast_to(jnp.asarray(laid, jnp.float32), position)
-    operands = (
-        [data, jnp.asarray(leaf, jnp.float32)] if tap.use.data_operand == 0 else [jnp.asarray(leaf, jnp.float32), data]
-    )
+    operands = [data, weights] if tap.use.data_operand == 0 else [weights, data]
     params["preferred_element_type"] = jnp.dtype(jnp.float32)
     return eqn.primitive.bind(*operands, **params)

@@ -81,3 +81,30 @@ def test_consumers_without_a_bias_are_named():
     out = compensate(graph, p, keep, means(graph, p, jnp.ones((2, 2))))
     assert out.skipped == {"b": "no bias or running mean follows it directly"}
     assert compensate(graph, p, keep, {}).skipped == {"b": "no mean was given for it"}
+
+
+def test_stacked_layers_and_kernels_stored_the_other_way_round():
+    """Every layer of a scan loses channels of its own; weights are (outputs, inputs), the layer axis is the second."""
+
+    def f(p, x):
+        def layer(x, w):
+            return x + (jax.nn.relu(x @ w["a"].T) @ w["b"].T + w["c"]), None
+
+        stacked = {"a": p["a"].transpose(1, 0, 2), "b": p["b"].transpose(1, 0, 2), "c": p["c"]}
+        return jax.lax.scan(layer, x, stacked)[0]
+
+    rng = np.random.default_rng(2)
+    p = {"a": rng.normal(size=(6, 3, 6)), "b": rng.normal(size=(6, 3, 6)), "c": rng.normal(size=(3, 6))}
+    p = jax.tree.map(lambda v: jnp.asarray(v / 3, jnp.float32), p)
+    x = jnp.asarray(rng.normal(size=(64, 6)), jnp.float32)
+    graph = jprune.trace(f, p, x)
+    keep = {"a:0": np.array([[1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]], bool)}
+    assert graph.groups["a:0"].layers == 3
+    found = graph.calibrate(p, [x], {"mean": taps.mean()}, ["b"])
+    out = compensate(graph, p, keep, {"b": found["b"]["mean"]})
+    assert not out.skipped
+    mean = np.asarray(found["b"]["mean"])
+    for layer in range(3):
+        lost = np.where(keep["a:0"][layer], 0, mean[layer]) @ np.asarray(p["b"])[:, layer].T
+        np.testing.assert_allclose(out.params["c"][layer] - p["c"][layer], lost, atol=1e-6)
+    assert np.abs(out.params["c"][0] - p["c"][0]).max() > 0.1
