@@ -29,7 +29,7 @@ FINE = ("official", "eq8", "relative3", "wanda", "magnitude", "random")
 def channel_scores(
     graph: Structure,
     params: Any,
-    stats: BlockStats,
+    stats: BlockStats | None,
     found: Sequence[Block] | None = None,
     kind: str = "official",
     *,
@@ -51,7 +51,8 @@ def channel_scores(
     A channel with a column of zeros in a normaliser scores 0. One layer's weights are on the device at a time.
 
     Raises:
-      ValueError: an unknown kind, "random" without a key, or channels that several products read.
+      ValueError: an unknown kind, "random" without a key, scores of activations without statistics, or channels that
+        several products read.
     """
     if kind not in FINE:
         raise ValueError(f"kind must be one of {FINE}, not {kind!r}")
@@ -62,6 +63,8 @@ def channel_scores(
             raise ValueError("random scores need key=jax.random.key(...)")
         drawn = importance.random(graph, key)
         return {g: np.asarray(drawn[g]) for g in groups}
+    if stats is None and kind != "magnitude":
+        raise ValueError(f"{kind!r} weighs activations: give the statistics of block_stats")
     values = leaf_values(params)
     out = {g: np.zeros(graph.groups[g].shape, np.float32) for g in groups}
     for i, layer in enumerate(layers(found)):
@@ -70,11 +73,13 @@ def channel_scores(
         for m in counted_members(graph, group, ("in", "out")):
             leaf = traced_leaf(graph, values, m.path, "parameters")
             matrices[m.role] += unit_matrices(m, leaf, layer.row)
-        x = jnp.sqrt(jnp.asarray(stats.x2[i], jnp.float32))
+        x = np.zeros(group.size) if stats is None else np.sqrt(stats.x2[i])
         if len(matrices["in"]) != 1:
             raise ValueError(f"{group.id!r} is read by {len(matrices['in'])} products: channel scores weigh one")
         (down,) = matrices["in"]
-        own = np.asarray(_fine(kind, down, matrices["out"], x, jnp.float32(b), jnp.float32(c)))
+        own = np.asarray(
+            _fine(kind, down, matrices["out"], jnp.asarray(x, jnp.float32), jnp.float32(b), jnp.float32(c))
+        )
         out[group.id][... if layer.row is None else layer.row] = own
     return out
 

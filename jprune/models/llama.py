@@ -29,6 +29,7 @@ from jprune.models.llama_trees import (
     is_scanned,
     stack_layers,
     unstack_layers,
+    with_biases,
 )
 from jprune.models.rope import angles, rotate
 
@@ -297,4 +298,5 @@ __all__ = [
     "llama_config",
     "stack_layers",
     "unstack_layers",
+    "with_biases",
 ]

@@ -146,3 +146,23 @@ def fold_norm_width(variables: Any, config: LlamaConfig) -> tuple[LlamaConfig, A
 
     folded = dataclasses.replace(config, norm_width=None, eps=config.eps * ratio)
     return folded, jax.tree_util.tree_map_with_path(scale, variables)
+
+
+def with_biases(variables: Any, config: LlamaConfig) -> tuple[LlamaConfig, Any]:
+    """The same function with biases, zero where they are new, behind the attention and in the MLP.
+
+    What pruning removes can then move into them (`jprune.surgery.compensate`).
+    """
+    params = dict(layers.params_of(variables))
+    modules = [] if config.o_bias else [("attn", "o")]
+    modules += [] if config.mlp_bias else [("mlp", name) for name in ("gate", "up", "down")]
+    lead = 1 if is_scanned(params) else 0
+    for name in ["layers"] if lead else layer_names(params):
+        layer = dict(params[name])
+        for module, linear in modules:
+            kernel = layer[module][linear]["kernel"]
+            bias = jnp.zeros((*kernel.shape[:lead], kernel.shape[-1]), kernel.dtype)
+            layer[module] = {**layer[module], linear: {"kernel": kernel, "bias": bias}}
+        params[name] = layer
+    new = dataclasses.replace(config, o_bias=True, mlp_bias=True)
+    return new, {**variables, "params": params} if "params" in variables else params

@@ -211,3 +211,14 @@ def _as_samples(x: Any, axes: tuple[int, ...]) -> Any:
     rest = [i for i in range(x.ndim) if i not in axes]
     features = int(np.prod([x.shape[i] for i in axes], dtype=np.int64))
     return jnp.transpose(x, (*rest, *axes)).reshape(-1, features).astype(jnp.float32)
+
+
+def in_weight_order(tap: Tap, x: Float[np.ndarray, " features"]) -> Float[np.ndarray, " features"]:
+    """A vector over the features that enter a matrix product, from the data's order (that of statistics) to the weights'.
+
+    They differ where several axes are summed over: the heads and the channels of an attention's output.
+    """
+    contracted, _ = tap.use.eqn.params["dimension_numbers"]
+    shape = tap.use.eqn.invars[tap.use.data_operand].aval.shape
+    order = np.argsort(contracted[tap.use.leaf_operand])
+    return x.reshape([shape[a] for a in tap.use.data_features]).transpose(order).reshape(-1)
