@@ -34,12 +34,13 @@ def _hf() -> Layout:
 
 
 def _peft() -> Layout:
-    """Low-rank adapters as the PEFT library writes them: A (rank, inputs), B (outputs, rank)."""
+    """Low-rank adapters as the PEFT library writes them: A (rank, inputs), B (outputs, rank); and LoRAPrune's masks."""
     sites = {}
     for name, (module, axes) in _HF.items():
         for factor, own in (("a", ("r", axes[1])), ("b", (axes[0], "r"))):
             path = f"base_model.model.{_HF_LAYER}{module}.lora_{factor.upper()}.weight"
             sites[f"{name}_lora_{factor}"] = (Site(path, own),)
+        sites[f"{name}_lora_mask"] = (Site(f"base_model.model.{_HF_LAYER}{module}.lora_mask", axes[:1]),)
     return Layout("peft", sites)
 
 

@@ -39,6 +39,7 @@ ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # logical name: r
     **{f"{name}_bias": (rows, ()) for name, (rows, _) in MATRICES.items()},
     **{f"{name}_lora_a": (("r",), columns) for name, (_, columns) in MATRICES.items()},
     **{f"{name}_lora_b": (rows, ("r",)) for name, (rows, _) in MATRICES.items()},
+    **{f"{name}_lora_mask": (rows, ()) for name, (rows, _) in MATRICES.items()},  # 0 at rows that are pruned
     "q_norm": (("h",), ()),
     "k_norm": (("h",), ()),
     "input_norm": (("d",), ()),
