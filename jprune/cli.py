@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -16,10 +19,12 @@ Text = Annotated
 
 
 def prune(
-    model: Text[str, arg(help="a classifier of the zoo; see `jprune list`")] = "resnet20",
+    model: Text[
+        str, arg(help="a classifier of the zoo (see `jprune list`), or the folder of a language model")
+    ] = "resnet20",
     data: Text[str, arg(help="digits, cifar10, cifar100 or imagenet-folder")] = "digits",
     data_dir: Text[str | None, arg(help="where the data lies (all but digits)")] = None,
-    method: Text[str, arg(help="how the small network comes about; see `jprune list`")] = "magnitude-l2",
+    method: Text[str | None, arg(help="how the small network comes about; see `jprune list`")] = None,
     target: Text[float, arg(help="fraction to KEEP of --quantity")] = 0.5,
     quantity: Literal["macs", "params", "bytes"] = "macs",
     scope: Text[Literal["global", "uniform", "isomorphic"], arg(help="which units compete")] = "global",
@@ -34,6 +39,20 @@ def prune(
     batch_size: int = 64,
     weight_decay: float = 5e-4,
     strength: Text[float, arg(help="penalty of slimming and masksparsity; 0: what the schedule needs")] = 0.0,
+    sparsity: Text[float, arg(help="folder: fraction of channels (and heads) to REMOVE")] = 0.3,
+    calibration: Text[
+        str | None, arg(help="folder: text file, or a folder of them, to look at and to recover on")
+    ] = None,
+    evaluation: Text[str | None, arg(help="folder: text to measure perplexity on; else a tenth is held back")] = None,
+    sequences: Text[int, arg(help="folder: windows of calibration text")] = 128,
+    length: Text[int, arg(help="folder: tokens of a window")] = 1024,
+    recover: Text[int, arg(help="folder: steps of low-rank training")] = 0,
+    rank: Text[int, arg(help="folder: mean rank of that training")] = 8,
+    form: Text[Literal["auto", "uniform", "padded", "hetero"], arg(help="folder: how to write it")] = "auto",
+    dtype: Text[
+        Literal["float32", "bfloat16", "float16"] | None, arg(help="folder: to compute in, else as stored")
+    ] = None,
+    mesh: Text[tuple[int, int], arg(help="folder: devices for data and for the model")] = (1, 1),
     seed: int = 0,
     out: Text[Path | None, arg(help="folder for the results; by default named after the options")] = None,
     resume: Text[bool, arg(help="go on with the interrupted run in --out")] = False,
@@ -48,35 +67,105 @@ def prune(
         jprune prune --method masksparsity --steps 1 --seed 3 --out runs/ms3
 
         jprune prune --method precrop --quantity params --target 0.2
+
+    A language model (LLaMA, Mistral, Qwen2, Qwen3) is pruned in its Hugging Face folder, and leaves such a folder:
+
+        jprune prune --model ./Llama-3.2-1B --method cfsp --sparsity 0.3 --calibration wiki.txt --recover 500
     """
+    asked = dict(locals())
+    if (Path(model) / "config.json").is_file():
+        return _prune_folder(asked)
+    _refuse(asked, LANGUAGE_ONLY, "means nothing to a classifier of the zoo: leave it out, or give a model's folder")
     from jprune.pipeline import Options, Run, rows
 
+    method = method or "magnitude-l2"
     options = Options(
         model=model, data=data, data_dir=data_dir, method=method, target=target, quantity=quantity, scope=scope, steps=steps,
         schedule=schedule, multiple_of=multiple_of, min_keep=min_keep, epochs=epochs, finetune_epochs=finetune_epochs,
         learning_rate=learning_rate, finetune_learning_rate=finetune_learning_rate, batch_size=batch_size,
         weight_decay=weight_decay, strength=strength, seed=seed)  # fmt: skip
     out = out or Path("jprune-out") / f"{model}-{data}-{method}-{target:g}-seed{seed}"
-    run = Run(options, out, resume, quiet)
+    summary = _interruptible(Run(options, out, resume, quiet))
+    if not quiet:
+        from jprune.report.measure import Measured
+
+        title = f"{model} on {data}, {method}, {quantity} to {summary['achieved_fraction']:.2%}"
+        _show(title, rows(Measured(**summary["before"]), Measured(**summary["after"])))
+        Console().print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+LANGUAGE_ONLY = (
+    "sparsity",
+    "calibration",
+    "evaluation",
+    "sequences",
+    "length",
+    "recover",
+    "rank",
+    "form",
+    "dtype",
+    "mesh",
+)
+ZOO_ONLY = ("data", "data_dir", "target", "quantity", "steps", "schedule", "min_keep", "epochs", "finetune_epochs",
+            "finetune_learning_rate", "weight_decay", "strength")  # fmt: skip
+
+
+def _refuse(asked: dict[str, Any], names: Iterable[str], why: str) -> None:
+    """Raise ValueError for options that were given and mean nothing here."""
+    defaults = {p.name: p.default for p in inspect.signature(prune).parameters.values()}
+    for name in names:
+        if asked[name] != defaults[name]:
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
+
+
+def _prune_folder(asked: dict[str, Any]) -> int:
+    """`prune` for the folder of a language model."""
+    from jprune.pipeline.language import LanguageRun, rows
+    from jprune.pipeline.language_options import LanguageOptions
+
+    _refuse(asked, ZOO_ONLY, "means nothing to a language model's folder: leave it out")
+    own = {f.name: f.default for f in dataclasses.fields(LanguageOptions) if f.name in asked}
+    given = {name: asked[name] for name in own}
+    for name in ("method", "batch_size", "learning_rate"):  # where the zoo has another default
+        if asked[name] == inspect.signature(prune).parameters[name].default:
+            given[name] = own[name]
+    if given["scope"] == "isomorphic":
+        raise ValueError("scope is 'isomorphic': it must be global or uniform")
+    options = LanguageOptions(**given)
+    name = Path(options.model).resolve().name
+    out = asked["out"] or Path("jprune-out") / f"{name}-{options.method}-{options.sparsity:g}-seed{options.seed}"
+    summary = _interruptible(LanguageRun(options, out, asked["resume"], asked["quiet"]))
+    if not asked["quiet"]:
+        from jprune.pipeline.language import MeasuredDecoder
+
+        removed = summary["removed"]
+        title = f"{name}, {options.method}: {removed['parameters']:.1%} of the parameters removed"
+        _show(title, rows(MeasuredDecoder(**summary["before"]), MeasuredDecoder(**summary["after"])))
+        Console().print(f"model: {out / 'model'} ({summary['form']})\nreport: {out / 'report.html'}", highlight=False,
+                        soft_wrap=True)  # fmt: skip
+    return 0
+
+
+def _interruptible(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run it; Ctrl-C says how to go on."""
     try:
-        summary = run()
+        return run()
     except KeyboardInterrupt:
         command = " ".join(a for a in sys.argv[1:] if a != "--resume")
         print(f"interrupted; go on with: jprune {command} --resume", file=sys.stderr, flush=True)
         os._exit(130)  # compilers and writers in the background do not survive the interpreter's orderly end
-    if not quiet:
-        from jprune.report.measure import Measured
 
-        console = Console()
-        head, *body = rows(Measured(**summary["before"]), Measured(**summary["after"]))
-        table = Table(title=f"{model} on {data}, {method}, {quantity} to {summary['achieved_fraction']:.2%}")
-        for i, column in enumerate(head):
-            table.add_column(column, justify="left" if i == 0 else "right")
-        for row in body:
-            table.add_row(*row)
-        console.print(table)
-        console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
-    return 0
+
+def _show(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first row is the header."""
+    head, *body = rows
+    table = Table(title=title)
+    for i, column in enumerate(head):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in body:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def explain(
@@ -113,6 +202,7 @@ def list_() -> int:
     from jprune.methods import METHODS
     from jprune.models import MODELS
     from jprune.pipeline import DATA
+    from jprune.pipeline.language_methods import LANGUAGE_METHODS
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     scopes = {"global": "all units in one ranking", "uniform": "the same fraction of every group",
@@ -122,6 +212,7 @@ def list_() -> int:
         ("models", {n: f"{e.about}, made for {'x'.join(map(str, e.image))}" for n, e in MODELS.items()}),
         ("data", DATA),
         ("methods", {n: m.about for n, m in METHODS.items()}),
+        ("methods for the folder of a language model", {n: m.about for n, m in LANGUAGE_METHODS.items()}),
         ("scopes", scopes),
         ("schedules", schedules),
     ):

@@ -75,6 +75,7 @@ class Workspace:
         with Progress(*columns, disable=self.quiet) as progress:
             self._whole = progress.add_task("[bold]all of it", total=steps)
             yield progress
+            progress.update(self._whole, completed=steps)
 
     @contextlib.contextmanager
     def phase(self, name: str, progress: Progress) -> Iterator[None]:

@@ -1,0 +1,254 @@
+"""Prune a language model's folder: calibrate, decide, cut, recover, write a folder that other programs load.
+
+phases/..          the decision (npz) and the checkpoints of training, for resuming
+model/             the small model: safetensors, config.json, tokenizer, jprune.json
+plan.json          what was removed
+metrics.jsonl      every step of recovery
+summary.json       before and after
+report.html, widths.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.progress import Progress
+
+from jprune.checkpoint import PruningRecord, load_hf, save_hf
+from jprune.checkpoint.hf_export import removed
+from jprune.data.text import sample_windows
+from jprune.graph import Graph, trace
+from jprune.language.finetune import Tuning, recover
+from jprune.language.lora import LoraConfig, layer_ranks, merge
+from jprune.language.perplexity import perplexity, speed
+from jprune.models import rebuild
+from jprune.models.layouts import LINEN, kept_of_plan
+from jprune.models.llama import Llama
+from jprune.models.llama_config import LlamaConfig
+from jprune.models.llama_placement import placement
+from jprune.pipeline.language_methods import Found, LanguageMethod, language_method
+from jprune.pipeline.language_options import LanguageOptions, Texts, load_texts
+from jprune.pipeline.workspace import Workspace
+from jprune.report import measure, page, plots
+from jprune.whole_files import whole_folder, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredDecoder:
+    """One model.
+
+    Attributes:
+      perplexity: on the held-back windows.
+      params, param_bytes: parameters and their bytes; peak_bytes: of arguments, results and temporaries of one batch
+        of windows, as the compiler plans them.
+      prefill, decode: tokens a second.
+    """
+
+    perplexity: float
+    params: int
+    param_bytes: int
+    peak_bytes: int
+    prefill: float
+    decode: float
+
+
+class LanguageRun(Workspace):
+    """One run; calling it goes through all phases."""
+
+    def __init__(self, options: LanguageOptions, out: Path, resume: bool = False, quiet: bool = False):
+        super().__init__(out, quiet)
+        self.o = options
+        self.method: LanguageMethod = language_method(options.method)
+        self.mesh = _mesh(options.mesh)
+        self.config, self.params, self.source = load_hf(
+            options.model, dtype=options.dtype, sharding=None if self.mesh is None else placement(self.mesh)
+        )
+        self.method.check(options, self.config)
+        self.texts: Texts = load_texts(options, self.config)
+        self.model = Llama(self.config)
+        self.claim({**dataclasses.asdict(options), "mesh": list(options.mesh)}, resume)
+
+    def __call__(self) -> dict[str, Any]:
+        """All phases; returns what summary.json says."""
+        o = self.o
+        ids = self._example()
+        graph = trace(self.model.apply, self.params, ids)
+        with self.progress(max(o.recover, 1)) as progress:
+            with self.phase("measure before", progress):
+                before = self._measure(self.model, self.params)
+            with self.phase("decide", progress):
+                found = self._decide(graph, progress)
+            small = graph.compact(found.params, found.keep)
+            module: Any = rebuild(self.model, small)
+            if o.recover and not self.method.trains:
+                small = self._recover(module, small, found, progress)
+            with self.phase("measure after", progress):
+                after = self._measure(module, small)
+        return self._write(graph, found, module, small, before, after)
+
+    def _example(self) -> jax.ShapeDtypeStruct:
+        """Ids to trace with: two rows, so that the number of rows stays free."""
+        return jax.ShapeDtypeStruct((2, self.o.length), jnp.int32)
+
+    def placed(self, ids: np.ndarray) -> jax.Array:
+        """A batch of windows where it belongs."""
+        if self.mesh is None:
+            return jnp.asarray(ids)
+        return jax.device_put(ids, NamedSharding(self.mesh, PartitionSpec("data")))
+
+    def watched_batches(self, progress: Progress) -> Iterator[jax.Array]:
+        """The calibration windows, with a bar."""
+        batches = self.texts.batches(self.o.batch_size)
+        yield from (self.placed(b) for b in progress.track(batches, description="calibrating"))
+
+    def batch_of_step(self, step: int) -> jax.Array:
+        """What is trained on in a step: windows drawn from the calibration text, always the same for a step."""
+        o = self.o
+        return self.placed(sample_windows(self.texts.stream, o.batch_size, o.length, o.seed * 1_000_003 + step + 1))
+
+    @property
+    def save_every(self) -> int:
+        """Steps of training between checkpoints."""
+        return max(10, self.o.recover // 10)
+
+    # -- phases ---------------------------------------------------------------------------------------------------
+
+    def _decide(self, graph: Graph, progress: Progress) -> Found:
+        """The method's decision; one that an interrupted run has made already is read again."""
+        folder = self.folder("decision")
+        if self.method.trains:  # its training is what can be gone on with
+            return self.method.find(self, graph, progress)
+        if (folder / "notes.json").is_file():
+            said = json.loads((folder / "notes.json").read_text())
+            with np.load(folder / "keep.npz") as arrays:
+                keep = {g: arrays[str(k)] for k, g in enumerate(said["groups"])}
+            return Found(keep, self.params, said["notes"], said["ranks"] and tuple(said["ranks"]))
+        found = self.method.find(self, graph, progress)
+        with whole_folder(folder, overwrite=True) as unfinished:
+            np.savez(
+                unfinished / "keep.npz", allow_pickle=False, **{str(k): v for k, v in enumerate(found.keep.values())}
+            )
+            write_json(
+                unfinished / "notes.json",
+                {"groups": list(found.keep), "notes": dict(found.notes), "ranks": found.ranks},
+            )
+        return found
+
+    def _recover(self, module: Llama, small: Any, found: Found, progress: Progress) -> Any:
+        """Low-rank training of what is left, merged into it."""
+        o = self.o
+        graph = trace(module.apply, small, self._example())
+        ranks = None if found.ranks is None else layer_ranks(graph, found.ranks)
+        config = LoraConfig(rank=o.rank, alpha=2.0 * o.rank, ranks=ranks)
+        tuning = Tuning(o.recover, o.learning_rate, "cosine", warmup=0.03, seed=o.seed)
+        with self.counted("recover", o.recover, progress) as on_step:
+            lora, _ = recover(graph, small, self.batch_of_step, tuning, config=config, out=self.folder("recover"),
+                              resume=True, save_every=self.save_every, on_step=on_step)  # fmt: skip
+        return jax.jit(lambda params, lora: merge(graph, params, lora, config))(small, lora)
+
+    def _measure(self, module: Llama, params: Any) -> MeasuredDecoder:
+        o, batch = self.o, self.placed(self.texts.calibration[: self.o.batch_size])
+        sharding = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec("data"))
+        found = perplexity(module, params, self.texts.evaluation, o.batch_size, sharding=sharding)
+        _, peak = measure.compiled(module.apply, params, batch)
+        prompt = min(o.length, 128)
+        fast = speed(module, params, batch=1, prompt=prompt, steps=32, rounds=3)
+        count = sum(int(x.size) for x in jax.tree.leaves(params))
+        return MeasuredDecoder(found, count, measure.tree_bytes(params), peak, fast.prefill, fast.decode)
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def _write(
+        self,
+        graph: Graph,
+        found: Found,
+        module: Llama,
+        small: Any,
+        before: MeasuredDecoder,
+        after: MeasuredDecoder,
+    ) -> dict[str, Any]:
+        o, config = self.o, module.config
+        form = ("uniform" if config.uniform else "hetero") if o.form == "auto" else o.form
+        plan = graph.plan(found.keep)
+        plan.save(self.out / "plan.json")
+        text = f"{o.sequences} windows of {o.length} tokens of {o.calibration}"
+        record = PruningRecord(o.method, o.seed, text, o.sparsity, o.model, self.config,
+                               kept_of_plan(plan, LINEN, self.config))  # fmt: skip
+        save_hf(small, config, self.out / "model", mode=form, record=record, hf_config=self.source["hf_config"],
+                tokenizer_from=o.model, overwrite=True)  # fmt: skip
+        trained = [p.name for p in sorted((self.out / "phases").glob("*")) if (p / "metrics.jsonl").is_file()]
+        self.join_metrics(trained)
+        gone = removed(self.config, config)
+        summary = {
+            "options": dataclasses.asdict(o),
+            "form": form,
+            "before": dataclasses.asdict(before),
+            "after": dataclasses.asdict(after),
+            "removed": gone,
+            "widths": {name: list(getattr(config, name)) for name in ("ffn", "q_heads", "kv_heads")},
+            **found.notes,
+            "seconds": {k: round(v, 1) for k, v in self.seconds.items()},
+            "device": jax.devices()[0].device_kind,
+        }
+        names, one, two = _widths(self.config, config)
+        plots.widths(self.out / "widths.png", names, one, two)
+        said = ", ".join(f"{share:.1%} of {name.replace('_', ' ')}" for name, share in gone.items())
+        page.write(self.out / "report.html", f"{Path(o.model).name}: before and after", rows(before, after),
+                   dataclasses.asdict(o), [("Widths before and after", self.out / "widths.png")],
+                   [f"{o.method} removed {said}. Written as {form}; timed on {summary['device']}.",
+                    f"Perplexity on {len(self.texts.evaluation)} windows of {o.length} tokens."],
+                   _layers(self.config, config))  # fmt: skip
+        write_json(self.out / "summary.json", summary)
+        return summary
+
+
+def _mesh(shape: tuple[int, int]) -> Mesh | None:
+    if shape == (1, 1):
+        return None
+    n = shape[0] * shape[1]
+    if n > len(jax.devices()):
+        raise ValueError(f"mesh {shape} needs {n} devices; there are {len(jax.devices())}")
+    return Mesh(np.array(jax.devices()[:n]).reshape(shape), ("data", "model"))
+
+
+def _widths(dense: LlamaConfig, small: LlamaConfig) -> tuple[list[str], list[int], list[int]]:
+    """Names and widths of all layers, for the figure: MLP channels, and heads where they changed."""
+    kinds = ["ffn", *(k for k in ("q_heads", "kv_heads") if getattr(dense, k) != getattr(small, k))]
+    names = [f"{i} {k}" for k in kinds for i in range(dense.depth)]
+    one, two = ([n for k in kinds for n in getattr(c, k)] for c in (dense, small))
+    return names, one, two
+
+
+def _layers(dense: LlamaConfig, small: LlamaConfig) -> list[tuple[str, ...]]:
+    """The table of layers."""
+    out: list[tuple[str, ...]] = [("layer", "MLP channels", "query heads", "key-value heads")]
+    for i in range(dense.depth):
+        pairs = [(getattr(dense, k)[i], getattr(small, k)[i]) for k in ("ffn", "q_heads", "kv_heads")]
+        out.append((str(i), *(f"{b:,} of {a:,} ({b / a:.0%})" for a, b in pairs)))
+    return out
+
+
+def rows(before: MeasuredDecoder, after: MeasuredDecoder) -> list[tuple[str, str, str, str]]:
+    """The table before/after; its first row is the header."""
+
+    def row(name: str, a: float, b: float, form: str, unit: str = "") -> tuple[str, str, str, str]:
+        return name, f"{a:{form}}{unit}", f"{b:{form}}{unit}", f"{b / a:.2f}x"
+
+    mb = 2**20
+    return [
+        ("", "before", "after", "change"),
+        row("perplexity", before.perplexity, after.perplexity, ".3f"),
+        row("parameters", before.params, after.params, ","),
+        row("size of the weights", before.param_bytes / mb, after.param_bytes / mb, ",.1f", " MiB"),
+        row("memory of a batch", before.peak_bytes / mb, after.peak_bytes / mb, ",.1f", " MiB"),
+        row("prefill, tokens a second", before.prefill, after.prefill, ",.0f"),
+        row("decoding, tokens a second", before.decode, after.decode, ",.1f"),
+    ]

@@ -1,0 +1,142 @@
+"""Methods for a language model's folder by name: how the units that stay are found, and what follows."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.progress import Progress
+
+from jprune.graph import Graph
+from jprune.language.cfsp import CFSPOptions, cfsp_keep, lora_ranks
+from jprune.language.finetune import Tuning
+from jprune.language.lora import LoraConfig
+from jprune.language.loraprune_run import LoraPrune, finalize, loraprune, pruning_steps
+from jprune.language.statistics import block_stats
+from jprune.models.llama_config import LlamaConfig
+from jprune.pipeline.language_options import LanguageOptions
+
+if TYPE_CHECKING:
+    from jprune.pipeline.language import LanguageRun
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A decision.
+
+    Attributes:
+      keep: the units that stay.
+      params: of the dense model, changed where the method trained.
+      notes: what is said of it in summary.json.
+      ranks: of low-rank recovery, one per layer.
+    """
+
+    keep: dict[str, np.ndarray]
+    params: Any
+    notes: Mapping[str, Any]
+    ranks: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageMethod:
+    """One name.
+
+    Attributes:
+      about: one line.
+      find: (run, graph, progress) -> `Found`.
+      trains: it prunes while it trains, for `recover` steps.
+      scopes: that it knows.
+    """
+
+    about: str
+    find: Callable[[LanguageRun, Graph, Progress], Found]
+    trains: bool = False
+    scopes: tuple[str, ...] = ("global", "uniform")
+
+    def check(self, o: LanguageOptions, config: LlamaConfig) -> None:
+        """Raise ValueError for options that it cannot follow, or a sparsity that this model cannot reach."""
+        if o.scope not in self.scopes:
+            raise ValueError(f"scope is {o.scope!r}: method {o.method!r} knows only {', '.join(self.scopes)}")
+        if self.trains:
+            if not o.recover:
+                raise ValueError(
+                    f"method {o.method!r} prunes while it trains: give --recover STEPS, the steps it may take"
+                )
+            pruning_steps(_loraprune_options(o, "lora"), o.recover)
+        unit = o.multiple_of
+        least = [min(unit, n) / n for n in config.ffn]
+        if self.trains:
+            least = [max(a, 1 / n) for a, n in zip(least, config.kv_heads, strict=True)]
+        # heads and channels go in every layer at the same rate; channels alone share one budget
+        reached = 1 - (max(least) if self.trains else float(np.average(least, weights=config.ffn)))
+        if o.sparsity > reached + 1e-9:
+            raise ValueError(
+                f"sparsity is {o.sparsity}, but every layer keeps a unit or a multiple of {unit} at least: with these "
+                f"widths sparsity can be at most {reached:.3g}"
+            )
+
+
+def _by_statistics(fine: str, coarse: str = "angular") -> Callable[[LanguageRun, Graph, Progress], Found]:
+    """Statistics of one pass, then CFSP's decision."""
+
+    def find(run: LanguageRun, graph: Graph, progress: Progress) -> Found:
+        o = run.o
+        even = o.scope == "uniform"
+        options = CFSPOptions(coarse="uniform" if even else coarse, fine=fine, multiple_of=o.multiple_of,
+                              exact_budget=not even, uniform_width=even, seed=o.seed)  # fmt: skip
+        stats = block_stats(graph, run.params, run.watched_batches(progress))
+        keep, report = cfsp_keep(graph, run.params, stats, o.sparsity, options)
+        ranks = None
+        if coarse != "uniform":
+            ranks = tuple(int(r) for r in lora_ranks(stats.change["angular"], o.rank, r_max=max(32, o.rank)))
+        notes = {"tokens": stats.tokens, "importance": report.importance, "keep_ratios": report.keep_ratios}
+        return Found(keep, run.params, notes, ranks)
+
+    return find
+
+
+def _loraprune_options(o: LanguageOptions, criterion: Any) -> LoraPrune:
+    every = max(1, min(10, o.recover // 10))
+    return LoraPrune(ratio=o.sparsity, every=every, multiple_of=o.multiple_of, criterion=criterion,
+                     lora=LoraConfig(rank=o.rank, alpha=2.0 * o.rank, dropout=0.05))  # fmt: skip
+
+
+def _by_training(criterion: str) -> Callable[[LanguageRun, Graph, Progress], Found]:
+    def find(run: LanguageRun, graph: Graph, progress: Progress) -> Found:
+        o = run.o
+        options = _loraprune_options(o, criterion)
+        tuning = Tuning(o.recover, o.learning_rate, seed=o.seed)
+        with run.counted("loraprune", o.recover, progress) as on_step:
+            result = loraprune(graph, run.params, run.batch_of_step, options, tuning, out=run.folder("loraprune"),
+                               resume=True, save_every=run.save_every, on_step=on_step)  # fmt: skip
+        params, keep = finalize(graph, run.params, result.lora, result.masks, options.lora)
+        return Found(keep, params, {"skipped": {"first": options.skip_first, "last": options.skip_last}})
+
+    return find
+
+
+LANGUAGE_METHODS: dict[str, LanguageMethod] = {
+    "cfsp": LanguageMethod("channels of MLPs by activation norms, layers by how far they turn the stream (CFSP)",
+                           _by_statistics("official")),
+    "cfsp-eq8": LanguageMethod("the same with the score of the paper's equation 8", _by_statistics("eq8")),
+    "cfsp-relative3": LanguageMethod("the same with all three matrices relative to the other channels",
+                                     _by_statistics("relative3")),
+    "wanda-sp": LanguageMethod("|weight| x activation norm, all layers alike (Wanda, structured)",
+                               _by_statistics("wanda", "uniform")),
+    "magnitude": LanguageMethod("norms of the down projection's columns, all layers alike",
+                                _by_statistics("magnitude", "uniform")),
+    "random": LanguageMethod("chance, all layers alike: the baseline to beat", _by_statistics("random", "uniform")),
+    "loraprune": LanguageMethod("heads and channels by low-rank gradients, masked out while adapters train (LoRAPrune)",
+                                _by_training("lora"), trains=True, scopes=("global",)),
+}  # fmt: skip
+
+
+def language_method(name: str) -> LanguageMethod:
+    """The method of that name; ValueError with the nearest names for an unknown one."""
+    if name not in LANGUAGE_METHODS:
+        near = difflib.get_close_matches(name, LANGUAGE_METHODS, n=3) or sorted(LANGUAGE_METHODS)
+        raise ValueError(f"no method {name!r} for language models: did you mean {', '.join(near)}?")
+    return LANGUAGE_METHODS[name]
