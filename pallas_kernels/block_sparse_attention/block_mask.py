@@ -120,8 +120,9 @@ class BlockMask:
         if not _concrete(active):
             raise BlockMaskError("from_dense needs a known array: under jit use BlockMask.pack(active, width, ...)")
         fullest = int(np.asarray(active).sum(-1, initial=0).max(initial=0)) if np.ndim(active) == 4 else 0
-        mask, overflow = cls.pack(active, width or max(fullest, 1), block_q=block_q, block_k=block_k,
-                                  q_size=q_size, kv_size=kv_size)  # fmt: skip
+        with jax.ensure_compile_time_eval():  # what is known stays known inside a traced function
+            mask, overflow = cls.pack(active, width or max(fullest, 1), block_q=block_q, block_k=block_k,
+                                      q_size=q_size, kv_size=kv_size)  # fmt: skip
         if overflow:
             raise BlockMaskError(f"a row has {fullest} active blocks, more than width {width}: give width>={fullest}")
         return mask
@@ -260,14 +261,16 @@ class BlockMask:
         Raises:
           BlockMaskError: the width is too small, or may be because the lists are traced.
         """
-        known = _concrete(self.kv_idx, self.kv_cnt)
-        if width is None:
-            width = max(int(self.to_dense().sum(2).max()), 1) if known else self.q_blocks
-        mask, overflow = self.transposed(width)
-        if not known and width < self.q_blocks:
-            raise BlockMaskError(f"the lists are traced and may need more than width {width}: use transposed(width), "
-                                 "which tells by a flag")  # fmt: skip
-        if known and overflow:
+        if not _concrete(self.kv_idx, self.kv_cnt):
+            if width is not None and width < self.q_blocks:
+                raise BlockMaskError(f"the lists are traced and may need more than width {width}: use transposed(width), "
+                                     "which tells by a flag")  # fmt: skip
+            return self.transposed(self.q_blocks)[0]
+        with jax.ensure_compile_time_eval():
+            if width is None:
+                width = max(int(self.to_dense().sum(2).max()), 1)
+            mask, overflow = self.transposed(width)
+        if overflow:
             raise BlockMaskError(f"a key block is active for more query blocks than width {width}: give more, or None")
         return mask
 

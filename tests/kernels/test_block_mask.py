@@ -42,6 +42,11 @@ def test_lists_are_as_wide_as_the_fullest_row():
         assert mask.width == max(active.sum(-1).max(), 1) and mask.q_idx.shape[-1] == max(active.sum(-2).max(), 1)
 
 
+def test_known_masks_are_made_inside_a_traced_function():
+    sizes = {"block_q": 4, "block_k": 4, "q_size": 10, "kv_size": 12}
+    assert jax.jit(lambda: BlockMask.dense(**sizes).to_dense())().all()
+
+
 def test_under_jit_a_flag_tells_of_blocks_that_found_no_room():
     active = np.zeros((1, 1, *BLOCKS), bool)
     active[0, 0, 2, :4] = True
@@ -54,6 +59,16 @@ def test_under_jit_a_flag_tells_of_blocks_that_found_no_room():
     assert not overflow and np.array_equal(turned.q_cnt[0, 0], [1, 1, 1, 1, 0, 0, 0])
     active[0, 0, 4, 3] = True
     assert jax.jit(lambda m: m.transposed(1))(BlockMask.from_dense(active, **SIZES))[1]
+
+
+def test_known_masks_stay_known_inside_a_traced_function():
+    @jax.jit
+    def f(x):
+        mask = BlockMask.window(20, 5, **SIZES).with_transpose()
+        assert mask.width == 2 + 1 and not isinstance(mask.kv_cnt, jax.core.Tracer)
+        return x + mask.kv_cnt.sum() + mask.q_cnt.sum()
+
+    assert f(0) == 2 * BlockMask.window(20, 5, **SIZES).to_dense().sum()
 
 
 def test_top_k_keeps_the_best_with_counts_of_their_own():
