@@ -58,15 +58,24 @@ def test_fresh_factors():
         lora, L.init(jax.random.key(0), graph, LoraConfig(rank=3)))])  # fmt: skip
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+CONFIG = LoraConfig(rank=2, alpha=6.0)
+
+
+@functools.cache
+def compiled(scanned, adapters=True):
+    """The decoder with adapters, or as it is; compiled once for all tests."""
+    module, _, graph = decoder("llama", scanned)
+    return jax.jit(L.adapted(graph, CONFIG) if adapters else module.apply)
+
+
+@pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_merged_weights_do_the_same(scanned):
-    module, v, graph = decoder("llama", scanned)
-    config = LoraConfig(rank=2, alpha=6.0)
-    lora = lively(L.init(jax.random.key(1), graph, config))
-    got = jax.jit(L.adapted(graph, config))(v, lora, IDS, MASK)
-    merged = jax.jit(lambda v, f: L.merge(graph, v, f, config))(v, lora)
-    assert relative(got, jax.jit(module.apply)(merged, IDS, MASK)) < 1e-5
-    assert relative(got, jax.jit(module.apply)(v, IDS, MASK)) > 0.1
+    _, v, graph = decoder("llama", scanned)
+    lora = lively(L.init(jax.random.key(1), graph, CONFIG))
+    got = compiled(scanned)(v, lora, IDS, MASK)
+    merged = jax.jit(lambda v, f: L.merge(graph, v, f, CONFIG))(v, lora)
+    assert relative(got, compiled(scanned, False)(merged, IDS, MASK)) < 1e-5
+    assert relative(got, compiled(scanned, False)(v, IDS, MASK)) > 0.1
     t = "params/layers/mlp/up/kernel" if scanned else "params/layer1/mlp/up/kernel"
     before, after = (dict(flatten(x))[t] for x in (v, merged))
     f = {k: np.asarray(x, np.float64)[(1,) if scanned else ()] for k, x in lora[t].items()}
@@ -129,30 +138,30 @@ def test_ranks_per_layer_in_a_stack():
         L.layer_ranks(flat, [3, 1])
 
 
+@pytest.mark.slow
 def test_a_stack_has_the_same_function_as_its_layers():
     _, v, graph = decoder()
-    lora = lively(L.init(jax.random.key(3), graph))
-    want = jax.jit(L.adapted(graph))(v, lora, IDS, MASK)
+    lora = lively(L.init(jax.random.key(3), graph, CONFIG))
+    want = compiled(False)(v, lora, IDS, MASK)
     stacked = {f"params/layers/{n}/kernel": jax.tree.map(lambda *x: jnp.stack(x), *[
         lora[f"params/layer{l}/{n}/kernel"] for l in range(3)]) for n in SEVEN}  # fmt: skip
-    _, _, graph = decoder(scanned=True)
-    assert relative(jax.jit(L.adapted(graph))(stack_layers(v), stacked, IDS, MASK), want) < 1e-5
+    assert relative(compiled(True)(stack_layers(v), stacked, IDS, MASK), want) < 1e-5
 
 
 def test_masks_remove_units_of_adapted_weights():
     """Gates in front of o and down equal the rows of q, k, v, gate and up being zero, adapters included."""
-    _, v, graph = decoder("qwen2", True)
-    lora = lively(L.init(jax.random.key(4), graph))
+    _, v, graph = decoder("llama", True)
+    lora = lively(L.init(jax.random.key(4), graph, CONFIG))
     groups = [g for g in graph.groups if "/mlp/" in g or "attn/k" in g]
     rng = np.random.default_rng(1)
     keep = {g: rng.random(graph.groups[g].shape) < 0.6 for g in groups}
     for g in keep:
         keep[g][:, 0] = True
-    got = jax.jit(L.adapted(graph))(v, lora, IDS, MASK, masks=keep)
-    merged = L.merge(graph, v, lora)
-    small = graph.compact(merged, keep)
+    got = compiled(True)(v, lora, IDS, MASK, masks=keep)
+    merged = jax.jit(lambda v, f: L.merge(graph, v, f, CONFIG))(v, lora)
+    small = graph.compact(merged, keep, verify=None)
     assert relative(got, jax.jit(graph.replay(keep))(small, IDS, MASK)) < 1e-5
-    assert relative(got, jax.jit(graph.dense)(merged, IDS, MASK)) > 1e-2
+    assert relative(got, compiled(True, False)(merged, IDS, MASK)) > 1e-2
 
 
 def test_dropout_drops_inputs_of_adapters_only():

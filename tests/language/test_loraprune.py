@@ -180,8 +180,8 @@ def test_group_scores_by_hand(scanned, kv, criterion):
     weight_grads = None
     if criterion == "grad":
         weight_grads = jax.tree.map(lambda x: jnp.sin(17 * x), v)
-    got = group_importance(graph, v, lora, grads, list(groups), config=CONFIG, criterion=criterion, chunk=5,
-                           weight_grads=weight_grads and dict(flatten(weight_grads)))  # fmt: skip
+    score = functools.partial(group_importance, graph, groups=list(groups), config=CONFIG, criterion=criterion, chunk=5)
+    got = jax.jit(score)(v, lora, grads, weight_grads=weight_grads and dict(flatten(weight_grads)))
     for g, scores in got.items():
         part = "mlp" if "/mlp/" in g else "attention"
         for layer in range(4) if scanned else [int(g.split("/")[1][5:])]:
@@ -193,7 +193,8 @@ def test_query_heads_of_every_group_are_scored_by_q_and_o():
     """The unit is one position in each of the two groups: heads 0 and 2, or 1 and 3."""
     _, v, graph, lora, grads = decoder()
     (g,) = lm.prunable(graph, unit="q_head_balanced", parts=("attention",), skip_first=0, skip_last=0)
-    got = group_importance(graph, v, lora, grads, [g], config=CONFIG, normalize=False)[g]
+    score = functools.partial(group_importance, graph, groups=[g], config=CONFIG, normalize=False)
+    got = jax.jit(score)(v, lora, grads)[g]
     assert got.shape == (4, 2)
     total = 0
     for name, side in (("q", "out"), ("o", "in")):
@@ -211,7 +212,7 @@ def test_query_heads_of_every_group_are_scored_by_q_and_o():
 def test_permuted_channels_have_permuted_scores():
     _, v, graph, lora, grads = decoder()
     (g,) = lm.prunable(graph, parts=("mlp",), skip_first=0, skip_last=0)
-    score = functools.partial(group_importance, groups=[g], config=CONFIG)
+    score = jax.jit(functools.partial(group_importance, graph, groups=[g], config=CONFIG))
     order = np.random.default_rng(0).permutation(12)
 
     def moved(path, x):
@@ -228,7 +229,7 @@ def test_permuted_channels_have_permuted_scores():
         return jnp.take(x, order, axis[key]) if key in axis else x
 
     permuted = [jax.tree_util.tree_map_with_path(moved, x) for x in (v, lora, grads)]
-    np.testing.assert_allclose(score(graph, *permuted)[g], score(graph, v, lora, grads)[g][:, order], rtol=1e-5)
+    np.testing.assert_allclose(score(*permuted)[g], score(v, lora, grads)[g][:, order], rtol=1e-5)
 
 
 def test_moving_averages():

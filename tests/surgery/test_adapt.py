@@ -179,6 +179,7 @@ def decoder(scanned=False, remat=False):
     return module, v, jprune.trace(module.apply, v, IDS, MASK)
 
 
+@pytest.mark.slow
 def test_decoders_scanned_rematerialised_and_unrolled():
     _, flat, graph = decoder()
     taps = [t for t in graph.taps if t.endswith(("q/kernel", "o/kernel", "down/kernel"))]
@@ -198,7 +199,7 @@ def test_decoders_scanned_rematerialised_and_unrolled():
     )
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gates_remove_units(scanned):
     """Gating what consumes a group is masking the group."""
     _, v, graph = decoder(scanned)
