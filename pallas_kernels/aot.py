@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not look for the machine's metadata
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at a time: there is no device to quarrel over
 }
 
 
@@ -42,6 +43,10 @@ class Compiled(NamedTuple):
     def memory(self) -> int:
         """Bytes one device needs while it runs."""
         return self.argument + self.output + self.temporary
+
+    def kernels(self) -> int:
+        """How many calls of Pallas kernels the program makes."""
+        return len(re.findall(r'custom_call_target="tpu_custom_call"', self.text))
 
     def collectives(self) -> dict[str, int]:
         """How often each collective starts in the schedule."""
@@ -109,7 +114,33 @@ def compile_for(fn: Callable[..., Any], *args: Any, **options: Any) -> Compiled:
     """
     import jax
 
-    compiled = jax.jit(fn, **options).lower(*args).compile()
+    return _of(jax.jit(fn, **options).lower(*args).compile())
+
+
+def compile_kernel(fn: Callable[..., Any], topology: str, *shapes: Any) -> Compiled:
+    """Compile `fn`, Pallas kernels for TPU inside it, for one device of a topology.
+
+    Args:
+      fn: traced as if that chip were here, which is what a kernel asks when it is lowered.
+      topology: as for `mesh`.
+      *shapes: trees of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: as `mesh`; whatever the chip's compiler refuses.
+    """
+    import jax
+    from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+
+    device = mesh(topology).devices.flat[0]
+    chip = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
+    here = SingleDeviceSharding(device)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)):
+        lowered = jax.jit(fn).lower(*args)
+    return _of(lowered.compile())
+
+
+def _of(compiled: Any) -> Compiled:
     cost: Any = compiled.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     memory: Any = compiled.memory_analysis()

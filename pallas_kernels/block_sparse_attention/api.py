@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from typing import Any
 
@@ -11,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse_attention import reference, xla
+from pallas_kernels.block_sparse_attention import reference, tpu, xla
 from pallas_kernels.block_sparse_attention.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention.problem import KernelConfig, Static, Tokens
 
-BACKENDS = {"xla": xla}
+BACKENDS = {"tpu": tpu, "xla": xla}
 LAYOUTS = {"bhld": (0, 1, 2, 3), "blhd": (0, 2, 1, 3)}
+_log = logging.getLogger(__name__)
 
 
 class AttentionError(ValueError):
@@ -45,6 +47,7 @@ def block_sparse_attention(
     layout: str = "bhld",
     impl: str = "auto",
     config: KernelConfig | None = None,
+    interpret: Any = False,
 ) -> Any:
     """Softmax attention over the pairs of tokens whose blocks are active in `mask` and which the token rules allow.
 
@@ -60,8 +63,9 @@ def block_sparse_attention(
       q_segment_ids, kv_segment_ids: only keys with the query's id.
       return_lse: also return the natural log-sum-exp of each query's logits, (batch, heads, queries) whatever the layout.
       layout: "bhld" is (batch, heads, tokens, features), "blhd" is (batch, tokens, heads, features).
-      impl: "xla", "reference" (dense), or "auto": the fastest that takes the problem. All mean the same.
+      impl: "xla", "tpu", "reference" (dense), or "auto": the fastest that takes the problem. All mean the same.
       config: what trades speed for memory.
+      interpret: run a TPU kernel on another device: True, or `pltpu.InterpretParams`.
 
     Returns:
       out like q with v's features, or (out, lse) in float32.
@@ -81,11 +85,11 @@ def block_sparse_attention(
         raise AttentionError(f"the mask has lists for {mask.kv_cnt.shape[:2]} (batch, heads), the queries are of "
                              f"{q.shape[:2]}: either equal or 1")  # fmt: skip
     mask.check()
-    static = Static(default_scale(q, scale), soft_cap, mask.block_q, mask.block_k, config or KernelConfig())
+    static = Static(default_scale(q, scale), soft_cap, mask.block_q, mask.block_k, config or KernelConfig(), interpret)
     problem = whole_blocks(static, q, k, v, causal=causal, q_offset=q_offset, q_len=q_len, kv_len=kv_len,
                            q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids)  # fmt: skip
     q, k, v = problem.arrays
-    chosen = choose(impl)
+    chosen = choose(impl, static, q, k, v, problem.tokens)
     if chosen == "reference":
         out, lse = _reference(static, mask.to_dense(), q, k, v, problem.tokens)
     else:
@@ -187,17 +191,31 @@ def _whole(x: Any, block: int) -> Any:
     return jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else x
 
 
-def choose(impl: str) -> str:
+def choose(impl: str, static: Static, q: Any, k: Any, v: Any | None, tokens: Tokens) -> str:
     """The backend to use.
 
     Raises:
-      AttentionError: an unknown name.
+      AttentionError: an unknown name, or a named backend that cannot take the problem, with its reason.
     """
     if impl in ("xla", "reference"):
         return impl
-    if impl != "auto":
+    if impl not in ("auto", "tpu"):
         raise AttentionError(f"impl {impl!r} is not known: auto, reference, {', '.join(BACKENDS)}")
-    return "xla"
+    refusal = tpu.refusal(static, q, k, v, tokens)
+    if impl == "tpu":
+        if refusal:
+            raise AttentionError(f"the TPU kernels cannot run: {refusal}")
+        return "tpu"
+    if jax.default_backend() != "tpu":
+        return "xla"
+    if refusal:
+        _say_once(refusal)
+    return "xla" if refusal else "tpu"
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    _log.warning("block-sparse attention runs on its XLA backend: %s", reason)
 
 
 _reference = jax.jit(reference.attention, static_argnums=0)
@@ -218,12 +236,15 @@ def _refuse(what: str, *_: Any) -> Any:
     raise DerivativeError(what)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+_only_first = no_derivative("block-sparse attention has first derivatives only: use impl='reference' for higher ones")
+
+
+@_only_first
 def _forward(backend: str, static: Static, arrays: Any) -> Any:
     return BACKENDS[backend].forward(static, *arrays)
 
 
-@no_derivative("block-sparse attention has first derivatives only: use impl='reference' for higher ones")
+@_only_first
 def _backward(backend: str, static: Static, arrays: Any) -> Any:
     q, k, v, mask, tokens, out, lse, dout, dlse = arrays
     dead = jnp.isneginf(lse)

@@ -36,7 +36,7 @@ def _blocks(x: Any, block: int) -> Any:
     return x.reshape(*x.shape[:2], -1, block, *x.shape[3:])
 
 
-def _each(static: Static, shape: tuple[int, ...], body: Callable[..., Any]) -> Any:
+def each(static: Static, shape: tuple[int, ...], body: Callable[..., Any]) -> Any:
     """`body(*indices)` for all indices of a grid, results stacked with the grid's shape in front."""
     at_once = static.config.rows_at_once or (1 if jax.default_backend() == "cpu" else 32)
     points = jnp.arange(math.prod(shape))
@@ -103,7 +103,7 @@ def forward(static: Static, q: Any, k: Any, v: Any, mask: BlockMask, tokens: Tok
         out = jnp.where(alive[:, None], acc / safe[:, None], 0)
         return out.astype(v.dtype), jnp.where(alive, top + jnp.log(safe), -jnp.inf)
 
-    out, lse = _each(static, (batch, heads, queries // static.block_q), row)
+    out, lse = each(static, (batch, heads, queries // static.block_q), row)
     return out.reshape(batch, heads, queries, -1), lse.reshape(batch, heads, queries)
 
 
@@ -140,7 +140,7 @@ def query_gradient(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, 
         acc = _walk(static, mask.kv_idx[at], count, static.block_k, step, start, whole=True)
         return jnp.where(count > 0, acc, 0).astype(q.dtype)  # a whole list in one step reads a block even for count 0
 
-    return _each(static, (batch, heads, queries // static.block_q), row).reshape(q.shape)
+    return each(static, (batch, heads, queries // static.block_q), row).reshape(q.shape)
 
 
 def key_gradients(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, delta: Any, mask: BlockMask,
@@ -177,5 +177,5 @@ def key_gradients(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, d
         dk, dv = jax.lax.fori_loop(0, shared, head, start)
         return dk.astype(k.dtype), dv.astype(v.dtype)
 
-    dk, dv = _each(static, (batch, k.shape[1], k.shape[2] // static.block_k), column)
+    dk, dv = each(static, (batch, k.shape[1], k.shape[2] // static.block_k), column)
     return dk.reshape(k.shape), dv.reshape(v.shape)

@@ -1,0 +1,217 @@
+"""What the TPU kernels share: lists walked by double-buffered copies, the pairs that count, small layouts, the call itself."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.block_sparse_attention.problem import Static, Tokens
+
+LOG2E = math.log2(math.e)
+NEVER = -1e30  # a logit that does not count: -inf would make not-a-number of itself
+ABSENT = 1 << 30  # the position of a token that is not in the list
+STEP = 512  # tokens of a step: several times the matrix unit's width
+
+
+def group_of(static: Static, width: int, block: int) -> int:
+    """Blocks of a step."""
+    return max(1, min(width, (static.config.step_tokens or STEP) // block))
+
+
+def dot(a: Any, b: Any, *, transpose: bool = False) -> Any:
+    """a @ b, or a @ b.T, in float32."""
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    contract = (((1,), (1 if transpose else 0,)), ((), ()))
+    return jax.lax.dot_general(a, b, contract, precision=exact, preferred_element_type=jnp.float32)
+
+
+def base2(static: Static, products: Any) -> tuple[Any, Any]:
+    """(logits in base 2, derivative of the natural ones by the products)."""
+    if static.soft_cap is None:
+        return products * (static.scale * LOG2E), static.scale
+    t = jnp.tanh(products * (static.scale / static.soft_cap))
+    return t * (static.soft_cap * LOG2E), static.scale * (1 - t * t)
+
+
+def fetching(arrays: Sequence[Any], block: int, pairs: int) -> dict[str, int]:
+    """The cost of `pairs` for `call` where every block of the program's own tokens fetches rows of these arrays."""
+    return {"pairs": pairs, "fetched": pairs // block * sum(x.shape[-1] * x.dtype.itemsize for x in arrays)}
+
+
+def column(row: Any) -> Any:
+    """(1, n) as (n, 1)."""
+    return jnp.transpose(jnp.broadcast_to(row, (128, row.shape[1])))[:, :1]
+
+
+def row(column: Any) -> Any:
+    """(n, 1) as (1, n)."""
+    return jnp.transpose(jnp.broadcast_to(column, (column.shape[0], 128)))[:1]
+
+
+def clamped(axis: int, of: Any) -> Callable[[Any], Any]:
+    """Index of an axis that may be a broadcast 1."""
+    return (lambda i: i) if of.shape[axis] > 1 else (lambda i: 0 * i)
+
+
+def list_specs(idx: Any, cnt: Any) -> tuple[list[Any], list[pl.BlockSpec]]:
+    """Lists and counts as arrays and blocks in scalar memory, one list a program; several for lists of grouped heads.
+
+    (batch, heads, blocks, width), or (batch, key heads, heads that share one, blocks, width).
+    """
+    b, h, p = (clamped(axis, idx) for axis in (0, 1, idx.ndim - 2))
+    lists = (idx.shape[2],) if idx.ndim == 5 else ()
+
+    def at(i: Any, j: Any, r: Any) -> Any:
+        return b(i), h(j), *(0 for _ in lists), p(r), 0, 0
+
+    arrays = [idx[..., None, :], cnt[..., None, None]]
+    return arrays, [
+        pl.BlockSpec((None, None, *lists, None, 1, x.shape[-1]), at, memory_space=pltpu.SMEM) for x in arrays
+    ]
+
+
+def rule_specs(
+    static: Static, keys: int, tokens: Tokens, batch: int, transposed: bool = False
+) -> tuple[list[Any], list[pl.BlockSpec]]:
+    """[key limit, causal offset] of each batch element in scalar memory, then segment ids where there are any.
+
+    A program has the ids of its own block, (1, tokens), and all of the other side, (blocks, tokens of a block).
+    """
+    limit = jnp.full(batch, keys, jnp.int32) if tokens.kv_len is None else tokens.kv_len
+    offset = jnp.zeros(batch, jnp.int32) if tokens.q_offset is None else tokens.q_offset
+    arrays = [jnp.stack([limit, offset], -1)[:, None]]
+    specs = [pl.BlockSpec((None, 1, 2), lambda i, j, r: (i, 0, 0), memory_space=pltpu.SMEM)]
+    if tokens.q_segments is not None:
+        sides = [(tokens.q_segments, static.block_q), (tokens.kv_segments, static.block_k)]
+        for n, (ids, block) in enumerate(sides):
+            if n == transposed:
+                arrays.append(ids.reshape(batch, -1, 1, block))
+                specs.append(pl.BlockSpec((None, None, 1, block), lambda i, j, r: (i, r, 0, 0)))
+            else:
+                arrays.append(ids.reshape(batch, -1, block))
+                specs.append(pl.BlockSpec((None, *arrays[-1].shape[1:]), lambda i, j, r: (i, 0, 0)))
+    return arrays, specs
+
+
+class Walk:
+    """A list as a loop of steps: fetches the blocks of the next step while one works on those of this one.
+
+    Args:
+      ids: reads entry t of the list. count: its length. group: blocks of a step.
+      copies: (source in HBM with tokens first, buffer (2, group * block, features)) pairs.
+      semaphores: DMA semaphores (2, number of copies).
+    """
+
+    def __init__(self, ids: Callable[[Any], Any], count: Any, group: int, block: int, copies: Sequence[tuple[Any, Any]],
+                 semaphores: Any) -> None:  # fmt: skip
+        self.ids, self.count, self.group, self.block = ids, count, group, block
+        self.copies, self.semaphores = copies, semaphores
+
+    def entry(self, step: Any, t: int) -> Any:
+        """The t-th block of a step; behind the end the last one again, so that buffers never hold garbage."""
+        return self.ids(jnp.minimum(step * self.group + t, self.count - 1))
+
+    def _transfers(self, step: Any, slot: Any) -> list[Any]:
+        out = []
+        for t in range(self.group):
+            start = pl.multiple_of(self.entry(step, t) * self.block, self.block)
+            for n, (source, buffer) in enumerate(self.copies):
+                to = buffer.at[slot, pl.ds(t * self.block, self.block), :]
+                out.append(
+                    pltpu.make_async_copy(source.at[pl.ds(start, self.block), :], to, self.semaphores.at[slot, n])
+                )
+        return out
+
+    def positions(self, step: Any) -> Any:
+        """int32 (1, group * block): position of every fetched token, ABSENT behind the end of the list."""
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.group * self.block), 1)
+        start = jnp.full_like(lane, ABSENT)
+        for t in range(self.group):
+            real = step * self.group + t < self.count
+            here = (lane >= t * self.block) & (lane < (t + 1) * self.block)
+            first = jnp.where(real, (self.entry(step, t) - t) * self.block, ABSENT)
+            start = jnp.where(here, first, start)
+        return start + lane
+
+    def all_below(self, step: Any, limit: Any) -> Any:
+        """Whether the step is full and every token's position is below a limit."""
+        last = functools.reduce(jnp.maximum, [self.entry(step, t) for t in range(self.group)])
+        return ((step + 1) * self.group <= self.count) & ((last + 1) * self.block <= limit)
+
+    def run(self, body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
+        """Fold `body(step, slot of the buffers, carry)`."""
+        steps = (self.count + self.group - 1) // self.group
+
+        @pl.when(steps > 0)
+        def _() -> None:
+            for c in self._transfers(0, 0):
+                c.start()
+
+        def turn(step: Any, carry: Any) -> Any:
+            slot = jax.lax.rem(step, 2)
+
+            @pl.when(step + 1 < steps)
+            def _() -> None:
+                for c in self._transfers(step + 1, 1 - slot):
+                    c.start()
+
+            for c in self._transfers(step, slot):
+                c.wait()
+            return body(step, slot, carry)
+
+        return jax.lax.fori_loop(0, steps, turn, carry)
+
+
+class Rules:
+    """Which pairs of a query block and fetched keys count; `segments` is None or (query ids, key ids, blocks) refs."""
+
+    def __init__(self, static: Static, tokens: Tokens, numbers: Any, segments: Any, first_row: Any, rows: int) -> None:
+        self.limit, self.offset = numbers[0, 0], numbers[0, 1]
+        self.causal, self.segments = tokens.q_offset is not None, segments
+        self.first, self.rows, self.block = first_row, rows, static.block_k
+
+    def choose(self, walk: Walk, step: Any, plain: Callable[[Any], Any], masked: Callable[..., Any], carry: Any) -> Any:
+        """`plain(carry)` where every pair of a step counts, else `masked(carry, pairs)`."""
+        if self.segments:
+            return masked(carry, self._pairs(walk, step))
+        limit = jnp.minimum(self.limit, self.first + self.offset + 1) if self.causal else self.limit
+        return jax.lax.cond(walk.all_below(step, limit), plain, lambda c: masked(c, self._pairs(walk, step)), carry)
+
+    def _pairs(self, walk: Walk, step: Any) -> Any:
+        at = walk.positions(step)
+        ok = jnp.broadcast_to(at < self.limit, (self.rows, at.shape[1]))
+        if self.causal:
+            row = self.first + jax.lax.broadcasted_iota(jnp.int32, (self.rows, 1), 0)
+            ok &= at <= row + self.offset
+        if self.segments:
+            queries, keys = self.segments
+            own = jnp.concatenate([keys[pl.ds(walk.entry(step, t), 1), :] for t in range(walk.group)], axis=1)
+            ok &= column(queries[...]) == own
+        return ok
+
+
+def call(kernel: Callable[..., None], static: Static, name: str, grid: tuple[int, ...], inputs: Sequence[Any],
+         in_specs: Sequence[Any], out: Any, out_specs: Any, scratch: Sequence[Any], *, pairs: int, features: int,
+         fetched: int = 0, vmem_bytes: int | None = None) -> Any:  # fmt: skip
+    """`pl.pallas_call` with what all kernels here share: independent batches and heads, and a cost for XLA's scheduler.
+
+    Args:
+      pairs: (query, key) pairs at full lists. features: multiplied for each. fetched: bytes that the kernel copies itself.
+      vmem_bytes: its limit, where the default is not enough.
+    """
+    arrays = (*inputs, *jax.tree.leaves(out))
+    cost = pl.CostEstimate(flops=2 * pairs * features, transcendentals=pairs,
+                           bytes_accessed=fetched + sum(x.size * x.dtype.itemsize for x in arrays))  # fmt: skip
+    order = (pltpu.PARALLEL,) * 2 + (pltpu.ARBITRARY,) * (len(grid) - 2)
+    return pl.pallas_call(
+        kernel, out, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch, cost_estimate=cost,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=vmem_bytes),
+        interpret=static.interpret, name=name,
+    )(*inputs)  # fmt: skip

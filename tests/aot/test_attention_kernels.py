@@ -1,0 +1,80 @@
+"""The attention kernels are accepted by the compilers of real TPU chips, for the sizes that models have."""
+
+import pytest
+
+from pallas_kernels import aot
+
+aot.prepare()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+from pallas_kernels.block_score import block_scores, search_attention  # noqa: E402
+from pallas_kernels.block_sparse_attention import BlockMask, block_sparse_attention  # noqa: E402
+
+pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="libtpu is not installed")]
+TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+
+
+def problem(tokens, block, width, features, dtype, heads=(4, 2)):
+    """Shapes of (q, k, v, mask with transposes, segment ids)."""
+    n = tokens // block
+    sizes = {"block_q": block, "block_k": block, "q_size": tokens, "kv_size": tokens}
+    mask = jax.eval_shape(
+        lambda a: BlockMask.pack(a, width, **sizes)[0].transposed(width)[0],
+        jax.ShapeDtypeStruct((1, heads[0], n, n), bool),
+    )
+    q, k = (jax.ShapeDtypeStruct((1, h, tokens, features), jnp.dtype(dtype)) for h in heads)
+    return q, k, k, mask, jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+
+
+def gradients(rules):
+    def run(q, k, v, mask, ids):
+        options = {"causal": True, "soft_cap": 5.0, "q_segment_ids": ids, "kv_segment_ids": ids} if rules else {}
+        out, back = jax.vjp(lambda *a: block_sparse_attention(*a, mask, impl="tpu", **options), q, k, v)
+        return out, back(out)
+
+    return run
+
+
+@pytest.mark.parametrize("features", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_forward_and_both_gradients_compile(topology, dtype, features):
+    out = aot.compile_kernel(gradients(features in (64, 128)), topology, *problem(4096, 64, 32, features, dtype))
+    assert out.kernels() == 3
+    assert out.temporary < 64 << 20  # nothing as large as tokens x tokens, 64 MB a head in float32
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_long_sequence_needs_no_more_than_its_arrays(topology):
+    shapes = problem(131072, 128, 400, 128, "bfloat16")
+    out = aot.compile_kernel(gradients(True), topology, *shapes)
+    assert out.kernels() == 3 and out.temporary < 2 * out.output
+
+
+@pytest.mark.parametrize("block", [16, 128, 256])
+def test_blocks_of_other_sizes_compile(block):
+    assert aot.compile_kernel(gradients(True), "v5e:2x2", *problem(2048, block, 8, 128, "bfloat16")).kernels() == 3
+
+
+@pytest.mark.parametrize("rules", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_block_masses_compile(topology, dtype, rules):
+    q, k, v, _, ids = problem(16384, 64, 8, 128, dtype)
+
+    def run(q, k, v, lse, ids):
+        options = {"causal": True, "q_segment_ids": ids, "kv_segment_ids": ids} if rules else {}
+        options |= {"block_q": 64, "block_k": 64, "impl": "tpu"}
+        return search_attention(q, k, v, **options), block_scores(q, k, lse, **options)
+
+    out = aot.compile_kernel(run, topology, q, k, v, jax.ShapeDtypeStruct(q.shape[:3], jnp.float32), ids)
+    assert out.kernels() == 3
+
+
+def test_no_kernel_is_compiled_for_a_machine_without_tpu():
+    arrays = [jnp.zeros((1, h, 32, 16)) for h in (2, 2, 2)]
+    mask = BlockMask.dense(block_q=16, block_k=16, q_size=32, kv_size=32)
+    with pytest.raises(ValueError, match="no TPU"):
+        block_sparse_attention(*arrays, mask, impl="tpu")
