@@ -118,3 +118,28 @@ def test_speedup(tmp_path):
         assert 0.4 < found[row]["macs_fraction"] <= 0.5, row
         assert found[row]["efficiency"] == pytest.approx(found[row]["speed_up"] * found[row]["macs_fraction"])
     assert len(found["rounds"]["torch pruned"]) == 2
+
+
+@pytest.mark.reference
+def test_language_speed(tmp_path):
+    from experiments.benchmarks import language_speed
+
+    setting = language_speed.Setting(32, 48, 2, 4, 64, 4, 16, 2, 0.5, 8, 8, 4)
+    language_speed.main(setting, rounds=2, colds=1, out=tmp_path / "speed.json")
+    r = written(tmp_path / "speed.json")
+    found = r["results"]
+    assert found["kept_by_both"] == 1 and 0 < sum(found["widths"]) < 2 * 48  # both sides chose the same channels
+    for which, parts in (
+        ("ours", ("trace", "calibrate", "choose and cut")),
+        ("theirs", ("calibrate", "choose and cut")),
+    ):
+        for when in ("cold", "warm"):
+            assert 0 < max(found[when][which][p] for p in parts) <= found[when][which]["total"]
+    assert len(found["rounds"]["warm"]["ours"]) == 2 and all(v > 0 for v in found["ratio"].values())
+    left = found["generation"]["weights_fraction"]
+    dense = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32 + 32 * 64
+    assert left == pytest.approx(1 - 3 * 32 * (96 - sum(found["widths"])) / dense)
+    for what in ("prefill", "decode"):
+        g = found["generation"][what]
+        assert g["efficiency"] == pytest.approx(g["speed_up"] * left) and min(g["tokens_per_second"].values()) > 0
+    assert r["checks"] == language_speed.checks(found) and r["machine"]["transformers"]
