@@ -223,3 +223,12 @@ def block_mask(chosen: Chosen, config: AdaSpaConfig, tokens: int) -> BlockMask:
 def kept_flags(chosen: Chosen, config: AdaSpaConfig, tokens: int) -> Bool[Array, "batch heads rows nk"]:
     """The same as flags, one a block of every row of video."""
     return block_mask(chosen, config, tokens).to_dense()
+
+
+def recall_of(
+    masses: Float[Array, "batch heads nq nk"], chosen: Chosen, config: AdaSpaConfig, tokens: int
+) -> Float[Array, "batch heads"]:
+    """The share of these masses, over rows of video, that lies in chosen blocks and sinks (equation 9); jit-able."""
+    at = spans(tokens, config)
+    rows = masses[:, :, at.first : at.last].astype(jnp.float32)
+    return jnp.sum(rows * kept_flags(chosen, config, tokens), (2, 3)) / jnp.sum(rows, (2, 3))

@@ -12,6 +12,7 @@ from jprune.attention.adaspa_select import (
     block_mask,
     keep_counts,
     kept_flags,
+    recall_of,
     select_blocks,
     spans,
     tiers,
@@ -99,6 +100,8 @@ def test_against_plain_loops(seed, mode, sparsity, text):
     found = jax.jit(select_blocks, static_argnums=(1, 2))(jnp.asarray(masses, jnp.float32), config, 40)
     flags, recall, level = by_loops(masses, config, 40)
     np.testing.assert_allclose(found.recall, recall, rtol=1e-5)
+    again = recall_of(jnp.asarray(masses, jnp.float32), found.chosen, config, 40)
+    np.testing.assert_allclose(again, recall, rtol=1e-5)
     if sparsity:  # without it all heads recall everything, to rounding
         np.testing.assert_array_equal(found.tier, level)
     np.testing.assert_array_equal(kept_flags(found.chosen, config, 40), flags)
