@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoders import tiny, weights
+from four_devices import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import normal, relative
@@ -435,6 +436,38 @@ def test_an_8_bit_base_keeps_the_same_units():
     got = run.loraprune(graph, small, ids, OPTIONS, TUNING, dequantize=dequantized)
     same = [np.asarray(got.masks[g] == m).mean() for g, m in pruned()[0].masks.items()]
     assert min(same) >= 0.95
+
+
+ON_A_MESH = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import jprune
+from jprune.language.loraprune_run import loraprune
+from jprune.models.llama_placement import placement
+from test_loraprune import OPTIONS, TUNING, decoder, ids
+
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
+place, rows = placement(mesh), NamedSharding(mesh, P("data"))
+_, v, graph, _, _ = decoder()
+split = jax.tree_util.tree_map_with_path(
+    lambda path, x: jax.device_put(x, place(jax.tree_util.keystr(path, simple=True, separator="/"), x)), v)
+cut = [x for x in jax.tree.leaves(split) if not x.sharding.is_fully_replicated]
+got = loraprune(graph, split, lambda t: jax.device_put(ids(t), rows), OPTIONS, TUNING)
+want = loraprune(graph, v, ids, OPTIONS, TUNING)
+print(json.dumps({
+    "cut": len(cut),
+    "masks": [bool((np.asarray(m) == np.asarray(want.masks[g])).all()) for g, m in got.masks.items()],
+    "ema": [float(np.abs(np.asarray(e) - np.asarray(want.ema[g])).max()) for g, e in got.ema.items()],
+    "losses": float(np.abs(np.array(got.losses) - np.array(want.losses)).max()),
+}))
+"""
+
+
+@pytest.mark.slow
+def test_sharded_weights_and_rows_prune_the_same_units():
+    got = run_script(ON_A_MESH)
+    assert got["cut"] >= 7 and all(got["masks"]) and max(got["ema"]) < 1e-3 and got["losses"] < 1e-4
 
 
 def test_what_is_refused():
