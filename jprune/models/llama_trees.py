@@ -151,18 +151,22 @@ def fold_norm_width(variables: Any, config: LlamaConfig) -> tuple[LlamaConfig, A
 def with_biases(variables: Any, config: LlamaConfig) -> tuple[LlamaConfig, Any]:
     """The same function with biases, zero where they are new, behind the attention and in the MLP.
 
-    What pruning removes can then move into them (`jprune.surgery.compensate`).
+    What pruning removes can then move into them (`jprune.surgery.compensate`). A LLaMA gets them on queries, keys and
+    values too: its class in other programs knows attention with biases everywhere or nowhere.
     """
     params = dict(layers.params_of(variables))
     modules = [] if config.o_bias else [("attn", "o")]
+    everywhere = config.family == "llama" and not config.qkv_bias
+    modules += [("attn", name) for name in "qkv"] if everywhere else []
     modules += [] if config.mlp_bias else [("mlp", name) for name in ("gate", "up", "down")]
     lead = 1 if is_scanned(params) else 0
     for name in ["layers"] if lead else layer_names(params):
         layer = dict(params[name])
         for module, linear in modules:
             kernel = layer[module][linear]["kernel"]
-            bias = jnp.zeros((*kernel.shape[:lead], kernel.shape[-1]), kernel.dtype)
+            inputs = 1 if linear in ("q", "k", "v") else kernel.ndim - lead - 1
+            bias = jnp.zeros((*kernel.shape[:lead], *kernel.shape[lead + inputs :]), kernel.dtype)
             layer[module] = {**layer[module], linear: {"kernel": kernel, "bias": bias}}
         params[name] = layer
-    new = dataclasses.replace(config, o_bias=True, mlp_bias=True)
+    new = dataclasses.replace(config, o_bias=True, mlp_bias=True, qkv_bias=config.qkv_bias or everywhere)
     return new, {**variables, "params": params} if "params" in variables else params

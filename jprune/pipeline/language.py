@@ -86,8 +86,9 @@ class LanguageRun(Workspace):
                 before = self._measure(self.model, self.params)
             with self.phase("decide", progress):
                 found = self._decide(graph, progress)
+            graph = found.graph or graph
             small = graph.compact(found.params, found.keep)
-            module: Any = rebuild(self.model, small)
+            module: Any = rebuild(found.model or self.model, small)
             if o.recover and not self.method.trains:
                 small = self._recover(module, small, found, progress)
             with self.phase("measure after", progress):
@@ -132,6 +133,8 @@ class LanguageRun(Workspace):
                 keep = {g: arrays[str(k)] for k, g in enumerate(said["groups"])}
             return Found(keep, self.params, said["notes"], said["ranks"] and tuple(said["ranks"]))
         found = self.method.find(self, graph, progress)
+        if found.params is not self.params:  # it made weights too, of which nothing is kept: it is found again
+            return found
         with whole_folder(folder, overwrite=True) as unfinished:
             np.savez(
                 unfinished / "keep.npz", allow_pickle=False, **{str(k): v for k, v in enumerate(found.keep.values())}

@@ -7,16 +7,22 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
 
-from jprune.graph import Graph
+from jprune.graph import Graph, trace
+from jprune.language import baselines
 from jprune.language.cfsp import CFSPOptions, cfsp_keep, lora_ranks
 from jprune.language.finetune import Tuning
 from jprune.language.lora import LoraConfig
 from jprune.language.loraprune_run import LoraPrune, finalize, loraprune, pruning_steps
+from jprune.language.perplexity import next_token_loss
 from jprune.language.statistics import block_stats
+from jprune.models.llama import Llama
 from jprune.models.llama_config import LlamaConfig
+from jprune.models.llama_trees import with_biases
 from jprune.pipeline.language_options import LanguageOptions
 
 if TYPE_CHECKING:
@@ -32,12 +38,15 @@ class Found:
       params: of the dense model, changed where the method trained.
       notes: what is said of it in summary.json.
       ranks: of low-rank recovery, one per layer.
+      model, graph: where `params` are another model's than the one that was loaded.
     """
 
     keep: dict[str, np.ndarray]
     params: Any
     notes: Mapping[str, Any]
     ranks: tuple[int, ...] | None = None
+    model: Llama | None = None
+    graph: Graph | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +58,24 @@ class LanguageMethod:
       find: (run, graph, progress) -> `Found`.
       trains: it prunes while it trains, for `recover` steps.
       scopes: that it knows.
+      family: the only one whose files can hold what it makes; None: all.
     """
 
     about: str
     find: Callable[[LanguageRun, Graph, Progress], Found]
     trains: bool = False
     scopes: tuple[str, ...] = ("global", "uniform")
+    family: str | None = None
 
     def check(self, o: LanguageOptions, config: LlamaConfig) -> None:
         """Raise ValueError for options that it cannot follow, or a sparsity that this model cannot reach."""
         if o.scope not in self.scopes:
             raise ValueError(f"scope is {o.scope!r}: method {o.method!r} knows only {', '.join(self.scopes)}")
+        if self.family not in (None, config.family):
+            raise ValueError(
+                f"method {o.method!r} leaves biases, which files of the {config.family} family have no room for: use "
+                "flap-plain"
+            )
         if self.trains:
             if not o.recover:
                 raise ValueError(
@@ -98,6 +114,44 @@ def _by_statistics(fine: str, coarse: str = "angular") -> Callable[[LanguageRun,
     return find
 
 
+def _wanda(run: LanguageRun, graph: Graph, progress: Progress) -> Found:
+    """One threshold for all layers, on standardised scores."""
+    stats = block_stats(graph, run.params, run.watched_batches(progress))
+    keep = baselines.wanda_sp(graph, run.params, stats, run.o.sparsity, "global", multiple_of=run.o.multiple_of)
+    return Found(keep, run.params, {"tokens": stats.tokens})
+
+
+def _flap(biases: bool) -> Callable[[LanguageRun, Graph, Progress], Found]:
+    def find(run: LanguageRun, graph: Graph, progress: Progress) -> Found:
+        o, model, params = run.o, run.model, run.params
+        if biases:
+            config, params = with_biases(params, run.config)
+            model = Llama(config)
+            graph = trace(model.apply, params, *graph.example_inputs)
+        stats = block_stats(graph, params, run.watched_batches(progress))
+        keep = baselines.flap(graph, params, stats, o.sparsity, multiple_of=o.multiple_of)
+        if biases:
+            params = baselines.flap_biases(graph, params, stats, keep).params
+        return Found(keep, params, {"tokens": stats.tokens}, None, model, graph)
+
+    return find
+
+
+def _taylor(run: LanguageRun, graph: Graph, progress: Progress) -> Found:
+    """|weight x gradient| of the calibration text's loss."""
+
+    @jax.jit
+    def add(total: Any, params: Any, ids: Any) -> Any:
+        grads = jax.grad(lambda p: next_token_loss(jnp.asarray(run.model.apply(p, ids)), ids).sum())(params)
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads)
+
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32, device=x.sharding), run.params)
+    for ids in run.watched_batches(progress):
+        total = add(total, run.params, ids)
+    keep = baselines.taylor(graph, run.params, total, run.o.sparsity, heads=True, multiple_of=run.o.multiple_of)
+    return Found(keep, run.params, {"tokens": int(run.texts.calibration.size)})
+
+
 def _loraprune_options(o: LanguageOptions, criterion: Any) -> LoraPrune:
     every = max(1, min(10, o.recover // 10))
     return LoraPrune(ratio=o.sparsity, every=every, multiple_of=o.multiple_of, criterion=criterion,
@@ -126,6 +180,12 @@ LANGUAGE_METHODS: dict[str, LanguageMethod] = {
                                      _by_statistics("relative3")),
     "wanda-sp": LanguageMethod("|weight| x activation norm, all layers alike (Wanda, structured)",
                                _by_statistics("wanda", "uniform")),
+    "wanda-sp-global": LanguageMethod("the same, standardised, with one threshold for all layers", _wanda,
+                                      scopes=("global",)),
+    "flap": LanguageMethod("heads and channels that fluctuate least, their means moved into biases (FLAP)", _flap(True),
+                           scopes=("global",), family="llama"),
+    "flap-plain": LanguageMethod("the same without biases", _flap(False), scopes=("global",)),
+    "taylor": LanguageMethod("|weight x gradient| of heads and channels, all layers alike (LLM-Pruner)", _taylor),
     "magnitude": LanguageMethod("norms of the down projection's columns, all layers alike",
                                 _by_statistics("magnitude", "uniform")),
     "random": LanguageMethod("chance, all layers alike: the baseline to beat", _by_statistics("random", "uniform")),
