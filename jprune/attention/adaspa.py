@@ -45,15 +45,10 @@ def action_for_step(step: int, config: AdaSpaConfig) -> Action:
 
 
 def segments(steps: int, config: AdaSpaConfig) -> list[tuple[Action, int, int]]:
-    """(action, first step, last step + 1) of runs of equal actions; searches stand alone."""
-    out = []
-    for action, run in itertools.groupby(range(steps), lambda i: action_for_step(i, config)):
-        run = list(run)
-        if action in (Action.FUSED, Action.RESEARCH):
-            out += [(action, i, i + 1) for i in run]
-        else:
-            out.append((action, run[0], run[-1] + 1))
-    return out
+    """(action, first step, last step + 1) of runs of equal actions."""
+    runs = itertools.groupby(range(steps), lambda i: action_for_step(i, config))
+    whole = [(action, list(run)) for action, run in runs]
+    return [(action, run[0], run[-1] + 1) for action, run in whole]
 
 
 class LayerState(NamedTuple):

@@ -67,7 +67,7 @@ def test_the_schedule():
     every = AdaSpaConfig(search_steps=(1, 2, 3))
     assert [action_for_step(i, every) for i in range(5)] == [
         Action.DENSE, Action.FUSED, Action.RESEARCH, Action.RESEARCH, Action.SPARSE]  # fmt: skip
-    assert segments(3, every)[-1] == (Action.RESEARCH, 2, 3)
+    assert segments(5, every)[2] == (Action.RESEARCH, 2, 4)
 
 
 @pytest.mark.parametrize(
