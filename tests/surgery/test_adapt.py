@@ -122,28 +122,29 @@ def test_the_matrix_is_what_the_product_multiplies_with():
 
 
 def scanned(p, x):
-    """Layers stacked on axis 1 of the stored leaf, a matrix shared by all layers, rematerialisation, a branch."""
+    """A leaf stacked on axis 1, one transposed in every layer, one shared by all layers, rematerialised, with a branch."""
 
     def layer(x, own):
         w, v = own
         y = jnp.tanh(x @ w + x @ p["shared"])
-        return jax.lax.cond(jnp.sum(y) > -1e9, lambda y: x + y @ v, lambda y: x, y), None
+        return jax.lax.cond(jnp.sum(y) > -1e9, lambda y: x + y @ v.T, lambda y: x, y), None
 
     return jax.lax.scan(jax.checkpoint(layer), x, (jnp.moveaxis(p["w"], 1, 0), p["v"]))[0]
 
 
 def unrolled(p, x):
     for i in range(p["v"].shape[0]):
-        x = x + jnp.tanh(x @ p["w"][:, i] + x @ p["shared"]) @ p["v"][i]
+        x = x + jnp.tanh(x @ p["w"][:, i] + x @ p["shared"]) @ p["v"][i].T
     return x
 
 
 def test_in_loops_every_layer_has_its_own():
-    params = {"w": normal(0, 4, 3, 5), "v": normal(1, 3, 5, 4), "shared": normal(2, 4, 5)}
+    params = {"w": normal(0, 4, 3, 5), "v": normal(1, 3, 4, 5), "shared": normal(2, 4, 5)}
     x = normal(3, 2, 4)
     graph = check_merged(scanned, params, (x,))
     assert product(graph, "w").lead == (3,) and product(graph, "shared").lead == ()
     np.testing.assert_array_equal(product(graph, "w").matrix(params["w"]), params["w"].transpose(1, 2, 0))
+    np.testing.assert_array_equal(product(graph, "v").matrix(params["v"]), params["v"])
     factors = low_rank(graph, ["w", "v", "shared"])
     want = unrolled(merged(graph, params, factors), x)
     assert relative(jax.jit(with_factors(graph, list(factors)))(params, factors, x), want) < 1e-5
@@ -245,10 +246,10 @@ def test_what_is_refused():
     with pytest.raises(TapError, match=r"a derivative of its own, at .*test_adapt"):
         adapt(graph, ["w"], gating)
     graph = jprune.trace(
-        scanned, {"w": normal(0, 4, 3, 5), "v": normal(1, 3, 5, 4), "shared": normal(2, 4, 5)}, normal(3, 2, 4)
+        scanned, {"w": normal(0, 4, 3, 5), "v": normal(1, 3, 4, 5), "shared": normal(2, 4, 5)}, normal(3, 2, 4)
     )
     with pytest.raises(TapError, match="its 3 layers come first"):
-        adapt(graph, ["v"], gating)({"w": normal(0, 4, 3, 5), "v": normal(1, 3, 5, 4), "shared": normal(2, 4, 5)},
+        adapt(graph, ["v"], gating)({"w": normal(0, 4, 3, 5), "v": normal(1, 3, 4, 5), "shared": normal(2, 4, 5)},
                                     {"v": (jnp.ones(5),)}, normal(3, 2, 4))  # fmt: skip
 
 
