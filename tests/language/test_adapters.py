@@ -72,7 +72,10 @@ def test_the_files_are_those_of_peft(tmp_path):
     assert files["base_model.model.model.layers.1.mlp.down_proj.lora_mask"].all()
 
 
-@pytest.mark.parametrize(("written", "read"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [(False, False), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((True, False), (False, True), (True, True)))],
+)
 def test_read_back_unrolled_and_stacked(tmp_path, written, read):
     layouts = {False: LINEN, True: LINEN_SCAN}
     config, lora, masks = adapters(written)

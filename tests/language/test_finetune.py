@@ -150,3 +150,12 @@ def test_masked_units_and_broken_losses():
     np.testing.assert_array_equal(lora["w"]["b"], fresh()["w"]["b"])
     with pytest.raises(ValueError, match="the loss is nan at step 1"):
         recover(graph, {**PARAMS, "v": PARAMS["v"] * jnp.nan}, batches, Tuning(2), config=CONFIG, lora=fresh())
+
+
+def test_every_step_and_micro_batch_has_its_own_key():
+    def noise(params, lora, masks, batch, key):
+        return jax.random.uniform(key) + 0 * jnp.sum(lora["w"]["b"])
+
+    _, losses = recover(traced(), PARAMS, batches, Tuning(3), config=CONFIG, lora=fresh(), loss=noise)
+    _, halves = recover(traced(), PARAMS, batches, Tuning(3, accumulate=2), config=CONFIG, lora=fresh(), loss=noise)
+    assert len({*losses, *halves}) == 6

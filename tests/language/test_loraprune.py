@@ -36,16 +36,21 @@ def ids(step, rows=4, tokens=6):
 
 @functools.cache
 def decoder(scanned=True, kv=2):
-    """(module, variables, graph, adapters that do something, gradients of the loss by them)."""
+    """(module, variables, graph)."""
     module = Llama(tiny("llama", kv_heads=kv, **SMALL), scanned)
     v = weights(module.config, scanned=scanned)
-    graph = jprune.trace(module.apply, v, ids(0))
+    return module, v, jprune.trace(module.apply, v, ids(0))
+
+
+@functools.cache
+def learnt(scanned=True, kv=2):
+    """(adapters that do something, gradients of the loss by them)."""
+    _, v, graph = decoder(scanned, kv)
     rng = np.random.default_rng(5)
     lora = init(jax.random.key(0), graph, CONFIG)
     lora = {t: {"a": f["a"], "b": jnp.asarray(rng.normal(size=f["b"].shape) / 9, jnp.float32)} for t, f in lora.items()}
     loss = next_token(graph, CONFIG)
-    grads = jax.jit(jax.grad(lambda f: loss(v, f, {}, ids(1), None)))(lora)
-    return module, v, graph, lora, grads
+    return lora, jax.jit(jax.grad(lambda f: loss(v, f, {}, ids(1), None)))(lora)
 
 
 # -- one matrix ------------------------------------------------------------------------------------------------------
@@ -80,10 +85,10 @@ def test_scores_are_divided_by_their_norm():
     np.testing.assert_allclose(other[g], [0.83205029, 0.55470020], rtol=1e-6)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 9))
-@settings(max_examples=8)
-def test_sensitivity_is_the_element_loop(seed, rank, chunk):
-    rng = np.random.default_rng(seed)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 7, 9]))
+@settings(max_examples=6)
+def test_sensitivity_is_the_element_loop(seed, chunk):
+    rank, rng = 3, np.random.default_rng(seed)
     w, a, b, ga, gb = (rng.normal(size=s) for s in ((7, 5), (rank, 5), (7, rank), (rank, 5), (7, rank)))
     want = np.zeros((7, 5))
     for i in range(7):
@@ -145,7 +150,8 @@ MATRICES = {
 
 def by_hand(scanned, kv, layer, part, criterion, weight_grads=None, only=None):
     """Group scores of one layer by element loops in float64, matrices read by name."""
-    module, v, _, lora, grads = decoder(scanned, kv)
+    module, v, _ = decoder(scanned, kv)
+    lora, grads = learnt(scanned, kv)
     layout = LINEN_SCAN if scanned else LINEN
     c, total = module.config, 0
     units = kv if part == "attention" else c.ffn[0]
@@ -176,7 +182,8 @@ def by_hand(scanned, kv, layer, part, criterion, weight_grads=None, only=None):
 )
 @pytest.mark.parametrize("criterion", ["lora", "grad", "magnitude"])
 def test_group_scores_by_hand(scanned, kv, criterion):
-    _, v, graph, lora, grads = decoder(scanned, kv)
+    _, v, graph = decoder(scanned, kv)
+    lora, grads = learnt(scanned, kv)
     groups = lm.prunable(graph, skip_first=0, skip_last=0)
     weight_grads = None
     if criterion == "grad":
@@ -192,7 +199,8 @@ def test_group_scores_by_hand(scanned, kv, criterion):
 
 def test_query_heads_of_every_group_are_scored_by_q_and_o():
     """The unit is one position in each of the two groups: heads 0 and 2, or 1 and 3."""
-    _, v, graph, lora, grads = decoder()
+    _, v, graph = decoder()
+    lora, grads = learnt()
     (g,) = lm.prunable(graph, unit="q_head_balanced", parts=("attention",), skip_first=0, skip_last=0)
     score = functools.partial(group_importance, graph, groups=[g], config=CONFIG, normalize=False)
     got = jax.jit(score)(v, lora, grads)[g]
@@ -210,8 +218,10 @@ def test_query_heads_of_every_group_are_scored_by_q_and_o():
     np.testing.assert_allclose(got[2], total, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_permuted_channels_have_permuted_scores():
-    _, v, graph, lora, grads = decoder()
+    _, v, graph = decoder()
+    lora, grads = learnt()
     (g,) = lm.prunable(graph, parts=("mlp",), skip_first=0, skip_last=0)
     score = jax.jit(functools.partial(group_importance, graph, groups=[g], config=CONFIG))
     order = np.random.default_rng(0).permutation(12)
@@ -269,7 +279,7 @@ def test_how_many_units_go():
     assert (lm.pruned_units(32, 0.5), lm.pruned_units(11008, 0.5), lm.pruned_units(5, 0.5)) == (16, 5504, 2)
     assert lm.pruned_units(10, 0.3) == 3 and lm.pruned_units(2, 0.99) == 1 and lm.pruned_units(1, 0.5) == 0
     assert lm.pruned_units(100, 0.5, 32) == 36 and lm.pruned_units(100, 0.5, 128) == 0
-    _, _, graph, _, _ = decoder()
+    _, _, graph = decoder()
     rows = lm.prunable(graph)
     ffn, kv = sorted(rows, key=lambda g: "/attn/" in g)
     counts = [run.unit_counts(graph, dataclasses.replace(OPTIONS, multiple_of=4), rows, s) for s in (0.3, 0.45, 0.5)]
@@ -306,10 +316,10 @@ def test_layers_that_stay_whole():
     ema, masks = {"g": jnp.array([[1.0, 2], [2, 1], [1, 1]])}, {"g": jnp.ones((3, 2))}
     got = lm.update_masks(ema, masks, {"g": 1}, {"g": np.array([True, True, False])})
     np.testing.assert_array_equal(got["g"], [[0, 1], [1, 0], [1, 1]])
-    _, _, flat, _, _ = decoder(False)
+    _, _, flat = decoder(False)
     rows = lm.prunable(flat, skip_first=0.3, skip_last=1)  # floor(1.2) = 1 of four
     assert {g.split("/")[1] for g in rows} == {"layer1", "layer2"} and len(rows) == 4
-    _, _, graph, _, _ = decoder()
+    _, _, graph = decoder()
     assert [r.tolist() for r in lm.prunable(graph, skip_first=2, skip_last=0).values()] == [
         [False, False, True, True]
     ] * 2
@@ -318,8 +328,8 @@ def test_layers_that_stay_whole():
 
 
 def test_units_that_an_attention_has():
-    _, _, grouped, _, _ = decoder()
-    _, _, plain, _, _ = decoder(True, 4)
+    _, _, grouped = decoder()
+    _, _, plain = decoder(True, 4)
     jax.tree.map(np.testing.assert_array_equal, lm.prunable(plain, unit="head"), lm.prunable(plain, unit="kv_group"))
     assert set(lm.prunable(grouped)) == set(lm.prunable(grouped, unit="kv_group"))
     with pytest.raises(ValueError, match="share key-value heads: choose unit 'kv_group'"):
@@ -338,7 +348,7 @@ TUNING = Tuning(10, 0.02, accumulate=2)
 @functools.cache
 def pruned():
     """(result, kept units after every step)."""
-    _, v, graph, _, _ = decoder()
+    _, v, graph = decoder()
     kept = []
     got = run.loraprune(graph, v, ids, OPTIONS, TUNING, on_step=lambda t, m: kept.append(m["kept"]))
     return got, kept
@@ -355,7 +365,7 @@ def test_the_loop_prunes_what_it_says():
 
 
 def test_the_end_is_a_smaller_model_of_the_same_function():
-    _, v, graph, _, _ = decoder()
+    _, v, graph = decoder()
     got, _ = pruned()
     merged, keep = run.finalize(graph, v, got.lora, got.masks, CONFIG)
     want = jax.jit(adapted(graph, CONFIG))(v, got.lora, ids(3), masks=got.masks)
@@ -368,8 +378,9 @@ def test_the_end_is_a_smaller_model_of_the_same_function():
     assert widths == keep[ffn].sum(-1).tolist() == [12, 6, 6, 12]
 
 
-def test_a_step_is_one_program_and_differentiates_adapters_only():
-    _, v, graph, lora, _ = decoder()
+def test_adapters_alone_are_differentiated():
+    _, v, graph = decoder()
+    lora = init(jax.random.key(0), graph, CONFIG)
     loss = next_token(graph, CONFIG)
     rows = lm.prunable(graph)
     of = run.gradient(graph, OPTIONS, lora, loss)
@@ -378,6 +389,16 @@ def test_a_step_is_one_program_and_differentiates_adapters_only():
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, lora) and frozen == {}
     weights = {x.shape for x in jax.tree.leaves(v["params"]["layers"]) if x.ndim > 2}
     assert not weights & {g.shape for g in jax.tree.leaves(grads)}
+    grad = run.gradient(graph, dataclasses.replace(OPTIONS, criterion="grad"), lora, loss)
+    _, (_, frozen) = jax.eval_shape(grad, v, lora, ones, ids(0), jax.random.key(0))
+    assert {p: x.shape for p, x in frozen.items()} == {p: dict(flatten(v))[p].shape for p in lora}
+
+
+@pytest.mark.slow
+def test_masks_and_rates_compile_nothing_again():
+    _, v, graph = decoder()
+    lora, rows, loss = init(jax.random.key(0), graph, CONFIG), lm.prunable(graph), next_token(graph, CONFIG)
+    ones = {g: jnp.ones(graph.groups[g].shape) for g in rows}
     step = jax.jit(run.step_of(graph, OPTIONS, TUNING, lora, loss))
     state = fresh(TUNING, lora, {"masks": ones, "ema": jax.tree.map(jnp.zeros_like, ones)})
     for t in range(2):
@@ -388,14 +409,11 @@ def test_a_step_is_one_program_and_differentiates_adapters_only():
         }
         state = state._replace(rest=rest)
     assert step._cache_size() == 1
-    grad = run.gradient(graph, dataclasses.replace(OPTIONS, criterion="grad"), lora, loss)
-    _, (_, frozen) = jax.eval_shape(grad, v, lora, ones, ids(0), jax.random.key(0))
-    assert {p: x.shape for p, x in frozen.items()} == {p: dict(flatten(v))[p].shape for p in lora}
 
 
 @pytest.mark.slow
 def test_a_killed_run_prunes_the_same_bits(tmp_path):
-    _, v, graph, _, _ = decoder()
+    _, v, graph = decoder()
 
     def dies(step):
         if step == 7:
@@ -413,7 +431,7 @@ def test_a_killed_run_prunes_the_same_bits(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["grad", "magnitude", "random"])
 def test_other_criteria_run_in_the_same_loop(criterion):
-    _, v, graph, _, _ = decoder()
+    _, v, graph = decoder()
     got = run.loraprune(graph, v, ids, dataclasses.replace(OPTIONS, criterion=criterion), TUNING)
     assert all(np.asarray(m == 0).sum(-1).tolist()[1] > 0 for m in got.masks.values())
     if criterion == "random":
@@ -422,7 +440,7 @@ def test_other_criteria_run_in_the_same_loop(criterion):
 
 @pytest.mark.slow
 def test_an_8_bit_base_keeps_the_same_units():
-    _, v, graph, _, _ = decoder()
+    _, v, graph = decoder()
 
     def quantized(x):
         scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
@@ -449,7 +467,7 @@ from test_loraprune import OPTIONS, TUNING, decoder, ids
 
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
 place, rows = placement(mesh), NamedSharding(mesh, P("data"))
-_, v, graph, _, _ = decoder()
+_, v, graph = decoder()
 split = jax.tree_util.tree_map_with_path(
     lambda path, x: jax.device_put(x, place(jax.tree_util.keystr(path, simple=True, separator="/"), x)), v)
 cut = [x for x in jax.tree.leaves(split) if not x.sharding.is_fully_replicated]
@@ -471,7 +489,8 @@ def test_sharded_weights_and_rows_prune_the_same_units():
 
 
 def test_what_is_refused():
-    _, v, graph, lora, grads = decoder()
+    _, v, graph = decoder()
+    lora, grads = learnt()
     groups = list(lm.prunable(graph))
     with pytest.raises(ValueError, match="criterion must be one of"):
         group_importance(graph, v, lora, grads, groups, criterion="taylor")
