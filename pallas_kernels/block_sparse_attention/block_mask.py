@@ -49,6 +49,29 @@ def pad_lists(ids: Int[Array, "*rows W"], count: Int[Array, "*rows"]) -> Int[Arr
     return jnp.where(count[..., None] > 0, padded, 0)
 
 
+def flags_of(ids: Int[Array, "*rows W"], count: Int[Array, "*rows"], n: int) -> Bool[Array, "*rows n"]:
+    """Flags of the ids in each list, of `n` possible ones."""
+    lists = ids.reshape(-1, ids.shape[-1])
+    valid = (jnp.arange(ids.shape[-1]) < count[..., None]).reshape(lists.shape)
+    flags = jnp.zeros((lists.shape[0], n), bool)
+    return flags.at[jnp.arange(lists.shape[0])[:, None], lists].max(valid).reshape(*count.shape, n)
+
+
+def union_lists(
+    ids: Int[Array, "*rows W"], count: Int[Array, "*rows"], n: int, together: int
+) -> tuple[Int[Array, "*groups V"], Int[Array, "*groups"], Int[Array, "*groups V"]]:
+    """(lists, counts, owners) of every `together` lists in a row as one; bit i of an owner: the i-th of them has the id.
+
+    A last group that is not full counts as if lists without ids followed. `n` ids are possible.
+    """
+    missing = -count.shape[-1] % together
+    flags = jnp.pad(flags_of(ids, count, n), [(0, 0)] * (count.ndim - 1) + [(0, missing), (0, 0)])
+    flags = flags.reshape(*count.shape[:-1], -1, together, n)
+    bits = (flags << jnp.arange(together, dtype=jnp.int32)[:, None]).sum(-2, dtype=jnp.int32)
+    idx, cnt, _ = _pack(bits > 0, min(together * ids.shape[-1], n))
+    return idx, cnt, jnp.take_along_axis(bits, idx, axis=-1)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["kv_idx", "kv_cnt", "q_idx", "q_cnt"],
@@ -242,15 +265,19 @@ class BlockMask:
 
     def to_dense(self) -> Bool[Array, "B H nq nk"]:
         """One flag a block; jit-able."""
-        rows = self.kv_idx.reshape(-1, self.width)
-        valid = (jnp.arange(self.width) < self.kv_cnt[..., None]).reshape(rows.shape)
-        flags = jnp.zeros((rows.shape[0], self.kv_blocks), bool)
-        flags = flags.at[jnp.arange(rows.shape[0])[:, None], rows].max(valid)
-        return flags.reshape(*self.kv_cnt.shape, self.kv_blocks)
+        return flags_of(self.kv_idx, self.kv_cnt, self.kv_blocks)
 
     def density(self) -> Float[Array, ""]:
         """Fraction of blocks that are active; jit-able."""
         return self.kv_cnt.astype(jnp.float32).mean() / self.kv_blocks
+
+    def shared(self, together: int) -> Float[Array, ""]:
+        """Fraction of active blocks where `together` neighbouring query blocks take the union of their lists; jit-able.
+
+        1 where neighbours have the same lists, 1 / together where they have nothing in common.
+        """
+        _, union, _ = union_lists(self.kv_idx, self.kv_cnt, self.kv_blocks, together)
+        return self.kv_cnt.sum() / (union.sum() * together)
 
     def with_transpose(self, width: int | None = None) -> BlockMask:
         """The same mask with its transposed lists; jit-able.

@@ -22,10 +22,26 @@ class KernelConfig:
       step_tokens: keys (in gradients of keys: queries) that one step of the loop over a list fetches and multiplies. On
         TPU below 256 wastes the matrix unit. None: 512 on TPU; elsewhere a whole list where it has at most 4096 keys.
       rows_at_once: query blocks that the XLA backend handles together. None: 1 on CPU, 32 elsewhere.
+      blocks_together: query blocks (in gradients of keys: key blocks) that one TPU program takes as one, over the union of
+        their lists: every fetched key serves so many times more queries, at the price of pairs that are masked. It pays
+        where neighbours' lists are alike (`BlockMask.shared`) and their blocks short of 256 tokens. A value that is not
+        finite then reaches all of them, not only those whose list has its block.
+      resident: whether a TPU program keeps all keys and values of a head in VMEM (in gradients of keys: queries and
+        cotangents) and takes blocks from there instead of HBM. None: where they fit.
     """
 
     step_tokens: int | None = None
     rows_at_once: int | None = None
+    blocks_together: int = 1
+    resident: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.blocks_together <= 16:
+            raise ValueError(f"blocks_together is {self.blocks_together}: 1 to 16 are possible")
+        for name in ("step_tokens", "rows_at_once"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be positive, or None")
 
 
 @dataclasses.dataclass(frozen=True)

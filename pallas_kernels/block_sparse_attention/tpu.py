@@ -9,7 +9,9 @@ ones, for all query heads that share it, with products transposed so that each q
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -31,9 +33,12 @@ from pallas_kernels.block_sparse_attention.tpu_walk import (
     dot,
     fetching,
     group_of,
+    held,
     list_specs,
+    padded,
     row,
     rule_specs,
+    together,
 )
 
 SUBLANES = 16  # rows of a tile of bfloat16
@@ -51,17 +56,42 @@ def refusal(static: Static, q: Any, k: Any, v: Any | None, tokens: Tokens) -> st
     return None
 
 
-def _forward_kernel(static: Static, tokens: Tokens, group: int, shared: int, values: bool, *arrays: Any) -> None:
-    idx, cnt, numbers, *refs = arrays
-    segments = (refs.pop(0), refs.pop(0)) if tokens.q_segments is not None else None
+def _split(tokens: Tokens, lists: int, references: Any) -> tuple[Any, Any, Any, list[Any]]:
+    """(list references, [key limit, offset], segment references or None, the others)."""
+    found, numbers, rest = references[:lists], references[lists], list(references[lists + 1 :])
+    if tokens.q_segments is None:
+        return found, numbers, None, rest
+    return found, numbers, (rest[0], rest[1]), rest[2:]
+
+
+def _wide(static: Static, tokens: Tokens, side: str) -> tuple[Static, Tokens]:
+    """The problem with several blocks of one side ("q" or "kv") as one."""
+    name, ids = ("block_q", "q_segments") if side == "q" else ("block_k", "kv_segments")
+    size = getattr(static, name) * static.config.blocks_together
+    if tokens.q_segments is not None:
+        tokens = tokens._replace(**{ids: padded(getattr(tokens, ids), size, 1)})
+    return dataclasses.replace(static, **{name: size}), tokens
+
+
+def _mine(rows: int, features: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, rows, features), lambda b, h, p: (b, h, p, 0))
+
+
+def _buffers(arrays: Any, rows: int) -> list[Any]:
+    return [pltpu.VMEM((2, rows, x.shape[-1]), x.dtype) for x in arrays] + [pltpu.SemaphoreType.DMA((2, len(arrays)))]
+
+
+def _forward_kernel(static: Static, tokens: Tokens, group: int, shared: int, lists: int, resident: bool, values: bool,
+                    *references: Any) -> None:  # fmt: skip
+    found, numbers, segments, refs = _split(tokens, lists, references)
     q, k = refs.pop(0), refs.pop(0)
     v = refs.pop(0) if values else None
     out = refs.pop(0) if values else None
     lse, keys, *more, semaphores = refs
-    batch, head = pl.program_id(0), pl.program_id(1) // shared
-    sources = [(k.at[batch, head], keys)] + ([(v.at[batch, head], more[0])] if v is not None else [])
-    walk = Walk(lambda t: idx[0, t], cnt[0, 0], group, static.block_k, sources, semaphores)
-    rules = Rules(static, tokens, numbers, segments, pl.program_id(2) * static.block_q, static.block_q)
+    at = (0, 0) if resident else (pl.program_id(0), pl.program_id(1) // shared)
+    copies = [(x.at[at], to) for x, to in zip((k, v), (keys, *more)) if x is not None]
+    walk = Walk(found, group, static.block_k, copies, semaphores, static.config.blocks_together)
+    rules = Rules(tokens, numbers, segments, pl.program_id(2) * static.block_q, static.block_q)
     query = q[...]
 
     def body(step: Any, slot: Any, carry: Any) -> Any:
@@ -92,40 +122,38 @@ def _forward_kernel(static: Static, tokens: Tokens, group: int, shared: int, val
 def forward(static: Static, q: Any, k: Any, v: Any | None, mask: BlockMask, tokens: Tokens) -> tuple[Any, Any]:
     """(out, log-sum-exp); without values only the latter, and None."""
     batch, heads, queries, features = q.shape
-    group, bq = group_of(static, mask.width, static.block_k), static.block_q
-    rows, keys = queries // bq, k.shape[2]
-    lists, list_blocks = list_specs(mask.kv_idx, mask.kv_cnt)
-    rules, rule_blocks = rule_specs(static, keys, tokens, batch)
-    arrays = [k] if v is None else [k, v]
-
-    def mine(n: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, bq, n), lambda b, h, p: (b, h, p, 0))
-
-    out = [jax.ShapeDtypeStruct((batch, heads, rows, 1, bq), jnp.float32)]
+    lists = together(static, mask.kv_idx, mask.kv_cnt, mask.kv_blocks)
+    group, width = group_of(static, lists[0].shape[-1], static.block_k), lists[0].shape[-1]
+    static, tokens = _wide(static, tokens, "q")
+    q, bq = padded(q, static.block_q, 2), static.block_q
+    grid = (batch, heads, q.shape[2] // bq)
+    arrays, shared = ([k] if v is None else [k, v]), heads // k.shape[1]
+    list_arrays, list_blocks = list_specs(lists)
+    rules, rule_blocks = rule_specs(static, k.shape[2], tokens, batch)
+    sources, resident, limit = held(static, arrays, 2, lambda h: h // shared)
+    out = [jax.ShapeDtypeStruct((*grid, 1, bq), jnp.float32)]
     out_specs = [pl.BlockSpec((None, None, None, 1, bq), lambda b, h, p: (b, h, p, 0, 0))]
     if v is not None:
         out.insert(0, jax.ShapeDtypeStruct((*q.shape[:3], v.shape[-1]), v.dtype))
-        out_specs.insert(0, mine(v.shape[-1]))
-    pairs = batch * heads * queries * mask.width * static.block_k
-    kernel = functools.partial(_forward_kernel, static, tokens, group, heads // k.shape[1], v is not None)
+        out_specs.insert(0, _mine(bq, v.shape[-1]))
+    kernel = functools.partial(_forward_kernel, static, tokens, group, shared, len(lists), resident, v is not None)
     *given, lse = call(
-        kernel, static, "block_sparse_attention", (batch, heads, rows), [*lists, *rules, q, *arrays],
-        [*list_blocks, *rule_blocks, mine(features), *[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays)], out, out_specs,
-        [pltpu.VMEM((2, group * static.block_k, x.shape[-1]), x.dtype) for x in arrays]
-        + [pltpu.SemaphoreType.DMA((2, len(arrays)))],
-        features=sum(x.shape[-1] for x in arrays), **fetching(arrays, static.block_q, pairs),
+        kernel, static, "block_sparse_attention", grid, [*list_arrays, *rules, q, *arrays],
+        [*list_blocks, *rule_blocks, _mine(bq, features), *sources], out, out_specs,
+        _buffers(arrays, group * static.block_k), features=sum(x.shape[-1] for x in arrays), vmem_bytes=limit,
+        **fetching(arrays, bq, math.prod(q.shape[:3]) * width * static.block_k),
     )  # fmt: skip
-    return (given[0] if given else None), lse.reshape(q.shape[:3])
+    return (given[0][:, :, :queries] if given else None), lse.reshape(q.shape[:3])[..., :queries]
 
 
-def _query_kernel(static: Static, tokens: Tokens, group: int, shared: int, *arrays: Any) -> None:
-    idx, cnt, numbers, *refs = arrays
-    segments = (refs.pop(0), refs.pop(0)) if tokens.q_segments is not None else None
+def _query_kernel(static: Static, tokens: Tokens, group: int, shared: int, lists: int, resident: bool,
+                  *references: Any) -> None:  # fmt: skip
+    found, numbers, segments, refs = _split(tokens, lists, references)
     q, dout, lse, delta, k, v, dq, keys, values, semaphores = refs
-    batch, head = pl.program_id(0), pl.program_id(1) // shared
-    sources = [(k.at[batch, head], keys), (v.at[batch, head], values)]
-    walk = Walk(lambda t: idx[0, t], cnt[0, 0], group, static.block_k, sources, semaphores)
-    rules = Rules(static, tokens, numbers, segments, pl.program_id(2) * static.block_q, static.block_q)
+    at = (0, 0) if resident else (pl.program_id(0), pl.program_id(1) // shared)
+    copies = [(k.at[at], keys), (v.at[at], values)]
+    walk = Walk(found, group, static.block_k, copies, semaphores, static.config.blocks_together)
+    rules = Rules(tokens, numbers, segments, pl.program_id(2) * static.block_q, static.block_q)
     query, d, shift, less = q[...], dout[...], column(lse[...]), column(delta[...])
 
     def body(step: Any, slot: Any, acc: Any) -> Any:
@@ -145,43 +173,43 @@ def query_gradient(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, 
                    tokens: Tokens) -> Any:  # fmt: skip
     """Gradient of the queries, over the lists of the forward pass."""
     batch, heads, queries, features = q.shape
-    group, bq = group_of(static, mask.width, static.block_k), static.block_q
-    rows = queries // bq
-    lists, list_blocks = list_specs(mask.kv_idx, mask.kv_cnt)
+    lists = together(static, mask.kv_idx, mask.kv_cnt, mask.kv_blocks)
+    group, width = group_of(static, lists[0].shape[-1], static.block_k), lists[0].shape[-1]
+    static, tokens = _wide(static, tokens, "q")
+    q, dout, shift, delta = (padded(x, static.block_q, 2) for x in (q, dout, finite_lse(lse) * LOG2E, delta))
+    bq, shared = static.block_q, heads // k.shape[1]
+    grid = (batch, heads, q.shape[2] // bq)
+    list_arrays, list_blocks = list_specs(lists)
     rules, rule_blocks = rule_specs(static, k.shape[2], tokens, batch)
-
-    def mine(n: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, bq, n), lambda b, h, p: (b, h, p, 0))
-
+    sources, resident, limit = held(static, [k, v], 2, lambda h: h // shared)
     number = pl.BlockSpec((None, None, None, 1, bq), lambda b, h, p: (b, h, p, 0, 0))
-    shift, delta = (x.reshape(batch, heads, rows, 1, bq) for x in (finite_lse(lse) * LOG2E, delta))
-    return call(
-        functools.partial(_query_kernel, static, tokens, group, heads // k.shape[1]), static,
-        "block_sparse_attention_dq", (batch, heads, rows), [*lists, *rules, q, dout, shift, delta, k, v],
-        [*list_blocks, *rule_blocks, mine(features), mine(v.shape[-1]), number, number,
-         *[pl.BlockSpec(memory_space=pl.ANY)] * 2],
-        jax.ShapeDtypeStruct(q.shape, q.dtype), mine(features),
-        [pltpu.VMEM((2, group * static.block_k, x.shape[-1]), x.dtype) for x in (k, v)]
-        + [pltpu.SemaphoreType.DMA((2, 2))],
-        features=2 * features + v.shape[-1], **fetching((k, v), bq, batch * heads * queries * mask.width * static.block_k),
+    dq = call(
+        functools.partial(_query_kernel, static, tokens, group, shared, len(lists), resident), static,
+        "block_sparse_attention_dq", grid,
+        [*list_arrays, *rules, q, dout, shift.reshape(*grid, 1, bq), delta.reshape(*grid, 1, bq), k, v],
+        [*list_blocks, *rule_blocks, _mine(bq, features), _mine(bq, v.shape[-1]), number, number, *sources],
+        jax.ShapeDtypeStruct(q.shape, q.dtype), _mine(bq, features), _buffers([k, v], group * static.block_k),
+        features=2 * features + v.shape[-1], vmem_bytes=limit,
+        **fetching([k, v], bq, math.prod(q.shape[:3]) * width * static.block_k),
     )  # fmt: skip
+    return dq[:, :, :queries]
 
 
-def _key_kernel(static: Static, tokens: Tokens, group: int, shared: int, *arrays: Any) -> None:
-    idx, cnt, numbers, *refs = arrays
-    segments = (refs.pop(0), refs.pop(0)) if tokens.q_segments is not None else None
+def _key_kernel(static: Static, tokens: Tokens, group: int, shared: int, lists: int, resident: bool,
+                *references: Any) -> None:  # fmt: skip
+    found, numbers, segments, refs = _split(tokens, lists, references)
     k, v, lse, delta, q, dout, dk, dv, queries, douts, semaphores = refs
-    batch, kv_head = pl.program_id(0), pl.program_id(1)
-    bq, bk, lists = static.block_q, static.block_k, idx.shape[0]
+    at = (0, 0) if resident else (pl.program_id(0), pl.program_id(1))
+    bq, bk = static.block_q, static.block_k
     limit, offset, causal = numbers[0, 0], numbers[0, 1], tokens.q_offset is not None
-    last = (pl.program_id(2) + 1) * bk - 1  # key of this block
+    last = (pl.program_id(2) + 1) * bk - 1  # key of these blocks
     key, value = k[...], v[...]
     own = last - bk + 1 + jax.lax.broadcasted_iota(jnp.int32, (bk, 1), 0)
 
     def of_head(r: Any, carry: Any) -> Any:
-        head, which = kv_head * shared + r, r if lists > 1 else 0
-        sources = [(q.at[batch, head], queries), (dout.at[batch, head], douts)]
-        walk = Walk(lambda t: idx[which, 0, t], cnt[which, 0, 0], group, bq, sources, semaphores)
+        copies = [(x.at[(*at, r)], to) for x, to in ((q, queries), (dout, douts))]
+        mine = [x.at[r if x.shape[0] > 1 else 0] for x in found]
+        walk = Walk(mine, group, bq, copies, semaphores, static.config.blocks_together)
 
         def along_lanes(of: Any, step: Any) -> Any:
             return jnp.concatenate([of[pl.ds(walk.entry(step, t), 1), :] for t in range(group)], axis=1)
@@ -196,6 +224,7 @@ def _key_kernel(static: Static, tokens: Tokens, group: int, shared: int, *arrays
                 w = jnp.exp2(z - shift)
                 w = w if ok is None else jnp.where(ok, w, 0)
                 ds = w * (dot(value, d, transpose=True) - along_lanes(delta.at[r], step)) * slope
+                ds = ds if ok is None else jnp.where(ok, ds, 0)  # a weight of 0 hides no infinite value
                 return carry[0] + dot(ds.astype(q.dtype), query), carry[1] + dot(w.astype(dout.dtype), d)
 
             def pairs() -> Any:
@@ -204,11 +233,11 @@ def _key_kernel(static: Static, tokens: Tokens, group: int, shared: int, *arrays
                     ok &= own <= at + offset
                 if segments:
                     ok &= column(segments[1][...]) == along_lanes(segments[0], step)
-                return ok
+                return ok & walk.owned(step, bk) if walk.together > 1 else ok
 
             if segments:
                 return update(carry, pairs())
-            all_count = last < limit
+            all_count = (last < limit) & walk.owned_by_all(step)
             if causal:
                 first = functools.reduce(jnp.minimum, [walk.entry(step, t) for t in range(group)]) * bq
                 all_count &= last <= first + offset
@@ -225,32 +254,30 @@ def key_gradients(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, d
                   tokens: Tokens) -> tuple[Any, Any]:  # fmt: skip
     """Gradients of keys and values, over the transposed lists, summed over the query heads that share a key head."""
     batch, heads, queries, _ = q.shape
-    kv_heads, bq, bk = k.shape[1], static.block_q, static.block_k
-    shared, group, width = heads // kv_heads, group_of(static, mask.q_idx.shape[-1], bq), mask.q_idx.shape[-1]
+    kv_heads, keys, bq = k.shape[1], k.shape[2], static.block_q
+    shared = heads // kv_heads
 
     def grouped(x: Any) -> Any:  # heads as (key heads, those that share one)
         return x.reshape(x.shape[0], *((kv_heads, shared) if x.shape[1] > 1 else (1, 1)), *x.shape[2:])
 
-    lists, list_blocks = list_specs(grouped(mask.q_idx), grouped(mask.q_cnt))
-    rules, rule_blocks = rule_specs(static, k.shape[2], tokens, batch, transposed=True)
-
-    def mine(n: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, bk, n), lambda b, g, r: (b, g, r, 0))
-
+    lists = tuple(map(grouped, together(static, mask.q_idx, mask.q_cnt, mask.q_blocks)))
+    group, width = group_of(static, lists[0].shape[-1], bq), lists[0].shape[-1]
+    static, tokens = _wide(static, tokens, "kv")
+    k, v, bk = padded(k, static.block_k, 2), padded(v, static.block_k, 2), static.block_k
+    list_arrays, list_blocks = list_specs(lists)
+    rules, rule_blocks = rule_specs(static, keys, tokens, batch, transposed=True)
     whole = pl.BlockSpec((None, None, shared, queries // bq, bq), lambda b, g, r: (b, g, 0, 0, 0))
+    q, dout = grouped(q), grouped(dout)
     shift, delta = (grouped(x.reshape(batch, heads, -1, bq)) for x in (finite_lse(lse) * LOG2E, delta))
-    blocks = [mine(k.shape[-1]), mine(v.shape[-1])]
-    return call(
-        functools.partial(_key_kernel, static, tokens, group, shared), static, "block_sparse_attention_dkv",
-        (batch, kv_heads, k.shape[2] // bk), [*lists, *rules, k, v, shift, delta, q, dout],
-        [*list_blocks, *rule_blocks, *blocks, whole, whole, *[pl.BlockSpec(memory_space=pl.ANY)] * 2],
-        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)], blocks,
-        [pltpu.VMEM((2, group * bq, x.shape[-1]), x.dtype) for x in (q, dout)] + [pltpu.SemaphoreType.DMA((2, 2))],
-        features=2 * (k.shape[-1] + v.shape[-1]), **fetching((q, dout), bk, batch * heads * k.shape[2] * width * bq),
-        vmem_bytes=_room(4 * 4 * shared * queries),
+    sources, resident, limit = held(static, [q, dout], 2, lambda g: g, more=16 * shared * queries)
+    blocks = [_mine(bk, k.shape[-1]), _mine(bk, v.shape[-1])]
+    dk, dv = call(
+        functools.partial(_key_kernel, static, tokens, group, shared, len(lists), resident), static,
+        "block_sparse_attention_dkv", (batch, kv_heads, k.shape[2] // bk),
+        [*list_arrays, *rules, k, v, shift, delta, q, dout],
+        [*list_blocks, *rule_blocks, *blocks, whole, whole, *sources],
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)], blocks, _buffers([q, dout], group * bq),
+        features=2 * (k.shape[-1] + v.shape[-1]), vmem_bytes=limit,
+        **fetching([q, dout], bk, shared * math.prod(k.shape[:3]) * width * bq),
     )  # fmt: skip
-
-
-def _room(needed: int) -> int | None:
-    """The limit of VMEM for a kernel whose whole-head blocks take some bytes; None where the default is enough."""
-    return None if needed < 4 << 20 else needed + (16 << 20)
+    return dk[:, :, :keys], dv[:, :, :keys]

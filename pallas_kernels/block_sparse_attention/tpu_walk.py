@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.block_sparse_attention.block_mask import union_lists
 from pallas_kernels.block_sparse_attention.problem import Static, Tokens
 
 LOG2E = math.log2(math.e)
@@ -60,21 +61,60 @@ def clamped(axis: int, of: Any) -> Callable[[Any], Any]:
     return (lambda i: i) if of.shape[axis] > 1 else (lambda i: 0 * i)
 
 
-def list_specs(idx: Any, cnt: Any) -> tuple[list[Any], list[pl.BlockSpec]]:
-    """Lists and counts as arrays and blocks in scalar memory, one list a program; several for lists of grouped heads.
+def list_specs(lists: Sequence[Any]) -> tuple[list[Any], list[pl.BlockSpec]]:
+    """Lists, counts and perhaps owners as arrays and blocks in scalar memory: one list a program, or one a grouped head.
 
-    (batch, heads, blocks, width), or (batch, key heads, heads that share one, blocks, width).
+    Lists are (batch, heads, blocks, width), or (batch, key heads, heads that share one, blocks, width).
     """
+    idx, cnt, *owners = lists
     b, h, p = (clamped(axis, idx) for axis in (0, 1, idx.ndim - 2))
-    lists = (idx.shape[2],) if idx.ndim == 5 else ()
+    shared = (idx.shape[2],) if idx.ndim == 5 else ()
 
     def at(i: Any, j: Any, r: Any) -> Any:
-        return b(i), h(j), *(0 for _ in lists), p(r), 0, 0
+        return b(i), h(j), *(0 for _ in shared), p(r), 0, 0
 
-    arrays = [idx[..., None, :], cnt[..., None, None]]
+    arrays = [idx[..., None, :], cnt[..., None, None], *(x[..., None, :] for x in owners)]
     return arrays, [
-        pl.BlockSpec((None, None, *lists, None, 1, x.shape[-1]), at, memory_space=pltpu.SMEM) for x in arrays
+        pl.BlockSpec((None, None, *shared, None, 1, x.shape[-1]), at, memory_space=pltpu.SMEM) for x in arrays
     ]
+
+
+def together(static: Static, idx: Any, cnt: Any, ids: int) -> tuple[Any, ...]:
+    """The lists that programs walk: as they are, or of several blocks together with the owners of every entry."""
+    n = static.config.blocks_together
+    return (idx, cnt) if n == 1 else union_lists(idx, cnt, ids, n)
+
+
+def padded(x: Any, block: int, axis: int) -> Any:
+    """An array with zeros up to whole blocks along an axis."""
+    missing = -x.shape[axis] % block
+    return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)]) if missing else x
+
+
+def held(static: Static, arrays: Sequence[Any], lead: int, index: Callable[[Any], Any], more: int = 0) -> Any:
+    """(block specifications, whether in VMEM, its limit in bytes) of arrays whose rows programs take by lists.
+
+    Args:
+      lead: axes in front that are one head's; the others are whole. index: second index of a program's (batch, that).
+      more: bytes of VMEM that the kernel holds besides.
+    """
+    size = more + sum(x.dtype.itemsize * math.prod((*x.shape[lead:-1], -(-x.shape[-1] // 128) * 128)) for x in arrays)
+    room = int(0.85 * pltpu.get_tpu_info().vmem_capacity_bytes) if pltpu.is_tpu_device() else 0
+    resident = size <= room if static.config.resident is None else static.config.resident
+    if not resident:
+        return [pl.BlockSpec(memory_space=pl.ANY)] * len(arrays), False, _limit(more)
+
+    def whole(x: Any) -> pl.BlockSpec:
+        rest = (0,) * (x.ndim - lead)
+        return pl.BlockSpec((1,) * lead + x.shape[lead:], lambda b, h, r: (b, index(h), *rest),
+                            pipeline_mode=pl.Buffered(1))  # fmt: skip
+
+    return [whole(x) for x in arrays], True, _limit(size)
+
+
+def _limit(held: int) -> int | None:
+    """The limit of VMEM for a kernel that holds so many bytes besides its buffers; None where the default is enough."""
+    return None if held < 4 << 20 else held + (16 << 20)
 
 
 def rule_specs(
@@ -104,19 +144,26 @@ class Walk:
     """A list as a loop of steps: fetches the blocks of the next step while one works on those of this one.
 
     Args:
-      ids: reads entry t of the list. count: its length. group: blocks of a step.
-      copies: (source in HBM with tokens first, buffer (2, group * block, features)) pairs.
+      lists: references of lists, counts and perhaps owners, one list each. group: blocks of a step. block: their tokens.
+      copies: (source with tokens first, buffer (2, group * block, features)) pairs.
       semaphores: DMA semaphores (2, number of copies).
+      together: blocks whose lists these are the union of.
     """
 
-    def __init__(self, ids: Callable[[Any], Any], count: Any, group: int, block: int, copies: Sequence[tuple[Any, Any]],
-                 semaphores: Any) -> None:  # fmt: skip
-        self.ids, self.count, self.group, self.block = ids, count, group, block
-        self.copies, self.semaphores = copies, semaphores
+    def __init__(self, lists: Sequence[Any], group: int, block: int, copies: Sequence[tuple[Any, Any]], semaphores: Any,
+                 together: int) -> None:  # fmt: skip
+        self.lists, self.count, self.group, self.block = lists, lists[1][0, 0], group, block
+        self.copies, self.semaphores, self.together = copies, semaphores, together
 
     def entry(self, step: Any, t: int) -> Any:
         """The t-th block of a step; behind the end the last one again, so that buffers never hold garbage."""
-        return self.ids(jnp.minimum(step * self.group + t, self.count - 1))
+        return self.lists[0][0, self._place(step, t)]
+
+    def _place(self, step: Any, t: int) -> Any:
+        return jnp.minimum(step * self.group + t, self.count - 1)
+
+    def _owners(self, step: Any) -> list[Any]:
+        return [self.lists[2][0, self._place(step, t)] for t in range(self.group)]
 
     def _transfers(self, step: Any, slot: Any) -> list[Any]:
         out = []
@@ -129,16 +176,33 @@ class Walk:
                 )
         return out
 
-    def positions(self, step: Any) -> Any:
-        """int32 (1, group * block): position of every fetched token, ABSENT behind the end of the list."""
+    def _along_lanes(self, numbers: Sequence[Any]) -> Any:
+        """int32 (1, group * block): every block's number at its tokens."""
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.group * self.block), 1)
-        start = jnp.full_like(lane, ABSENT)
-        for t in range(self.group):
-            real = step * self.group + t < self.count
-            here = (lane >= t * self.block) & (lane < (t + 1) * self.block)
-            first = jnp.where(real, (self.entry(step, t) - t) * self.block, ABSENT)
-            start = jnp.where(here, first, start)
-        return start + lane
+        out = jnp.zeros_like(lane)
+        for t, number in enumerate(numbers):
+            out = jnp.where((lane >= t * self.block) & (lane < (t + 1) * self.block), number, out)
+        return out
+
+    def positions(self, step: Any) -> Any:
+        """int32 (1, group * block): position of every fetched token, ABSENT or more behind the end of the list."""
+        first = [
+            jnp.where(step * self.group + t < self.count, (self.entry(step, t) - t) * self.block, ABSENT)
+            for t in range(self.group)
+        ]
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.group * self.block), 1)
+        return self._along_lanes(first) + lane
+
+    def owned_by_all(self, step: Any) -> Any:
+        """Whether every block of a step is in the lists of all blocks together."""
+        if self.together == 1:
+            return True
+        return functools.reduce(jnp.bitwise_and, self._owners(step)) == (1 << self.together) - 1
+
+    def owned(self, step: Any, rows: int) -> Any:
+        """bool (rows, group * block): whether a token's block is in the list of the block that the row belongs to."""
+        bit = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0) // (rows // self.together)
+        return (self._along_lanes(self._owners(step)) & (1 << bit)) != 0
 
     def all_below(self, step: Any, limit: Any) -> Any:
         """Whether the step is full and every token's position is below a limit."""
@@ -172,17 +236,18 @@ class Walk:
 class Rules:
     """Which pairs of a query block and fetched keys count; `segments` is None or (query ids, key ids, blocks) refs."""
 
-    def __init__(self, static: Static, tokens: Tokens, numbers: Any, segments: Any, first_row: Any, rows: int) -> None:
+    def __init__(self, tokens: Tokens, numbers: Any, segments: Any, first_row: Any, rows: int) -> None:
         self.limit, self.offset = numbers[0, 0], numbers[0, 1]
         self.causal, self.segments = tokens.q_offset is not None, segments
-        self.first, self.rows, self.block = first_row, rows, static.block_k
+        self.first, self.rows = first_row, rows
 
     def choose(self, walk: Walk, step: Any, plain: Callable[[Any], Any], masked: Callable[..., Any], carry: Any) -> Any:
         """`plain(carry)` where every pair of a step counts, else `masked(carry, pairs)`."""
         if self.segments:
             return masked(carry, self._pairs(walk, step))
         limit = jnp.minimum(self.limit, self.first + self.offset + 1) if self.causal else self.limit
-        return jax.lax.cond(walk.all_below(step, limit), plain, lambda c: masked(c, self._pairs(walk, step)), carry)
+        every = walk.all_below(step, limit) & walk.owned_by_all(step)
+        return jax.lax.cond(every, plain, lambda c: masked(c, self._pairs(walk, step)), carry)
 
     def _pairs(self, walk: Walk, step: Any) -> Any:
         at = walk.positions(step)
@@ -194,7 +259,7 @@ class Rules:
             queries, keys = self.segments
             own = jnp.concatenate([keys[pl.ds(walk.entry(step, t), 1), :] for t in range(walk.group)], axis=1)
             ok &= column(queries[...]) == own
-        return ok
+        return ok & walk.owned(step, self.rows) if walk.together > 1 else ok
 
 
 def call(kernel: Callable[..., None], static: Static, name: str, grid: tuple[int, ...], inputs: Sequence[Any],

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.block_sparse_attention import BlockMask, BlockMaskError
+from pallas_kernels.block_sparse_attention.block_mask import union_lists
 
 SIZES = {"block_q": 8, "block_k": 16, "q_size": 37, "kv_size": 100}  # 5 and 7 blocks
 BLOCKS = (5, 7)
@@ -87,6 +88,23 @@ def test_top_k_keeps_the_best_with_counts_of_their_own():
             assert set(np.flatnonzero(dense[b, h, p])) == set(best)
         assert np.array_equal(mask.kv_idx[0, 0, 0, :1], [0])
         mask.check()
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_lists_of_neighbours_become_one_that_knows_its_owners(together):
+    active = flags(3)
+    mask = BlockMask.from_dense(active, **SIZES)
+    idx, cnt, owners = map(np.asarray, union_lists(mask.kv_idx, mask.kv_cnt, 7, together))
+    padded = np.concatenate([active, np.zeros((2, 3, -5 % together, 7), bool)], 2)
+    groups = padded.reshape(2, 3, -1, together, 7)
+    assert cnt.shape == groups.shape[:3]
+    for at in np.ndindex(cnt.shape):
+        ids = idx[at][: cnt[at]]
+        assert np.array_equal(ids, np.flatnonzero(groups[at].any(0)))
+        bits = owners[at][: cnt[at], None] >> np.arange(together) & 1
+        assert np.array_equal(bits.T.astype(bool), groups[at][:, ids])
+    union = groups.any(3).sum() * together
+    np.testing.assert_allclose(mask.shared(together), active.sum() / union, rtol=1e-6)
 
 
 def test_windows_cover_exactly_the_blocks_that_hold_a_pair():

@@ -31,9 +31,14 @@ WAYS = {
     "xla": {"impl": "xla"},
     "xla steps": {"impl": "xla", "config": KernelConfig(step_tokens=32, rows_at_once=4)},
     "tpu": {"impl": "tpu", "config": KernelConfig(step_tokens=32), "interpret": True},
+    "tpu wide": {
+        "impl": "tpu",
+        "config": KernelConfig(step_tokens=32, blocks_together=2, resident=True),
+        "interpret": True,
+    },
 }
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is what takes long
-TPU_SLOWLY = pytest.param("tpu", marks=pytest.mark.slow)
+TPU_SLOWLY = pytest.param("tpu", marks=pytest.mark.slow)  # "wide" has all of it and more, and runs always
 SPARSE = ["xla", "xla steps", TPU_SLOWLY]
 
 
@@ -117,7 +122,7 @@ def test_values_and_gradients_without_rules(way):
     assert np.isneginf(got[1][0, 1, 32:]).all() and not np.asarray(got[0])[0, 1, 32:].any()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["reference", *SPARSE, "tpu wide"])
 @settings(max_examples=12)
 @given(seed=st.integers(0, 10**6), density=st.floats(0, 1), segments=st.integers(1, 3))
 def test_values_and_gradients_under_all_rules(way, seed, density, segments):
@@ -130,14 +135,14 @@ def test_values_and_gradients_under_all_rules(way, seed, density, segments):
     assert not np.asarray(grads[1])[unseen].any() and not np.asarray(grads[2])[unseen].any()
 
 
-@pytest.mark.parametrize("way", ["xla", "xla steps", "tpu"])
+@pytest.mark.parametrize("way", ["xla", "xla steps", "tpu wide"])
 def test_every_fill_of_the_last_block(way):
     for fill in range(1, 17):
         tokens = NO_RULE | {"kv_len": np.array([64 + fill if fill <= 6 else 48 + fill, 16 + fill], np.int32)}
         agree(way, flags(fill, 0.6), tokens, fill)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["reference", *SPARSE, "tpu wide"])
 def test_what_lies_where_nobody_looks_reaches_nothing(way):
     active = flags(5)
     active[:, :, :, 2] = False  # a key block that no query visits,
@@ -329,6 +334,8 @@ MASK = BlockMask.dense(**SIZES)
         ({"layout": "hbld"}, "hbld"),
         ({"kv_len": np.zeros(3, np.int32)}, "kv_len"),
         ({"q_len": 3.5}, "q_len"),
+        ({"impl": "tpu"}, "no TPU"),
+        ({"impl": "tpu", "interpret": True, "mask": BlockMask.dense(**SIZES | {"block_k": 8})}, "multiple of 16"),
         ({"q_segment_ids": np.zeros((B, LQ), np.int32)}, "come together"),
         (
             {"q_segment_ids": np.zeros((B, 3), np.int32), "kv_segment_ids": np.zeros((B, LK), np.int32)},
@@ -341,3 +348,10 @@ def test_arguments_that_do_not_fit_are_named(change, words):
     arguments = {"q": q, "k": k, "v": v, "mask": MASK} | change
     with pytest.raises(AttentionError, match=words):
         block_sparse_attention(**arguments)
+    assert jax.eval_shape(block_sparse_attention, q, k, v, MASK).shape == (B, H, LQ, E)  # what is right passes
+
+
+@pytest.mark.parametrize("wrong", [{"blocks_together": 0}, {"blocks_together": 17}, {"step_tokens": 0}])
+def test_configurations_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        KernelConfig(**wrong)

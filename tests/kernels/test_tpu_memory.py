@@ -15,7 +15,8 @@ from pallas_kernels.block_sparse_attention import BlockMask, KernelConfig, block
 
 pytestmark = pytest.mark.slow
 CHIP = pltpu.InterpretParams(out_of_bounds_reads="raise", detect_races=True, uninitialized_memory="nan")
-TPU = {"impl": "tpu", "interpret": CHIP, "config": KernelConfig(step_tokens=32)}
+TPU = {"impl": "tpu", "interpret": CHIP}
+PLAIN, WIDE = KernelConfig(step_tokens=32), KernelConfig(step_tokens=32, blocks_together=2, resident=True)
 H, G, N = 2, 1, 80
 
 
@@ -34,8 +35,8 @@ def quiet(run):
         pltpu.reset_tpu_interpret_mode_state()
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_forward_and_gradients(causal):
+@pytest.mark.parametrize(("causal", "config"), [(False, PLAIN), (True, WIDE)])
+def test_forward_and_gradients(causal, config):
     q, k, v, dout = arrays(0)
     active = np.random.default_rng(1).random((1, H, 5, 5)) < 0.6
     active[0, 0, 1], active[0, 1, 2], active[0, :, :, 3] = False, True, False  # none, all, never
@@ -44,7 +45,7 @@ def test_forward_and_gradients(causal):
 
     def run():
         (out, lse), back = jax.vjp(
-            lambda *a: block_sparse_attention(*a, mask, return_lse=True, **rules, **TPU), q, k, v
+            lambda *a: block_sparse_attention(*a, mask, return_lse=True, config=config, **rules, **TPU), q, k, v
         )
         return out, lse, back((dout, np.zeros_like(lse)))
 
