@@ -65,7 +65,8 @@ class _Extra(NamedTuple):
 def targets(graph: Structure) -> tuple[str, ...]:
     """The matrix products of a decoder's blocks: those whose inputs or outputs are FFN channels or attention heads.
 
-    In a LLaMA the seven of every layer. Raises BlockError where the function is no decoder.
+    In a LLaMA the seven of every layer; where one key-value head serves all queries, k has nothing prunable and is left
+    out. Raises BlockError where the function is no decoder.
     """
     groups = set().union(*map(_groups, blocks(graph)))
     return tuple(t for t, tap in graph.taps.items() if tap.primitive == "dot_general" and groups & _met(tap))

@@ -277,7 +277,7 @@ def test_how_many_units_go():
     }
     assert (counted[32][-1], counted[11008][-1]) == (15, 5503)
     assert (lm.pruned_units(32, 0.5), lm.pruned_units(11008, 0.5), lm.pruned_units(5, 0.5)) == (16, 5504, 2)
-    assert lm.pruned_units(10, 0.3) == 3 and lm.pruned_units(2, 0.99) == 1 and lm.pruned_units(1, 0.5) == 0
+    assert lm.pruned_units(10, 0.3) == 3 and lm.pruned_units(4, 1.0) == 3 and lm.pruned_units(1, 0.5) == 0
     assert lm.pruned_units(100, 0.5, 32) == 36 and lm.pruned_units(100, 0.5, 128) == 0
     _, _, graph = decoder()
     rows = lm.prunable(graph)
@@ -376,6 +376,25 @@ def test_the_end_is_a_smaller_model_of_the_same_function():
     (ffn,) = [g for g in keep if "/mlp/" in g]
     widths = [x.shape[-1] for x in small["params"]["layers"]["mlp"]["gate"]["kernel"]]
     assert widths == keep[ffn].sum(-1).tolist() == [12, 6, 6, 12]
+
+
+def test_masks_enter_the_next_step():
+    """A loss that counts the units it is given; without gradients all scores are 0 and the lowest indices go."""
+    _, v, graph = decoder()
+
+    def units(params, lora, masks, batch, key):
+        return sum(jnp.sum(m) for m in masks.values()) + 0 * sum(jnp.sum(f["b"]) for f in lora.values())
+
+    got = run.loraprune(graph, v, ids, OPTIONS, TUNING, loss=units)
+    want, gone = [], 0
+    for t in range(TUNING.steps):
+        want.append(4 * (12 + 2) - gone)
+        if t in (due := run.pruning_steps(OPTIONS, TUNING.steps)):
+            gone = 2 * sum(int(k) for k in run.unit_counts(graph, OPTIONS, got.masks, due[t]).values())
+    assert got.losses == want and gone == 14
+    for mask in got.masks.values():
+        half = mask.shape[1] // 2
+        assert mask[1].tolist() == mask[2].tolist() == [0.0] * half + [1.0] * half
 
 
 def test_adapters_alone_are_differentiated():
