@@ -1,5 +1,7 @@
 """Calibration of decoders with billions of parameters is accepted by the TPU's compiler and fits its memory."""
 
+import json
+
 import pytest
 
 from pallas_kernels import aot
@@ -47,3 +49,9 @@ def test_checks_can_fail():
     assert list(scale.checks({"m": fine | {"streams_bytes": 16e9}}, ON).values()) == [False]
     text = "x = (f32[2,3]{1,0}, bf16[4,5,6]{2,1,0}) all-gather-start(y)\n z = f32[99]{0} all-reduce(y)\n"
     assert scale.gathered(text) == 240 and scale.gathered("") == 0
+
+
+def test_the_stored_results_say_what_the_checks_say():
+    stored = json.loads((scale.RESULTS / "language-scale.json").read_text())
+    assert scale.checks(stored["results"], scale.Slice(**stored["setting"])) == stored["checks"]
+    assert set(stored["results"]) == {*scale.SHAPES, *scale.LAYERWISE} and all(stored["checks"].values())

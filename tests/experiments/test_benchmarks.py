@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import grouping
-from experiments.benchmarks import in_turns, llama_7b, medians, ratio
+from experiments.benchmarks import RESULTS, in_turns, language_speed, llama_7b, medians, ratio
 from jprune.training import TrainConfig
 
 
@@ -120,9 +120,15 @@ def test_speedup(tmp_path):
     assert len(found["rounds"]["torch pruned"]) == 2
 
 
+def test_the_stored_language_speed_says_what_its_checks_say():
+    stored = json.loads((RESULTS / "language-speed.json").read_text())
+    assert language_speed.checks(stored["results"]) == stored["checks"]
+    slow = {**stored["results"], "ratio": {"warm": 1.01}, "kept_by_both": 0.99}
+    assert list(language_speed.checks(slow).values())[:2] == [False, False]
+
+
 @pytest.mark.reference
 def test_language_speed(tmp_path):
-    from experiments.benchmarks import language_speed
 
     setting = language_speed.Setting(32, 48, 2, 4, 64, 4, 16, 2, 0.5, 8, 8, 4)
     language_speed.main(setting, rounds=2, colds=1, out=tmp_path / "speed.json")
