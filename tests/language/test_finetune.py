@@ -119,8 +119,9 @@ def test_recovery_is_adamw_on_merged_weights():
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
-    tuning = Tuning(6, 0.02, accumulate=2)
+    tuning = Tuning(6, 0.02)
     config = LoraConfig(rank=2, alpha=4.0, dropout=0.2)
     run = functools.partial(recover, traced(), PARAMS, config=config, save_every=2)
     want, losses = run(batches, tuning, lora=fresh())

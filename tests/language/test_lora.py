@@ -113,29 +113,36 @@ def test_only_the_factors_are_differentiated():
     assert (50, 2) in made and not {(40, 50), (50, 40)} & set(made)
 
 
-@functools.cache
-def unequal():
-    """(config, factors) of the scanned decoder whose layers have ranks 3, 1 and 0."""
-    _, _, graph = decoder(scanned=True)
-    config = LoraConfig(rank=2, alpha=4.0, ranks=L.layer_ranks(graph, [3, 1, 0]))
-    return config, L.init(jax.random.key(2), graph, config)
-
-
 def test_ranks_per_layer_in_a_stack():
-    _, v, graph = decoder(scanned=True)
-    config, lora = unequal()
+    """Layers of ranks 3, 1 and 0: what is beyond a layer's rank is zero and has no gradient."""
+    params, x = {"w": normal(0, 3, 4, 5), "v": normal(1, 3, 5, 4)}, normal(2, 6, 4)
+
+    def fn(p, x):
+        return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w[0]) @ w[1], None), x, (p["w"], p["v"]))[0]
+
+    graph = jprune.trace(fn, params, x)
+    config = LoraConfig(rank=2, alpha=4.0, ranks=dict.fromkeys(params, (3, 1, 0)))
+    lora = L.init(jax.random.key(2), graph, config, list(params))
     run = L.adapted(graph, config)
-    step = jax.jit(jax.grad(lambda f: jnp.sum(jnp.sin(run(v, f, IDS, MASK)))))
+    step = jax.jit(jax.grad(lambda f: jnp.sum(jnp.sin(run(params, f, x)))))
     for _ in range(2):
         lora = jax.tree.map(lambda x, g: x - 0.1 * jnp.sign(g), lora, step(lora))
     for f in lora.values():
-        used = [int((jnp.abs(f["a"][l]).sum(-1) > 0).sum()) for l in range(3)]
-        assert used == [3, 1, 0] and f["a"].shape[1] == 3
-        assert [int((jnp.abs(f["b"][l]).sum(0) > 0).sum()) for l in range(3)] == [3, 1, 0]
-    _, _, flat = decoder()
-    assert {r for t, r in L.layer_ranks(flat, [3, 1, 0]).items() if "layer1" in t} == {1}
+        assert [int((jnp.abs(f["a"][l]).sum(-1) > 0).sum()) for l in range(3)] == [3, 1, 0]
+        assert [int((jnp.abs(f["b"][l]).sum(0) > 0).sum()) for l in range(3)] == [3, 1, 0] and f["a"].shape[1] == 3
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_one_rank_per_layer_of_a_decoder(scanned):
+    _, _, graph = decoder("llama", scanned)
+    ranks = L.layer_ranks(graph, [3, 1, 0])
+    assert set(ranks) == set(L.targets(graph))
+    assert {r for t, r in ranks.items() if "layer1" in t or scanned} == ({(3, 1, 0)} if scanned else {1})
+    lora = L.init(jax.random.key(2), graph, LoraConfig(2, ranks=ranks))
+    t = "params/layers/mlp/up/kernel" if scanned else "params/layer2/mlp/up/kernel"
+    assert lora[t]["a"].shape == ((3, 3, 32) if scanned else (0, 32))
     with pytest.raises(ValueError, match="2 ranks are given for 3 layers"):
-        L.layer_ranks(flat, [3, 1])
+        L.layer_ranks(graph, [3, 1])
 
 
 @pytest.mark.slow

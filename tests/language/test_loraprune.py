@@ -44,13 +44,12 @@ def decoder(scanned=True, kv=2):
 
 @functools.cache
 def learnt(scanned=True, kv=2):
-    """(adapters that do something, gradients of the loss by them)."""
-    _, v, graph = decoder(scanned, kv)
+    """(adapters, gradients of them): any numbers of the right shapes."""
+    _, _, graph = decoder(scanned, kv)
     rng = np.random.default_rng(5)
     lora = init(jax.random.key(0), graph, CONFIG)
     lora = {t: {"a": f["a"], "b": jnp.asarray(rng.normal(size=f["b"].shape) / 9, jnp.float32)} for t, f in lora.items()}
-    loss = next_token(graph, CONFIG)
-    return lora, jax.jit(jax.grad(lambda f: loss(v, f, {}, ids(1), None)))(lora)
+    return lora, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 5, jnp.float32), lora)
 
 
 # -- one matrix ------------------------------------------------------------------------------------------------------
