@@ -108,9 +108,10 @@ def pruning_steps(options: LoraPrune, steps: int) -> dict[int, float]:
     at = {t: cubic_sparsity(t, steps, warmup=o.warmup, cooldown=o.cooldown, init=o.initial, final=o.ratio)
           for t in range(steps)}  # fmt: skip
     out = {t: s for t, s in at.items() if t % o.every == 0 and o.initial < s < o.ratio}
-    if o.final_exact and (full := [t for t, s in at.items() if s >= o.ratio > o.initial]):
-        out[full[0]] = o.ratio
-    if not out and o.ratio > o.initial:
+    full = [t for t, s in at.items() if s >= o.ratio]
+    if o.final_exact and o.ratio > 0 and (full or out):
+        out[full[0] if full else steps - 1] = o.ratio  # a cooldown of less than one step begins behind the last
+    if not out and o.ratio > 0:
         raise ValueError(
             f"none of {steps} steps is a pruning step (every {o.every}, the schedule rises between {o.warmup:.0%} and "
             f"{1 - o.cooldown:.0%} of them): give more steps, or a smaller `every`"

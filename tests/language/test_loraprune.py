@@ -266,7 +266,10 @@ def test_the_schedule():
     published = run.pruning_steps(options, 313)
     assert len(published) == 25 and min(published) == 40 and max(published) == 280
     assert published[40] == pytest.approx(0.0503268, abs=1e-7) and published[280] == pytest.approx(0.49999984, abs=1e-8)
+    short = run.pruning_steps(run.LoraPrune(every=2), 8)  # the plateau would begin at 7.2
+    assert list(short) == [2, 4, 6, 7] and short[7] == 0.5
     assert run.pruning_steps(run.LoraPrune(ratio=0.0), 100) == {}
+    assert run.pruning_steps(run.LoraPrune(initial=0.5), 100) == {0: 0.5}  # all at once
 
 
 def test_how_many_units_go():
