@@ -37,7 +37,8 @@ def _sizes(block: Any, size: Any, name: str) -> int:
 def _pack(active: Any, width: int) -> tuple[Any, Any, Any]:
     """(ids ascending and padded with the last, counts, whether a row has more than `width`) of rows of flags."""
     total = active.sum(-1, dtype=jnp.int32)
-    order = jnp.argsort(~active, axis=-1, stable=True)[..., :width].astype(jnp.int32)  # active ones first, ascending
+    ids = jnp.arange(active.shape[-1], dtype=jnp.int32)
+    order = jnp.sort(jnp.where(active, ids, active.shape[-1]), axis=-1)[..., :width]  # the others go to the end
     count = jnp.minimum(total, width)
     return pad_lists(order, count), count, jnp.any(total > width)
 
@@ -51,10 +52,26 @@ def pad_lists(ids: Int[Array, "*rows W"], count: Int[Array, "*rows"]) -> Int[Arr
 
 def flags_of(ids: Int[Array, "*rows W"], count: Int[Array, "*rows"], n: int) -> Bool[Array, "*rows n"]:
     """Flags of the ids in each list, of `n` possible ones."""
+    return jax.lax.platform_dependent(
+        ids, count, tpu=functools.partial(_flags_compared, n), default=functools.partial(_flags_scattered, n)
+    )
+
+
+def _flags_scattered(n: int, ids: Any, count: Any) -> Any:
     lists = ids.reshape(-1, ids.shape[-1])
     valid = (jnp.arange(ids.shape[-1]) < count[..., None]).reshape(lists.shape)
     flags = jnp.zeros((lists.shape[0], n), bool)
     return flags.at[jnp.arange(lists.shape[0])[:, None], lists].max(valid).reshape(*count.shape, n)
+
+
+def _flags_compared(n: int, ids: Any, count: Any) -> Any:
+    """The same by comparisons, which a TPU makes in the time that it scatters a few numbers."""
+
+    def entry(t: Any, flags: Any) -> Any:
+        listed = jax.lax.dynamic_slice_in_dim(ids, t, 1, axis=-1)
+        return flags | ((listed == jnp.arange(n)) & (t < count)[..., None])
+
+    return jax.lax.fori_loop(0, ids.shape[-1], entry, jnp.zeros((*count.shape, n), bool))
 
 
 def union_lists(

@@ -1,5 +1,7 @@
 """The attention kernels are accepted by the compilers of real TPU chips, for the sizes that models have."""
 
+import re
+
 import pytest
 
 from pallas_kernels import aot
@@ -10,7 +12,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from pallas_kernels.block_score import block_scores, search_attention  # noqa: E402
-from pallas_kernels.block_sparse_attention import BlockMask, block_sparse_attention  # noqa: E402
+from pallas_kernels.block_sparse_attention import BlockMask, KernelConfig, block_sparse_attention  # noqa: E402
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="libtpu is not installed")]
 TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
@@ -28,9 +30,10 @@ def problem(tokens, block, width, features, dtype, heads=(4, 2)):
     return q, k, k, mask, jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 
 
-def gradients(rules):
+def gradients(rules, **config):
     def run(q, k, v, mask, ids):
         options = {"causal": True, "soft_cap": 5.0, "q_segment_ids": ids, "kv_segment_ids": ids} if rules else {}
+        options["config"] = KernelConfig(**config)
         out, back = jax.vjp(lambda *a: block_sparse_attention(*a, mask, impl="tpu", **options), q, k, v)
         return out, back(out)
 
@@ -56,6 +59,27 @@ def test_a_long_sequence_needs_no_more_than_its_arrays(topology):
 @pytest.mark.parametrize("block", [16, 128, 256])
 def test_blocks_of_other_sizes_compile(block):
     assert aot.compile_kernel(gradients(True), "v5e:2x2", *problem(2048, block, 8, 128, "bfloat16")).kernels() == 3
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("features", [64, 128])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_several_blocks_together_compile(topology, features, resident):
+    fn = gradients(resident, blocks_together=4, resident=resident)
+    assert aot.compile_kernel(fn, topology, *problem(4096, 64, 32, features, "bfloat16")).kernels() == 3
+
+
+def test_a_head_of_a_video_is_kept_in_vmem_where_it_fits():
+    shapes = problem(119296, 64, 380, 128, "bfloat16", heads=(1, 1))
+
+    def forward(q, k, v, mask, ids):
+        return block_sparse_attention(q, k, v, mask, impl="tpu", config=KernelConfig(blocks_together=4))
+
+    for topology, fits in (("v5e:2x2", True), ("v5p:2x2x1", False)):  # 61 MB of 128 MB, and of 64
+        text = aot.compile_kernel(forward, topology, *shapes).text
+        (call,) = (line for line in text.splitlines() if "tpu_custom_call" in line)
+        limits = map(int, re.findall(r'"memory_space":"1","offset":"0","size":"([0-9]+)"', call))
+        assert (max(limits, default=0) > 2 * 119296 * 128 * 2) == fits
 
 
 @pytest.mark.parametrize("rules", [False, True])

@@ -148,6 +148,7 @@ def test_what_lies_where_nobody_looks_reaches_nothing(way):
     active[:, :, :, 2] = False  # a key block that no query visits,
     active[:, :, 1] = False  # and a query block that visits none
     tokens = NO_RULE | {"kv_len": np.array([67, 64], np.int32), "q_len": np.array([45, 40], np.int32)}
+    tokens["q_segment_ids"] = np.where(np.arange(LQ) == 5, 9, np.zeros((B, 1), np.int32)).astype(np.int32)
     q, k, v = arrays(5)
     plain = program(way, True)(q, k, v, packed(active), tokens, *cotangents(5))
     for x in (k, v):
@@ -156,6 +157,7 @@ def test_what_lies_where_nobody_looks_reaches_nothing(way):
     q[1, :, 40:] = np.nan
     dout, dlse = cotangents(5)
     dout[1, :, 40:], dlse[1, :, 40:], dout[:, :, 16:32], dlse[:, :, 16:32] = np.nan, np.nan, np.inf, np.nan
+    dout[:, :, 5], dlse[:, :, 5] = np.nan, np.inf  # a query of a visited block that no key answers
     if way != "reference":  # automatic derivatives multiply such cotangents with zeros
         planted = program(way, True)(q, k, v, packed(active), tokens, dout, dlse)
     else:
