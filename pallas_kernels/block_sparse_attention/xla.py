@@ -30,6 +30,7 @@ from pallas_kernels.block_sparse_attention.problem import (
 
 WHOLE_LIST = 4096  # keys: longer lists are walked in steps
 STEP = 512
+FEW = 8  # blocks: up to so many are copied one by one, which XLA does faster on a CPU than a gather
 
 
 def _blocks(x: Any, block: int) -> Any:
@@ -68,8 +69,13 @@ def _positions(ids: Any, block: int) -> Any:
     return (ids[:, None] * block + jnp.arange(block)).reshape(-1)
 
 
-def _flat(x: Any) -> Any:
-    return x.reshape(-1, *x.shape[2:])
+def _rows(blocks: Any, b: Any, h: Any, ids: Any) -> Any:
+    """The tokens of the listed blocks of one head, (tokens, features)."""
+    if ids.shape[0] > FEW:
+        return blocks[b, h, ids].reshape(-1, blocks.shape[-1])
+    one = (1, 1, 1, *blocks.shape[3:])
+    found = [jax.lax.dynamic_slice(blocks, (b, h, ids[t], 0, 0), one) for t in range(ids.shape[0])]
+    return jnp.concatenate(found, axis=3).reshape(-1, blocks.shape[-1])
 
 
 def forward(static: Static, q: Any, k: Any, v: Any, mask: BlockMask, tokens: Tokens) -> tuple[Any, Any]:
@@ -84,7 +90,7 @@ def forward(static: Static, q: Any, k: Any, v: Any, mask: BlockMask, tokens: Tok
 
         def step(carry: Any, ids: Any, real: Any) -> Any:
             top, total, acc = carry
-            keys, values = _flat(ks[b, h // shared, ids]), _flat(vs[b, h // shared, ids])
+            keys, values = _rows(ks, b, h // shared, ids), _rows(vs, b, h // shared, ids)
             s = logits(static, matmul(query, keys, dtype, transpose=True))
             ok = jnp.repeat(real, static.block_k)[None]
             if tokens.any:
@@ -130,7 +136,7 @@ def query_gradient(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, 
         rows, of = p * static.block_q + jnp.arange(static.block_q), (b, h, p)
 
         def step(acc: Any, ids: Any, real: Any) -> Any:
-            keys, values = _flat(ks[b, h // shared, ids]), _flat(vs[b, h // shared, ids])
+            keys, values = _rows(ks, b, h // shared, ids), _rows(vs, b, h // shared, ids)
             _, ds = _gradient(static, tokens, b, rows, _positions(ids, static.block_k),
                               jnp.repeat(real, static.block_k)[None], query=qs[of], key=keys, value=values,
                               dout=douts[of], lse=lses[of], delta=deltas[of], dtype=dtype)  # fmt: skip
@@ -162,10 +168,10 @@ def key_gradients(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, d
             at = (leading(b, mask.q_idx, 0), leading(h, mask.q_idx, 1), r)
 
             def step(acc: Any, ids: Any, real: Any) -> Any:
-                query, d = _flat(qs[b, h, ids]), _flat(douts[b, h, ids])
+                query, d = _rows(qs, b, h, ids), _rows(douts, b, h, ids)
                 w, ds = _gradient(static, tokens, b, _positions(ids, static.block_q), cols,
                                   jnp.repeat(real, static.block_q)[:, None], query=query, key=key, value=value, dout=d,
-                                  lse=_flat(lses[b, h, ids]), delta=_flat(deltas[b, h, ids]), dtype=dtype)  # fmt: skip
+                                  lse=lses[b, h, ids].reshape(-1), delta=deltas[b, h, ids].reshape(-1), dtype=dtype)  # fmt: skip
                 return (acc[0] + matmul(ds.T.astype(q.dtype), query, dtype),
                         acc[1] + matmul(w.T.astype(d.dtype), d, dtype))  # fmt: skip
 
