@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -32,7 +33,7 @@ from rich.table import Table
 import jprune
 from experiments import record, stdlib_lm
 from jprune.checkpoint import load_hf, load_tokenizer
-from jprune.data.text import sample_windows, token_stream, windows
+from jprune.data.text import BYTES, sample_windows, token_stream, windows
 from jprune.language import baselines
 from jprune.language.blocks import blocks
 from jprune.language.cfsp import CFSPOptions, cfsp_keep, lora_ranks
@@ -100,7 +101,7 @@ SETTINGS = {
     "small": Setting(
         (0.2, 0.3, 0.5),
         tuning=Tuning(steps=30, learning_rate=1e-3, schedule="cosine", warmup=0.03),
-        tuned_at=(0.5,),
+        tuned_at=(0.2, 0.3, 0.5),
     ),
     "paper": Setting((0.2, 0.3, 0.5), multiple_of=128, slopes=(), batch=1),
 }
@@ -118,7 +119,7 @@ def small(setting: Setting, seed: int, progress: Progress) -> Source:
 def folder(model: Path, text: Path, eval_text: Path, seed: int, n: int = 128, tokens: int = 1024) -> Source:
     """A Hugging Face folder, 128 random windows of 1024 tokens to calibrate on, perplexity over windows as long."""
     config, variables, _ = load_hf(model)
-    tokenizer = load_tokenizer(model)
+    tokenizer = None if config.vocab == BYTES else load_tokenizer(model)
     train, held_out = (token_stream(path, config.vocab, tokenizer) for path in (text, eval_text))
     said = {"model": model.name, "text": text.name, "eval_text": eval_text.name}
     return Source(config, variables, sample_windows(train, n, tokens, seed), windows(held_out, tokens), None, said)
@@ -348,6 +349,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     if tuned:
         bars.legend(fontsize=7, frameon=False)
     bars.set_xscale("log")
+    bars.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    bars.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    bars.xaxis.set_minor_formatter(NullFormatter())
     bars.tick_params(axis="y", labelsize=7)
     bars.set_xlabel("excess perplexity (blue: budget by importance of layers)")
     bars.set_title(f"{float(p):.0%} of the FFN channels removed", fontsize=10)

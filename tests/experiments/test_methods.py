@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from experiments import lapp, masksparsity, precropping
+from experiments import cfsp, lapp, masksparsity, precropping
 
-PROGRAMS = {"masksparsity": masksparsity, "lapp": lapp, "precropping": precropping}
-BESIDE = {"masksparsity": [], "lapp": ["seeds"], "precropping": ["step_ms"]}  # what else their checks look at
+PROGRAMS = {"masksparsity": masksparsity, "lapp": lapp, "precropping": precropping, "cfsp": cfsp}
+BESIDE = {"masksparsity": [], "lapp": ["seeds"], "precropping": ["step_ms"], "cfsp": []}  # what else their checks look at
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
