@@ -34,6 +34,7 @@ def _sizes(block: Any, size: Any, name: str) -> int:
     return -(-size // block)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _pack(active: Any, width: int) -> tuple[Any, Any, Any]:
     """(ids ascending and padded with the last, counts, whether a row has more than `width`) of rows of flags."""
     total = active.sum(-1, dtype=jnp.int32)
@@ -50,6 +51,7 @@ def pad_lists(ids: Int[Array, "*rows W"], count: Int[Array, "*rows"]) -> Int[Arr
     return jnp.where(count[..., None] > 0, padded, 0)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def flags_of(ids: Int[Array, "*rows W"], count: Int[Array, "*rows"], n: int) -> Bool[Array, "*rows n"]:
     """Flags of the ids in each list, of `n` possible ones."""
     return jax.lax.platform_dependent(
@@ -74,6 +76,7 @@ def _flags_compared(n: int, ids: Any, count: Any) -> Any:
     return jax.lax.fori_loop(0, ids.shape[-1], entry, jnp.zeros((*count.shape, n), bool))
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def union_lists(
     ids: Int[Array, "*rows W"], count: Int[Array, "*rows"], n: int, together: int
 ) -> tuple[Int[Array, "*groups V"], Int[Array, "*groups"], Int[Array, "*groups V"]]:

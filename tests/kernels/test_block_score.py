@@ -21,7 +21,7 @@ WAYS = {
     "xla tiles": {"impl": "xla", "config": KernelConfig(step_tokens=48)},
     "tpu": {"impl": "tpu", "config": KernelConfig(step_tokens=32), "interpret": True},
 }
-TPU_SLOWLY = pytest.param("tpu", marks=pytest.mark.slow)
+SLOWLY = [pytest.param(way, marks=pytest.mark.slow) for way in ("xla tiles", "tpu")]
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is what takes long
 BLOCKS = {"block_q": BQ, "block_k": BK}
 
@@ -87,7 +87,7 @@ def agree(way, tokens, seed):
     return got
 
 
-@pytest.mark.parametrize("way", ["reference", "xla", "xla tiles", TPU_SLOWLY])
+@pytest.mark.parametrize("way", [pytest.param("reference", marks=pytest.mark.slow), "xla", *SLOWLY])
 def test_masses_are_sums_of_weights(way):
     agree(way, {}, 0)
 

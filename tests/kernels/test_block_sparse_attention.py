@@ -39,7 +39,7 @@ WAYS = {
 }
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is what takes long
 TPU_SLOWLY = pytest.param("tpu", marks=pytest.mark.slow)  # "wide" has all of it and more, and runs always
-SPARSE = ["xla", "xla steps", TPU_SLOWLY]
+SPARSE = ["xla", pytest.param("xla steps", marks=pytest.mark.slow), TPU_SLOWLY]
 
 
 def arrays(seed, spread=1.0, heads=(H, G, G)):
@@ -114,7 +114,7 @@ def agree(way, active, tokens, seed, q=None, k=None, v=None):
     return got, ok
 
 
-@pytest.mark.parametrize("way", ["reference", *SPARSE])
+@pytest.mark.parametrize("way", [pytest.param("reference", marks=pytest.mark.slow), *SPARSE])
 def test_values_and_gradients_without_rules(way):
     active = flags(0)
     active[0, 1, 2], active[1, 0] = False, True
@@ -122,7 +122,7 @@ def test_values_and_gradients_without_rules(way):
     assert np.isneginf(got[1][0, 1, 32:]).all() and not np.asarray(got[0])[0, 1, 32:].any()
 
 
-@pytest.mark.parametrize("way", ["reference", *SPARSE, "tpu wide"])
+@pytest.mark.parametrize("way", ["reference", "xla", "xla steps", TPU_SLOWLY, "tpu wide"])
 @settings(max_examples=12)
 @given(seed=st.integers(0, 10**6), density=st.floats(0, 1), segments=st.integers(1, 3))
 def test_values_and_gradients_under_all_rules(way, seed, density, segments):
@@ -151,7 +151,7 @@ def test_every_fill_of_the_last_block(way):
         agree(way, flags(fill, 0.6), tokens, fill)
 
 
-@pytest.mark.parametrize("way", ["reference", *SPARSE, "tpu wide"])
+@pytest.mark.parametrize("way", ["reference", "xla", "xla steps", TPU_SLOWLY, "tpu wide"])
 def test_what_lies_where_nobody_looks_reaches_nothing(way):
     active = flags(5)
     active[:, :, :, 2] = False  # a key block that no query visits,
@@ -273,17 +273,15 @@ def test_bfloat16_is_summed_in_float32(way):
 
 
 def test_masks_shared_by_batch_or_heads_and_lists_without_transposes():
-    q, k, v = arrays(4)
-    shared = flags(4)[:1, :1]
-    full = BlockMask.from_dense(np.broadcast_to(shared, (B, H, NQ, NK)), **SIZES)
-    few = BlockMask.from_dense(shared, **SIZES)
-
-    @functools.partial(jax.jit, compiler_options=QUICK)
-    def gradients(mask):
-        return jax.grad(lambda *a: (block_sparse_attention(*a, mask, impl="xla") ** 2).sum(), (0, 1, 2))(q, k, v)
-
-    for a, b in zip(gradients(few), gradients(full.with_transpose(3))):
-        same(a, b, 1e-5)
+    active = flags(4)[:1, :1]
+    few = BlockMask.from_dense(active, **SIZES)
+    dout, dlse = cotangents(4)
+    out, _, grads = program("xla", False)(*arrays(4), few, {}, dout, dlse)
+    everywhere = np.broadcast_to(active, (B, H, NQ, NK))
+    wanted = attention(*arrays(4), pairs(everywhere, NO_RULE), scale=0.4, dout=dout, dlse=dlse)
+    same(out, wanted[0], 2e-5)
+    for a, b in zip(grads, wanted[2]):
+        same(a, b, 1e-4)
 
 
 def test_layouts_default_scale_and_the_automatic_choice():
