@@ -72,6 +72,11 @@ def beside_in_turn(p, x, **heads):
     return x + attention(p, y, **heads) + mlp(p, y)
 
 
+def beside_the_other_way(p, x, **heads):
+    y = norm(x, p["n1"])
+    return x + mlp(p, y) + attention(p, y, **heads)
+
+
 def decoder(layer=sequential, heads=4, kv=2, **options):
     """fn(params, ids) -> logits."""
 

@@ -73,6 +73,9 @@ def test_users_own_decoders(layer, heads, kv, fused, repeat):
     assert value == ({"layers/1/qkv", "layers/1/o"} if fused else {"layers/1/v", "layers/1/o"})
 
 
+ORDERS = [plain.sequential, plain.behind, plain.beside, plain.beside_in_turn, plain.beside_the_other_way]
+
+
 @functools.cache
 def seen(layer):
     """(start, end) of both blocks as values of one evaluation, and the streams that the function itself has there."""
@@ -100,7 +103,7 @@ def seen(layer):
     return held, streams
 
 
-@pytest.mark.parametrize("layer", [plain.sequential, plain.behind, plain.beside, plain.beside_in_turn])
+@pytest.mark.parametrize("layer", ORDERS)
 def test_blocks_start_and_end_where_the_layers_do(layer):
     held, streams = seen(layer)
     for i in range(2):

@@ -398,6 +398,7 @@ def test_ranks_by_hand():
     assert proportional_ranks(np.array([3.0, 1.0]), 8).tolist() == [12, 4]
     assert proportional_ranks(np.array([3.0, 1.0]), 8, r_max=10).tolist() == [10, 6]
     assert proportional_ranks(np.array([1.0, 1.0, 1.0]), 8).tolist() == [8, 8, 8]
+    assert proportional_ranks(np.array([12.6, 6.2, 5.2]), 8).tolist() == [13, 6, 5]  # to the largest remainder
 
 
 @settings(deadline=None)

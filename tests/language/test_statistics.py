@@ -159,13 +159,19 @@ def test_states_of_the_step_add_up_too():
     assert "func.func" in lowered.as_text()
 
 
-def test_half_precision_is_summed_in_single():
-    """Thousands of equal squares: bfloat16 sums would stop growing at 256 of them."""
+def test_half_precision_is_squared_and_summed_in_single():
+    """Thousands of equal squares: bfloat16 sums would stop growing at 256 of them, and round every square."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), plain.params(depth=1))
     graph = jprune.trace(plain.decoder(), params, plain.IDS)
     ids = np.full((256, plain.TOKENS), 3)
     one, many = (S.block_stats(graph, params, [x]) for x in (ids[:1], ids))
     np.testing.assert_allclose(many.x2[0], 256 * one.x2[0], rtol=1e-3)
+    probe = S._moments(graph.taps["layers/0/down"])  # called by itself: a compiler may leave roundings out
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(4, 50, plain.F)), jnp.bfloat16)
+    _, squares, mean, _ = probe.update(probe.init, z)
+    wide = np.asarray(z, np.float64).reshape(-1, plain.F)
+    np.testing.assert_allclose(squares, (wide**2).sum(0), rtol=1e-5)
+    np.testing.assert_allclose(mean, wide.mean(0), atol=1e-6)
     assert many.change["angular"] == pytest.approx(one.change["angular"], rel=1e-3)
 
 
