@@ -114,7 +114,8 @@ def test_against_double_precision():
     assert stats.x2[1] is m.x2 and stats.z_mean[1] is m.mean and stats.z_var[1] is m.var
 
 
-@pytest.mark.parametrize("layer", [plain.behind, pytest.param(plain.beside_in_turn, marks=slow)])
+@slow
+@pytest.mark.parametrize("layer", [plain.behind, plain.beside_in_turn])
 def test_the_stream_is_compared_around_the_whole_block(layer):
     """Norms behind the branches, or branches beside each other."""
     params = plain.params(depth=2)
