@@ -10,31 +10,28 @@ at a time. What a chip needs is the compiler's word; times would need the chip.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.table import Table
+
+import jprune
+from experiments import record
+from experiments.benchmarks import RESULTS
+from jprune.language.statistics import step_of
+from jprune.models.llama import Llama, LlamaConfig, llama_config
+from jprune.models.llama_blocks import pieces
+from jprune.models.llama_placement import placement
 from pallas_kernels import aot
-
-aot.prepare()  # before jax is imported
-
-import dataclasses  # noqa: E402
-import math  # noqa: E402
-import re  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import tyro  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-import jprune  # noqa: E402
-from experiments import record  # noqa: E402
-from experiments.benchmarks import RESULTS  # noqa: E402
-from jprune.language.statistics import step_of  # noqa: E402
-from jprune.models.llama import Llama, LlamaConfig, llama_config  # noqa: E402
-from jprune.models.llama_blocks import pieces  # noqa: E402
-from jprune.models.llama_placement import placement  # noqa: E402
 
 SHAPES = {
     "Llama-2-7B": llama_config(32000, 4096, 11008, 32, 32, eps=1e-5, dtype="bfloat16"),
@@ -147,6 +144,7 @@ def checks(results: dict[str, Any], on: Slice) -> dict[str, bool]:
 
 def main(on: Slice = Slice(), out: Path = RESULTS / "language-scale.json") -> None:
     """Compile the calibration step of both shapes for a slice of TPUs."""
+    aot.prepare()
     results = {name: whole(config, on) for name, config in SHAPES.items()}
     results |= {name: layerwise(config, on) for name, config in LAYERWISE.items()}
     verdict = checks(results, on)

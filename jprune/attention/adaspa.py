@@ -165,6 +165,7 @@ def _blocks(q: Any, k: Any, config: AdaSpaConfig) -> BlockMask:
 
 
 def dense_attention(q: Any, k: Any, v: Any, config: AdaSpaConfig, rules: dict[str, Any], lse: bool = False) -> Any:
+    """Attention over all blocks; with `lse` (out, log-sum-exp)."""
     return block_sparse_attention(q, k, v, _blocks(q, k, config), return_lse=lse, impl=config.impl, **rules)
 
 

@@ -258,11 +258,9 @@ class Double(nn.Module):
         *mixed, state = attend(made["text"], made["video"], state)
         out = []
         for (name, z), y in zip((("text", t), ("video", x)), mixed, strict=True):
-            _, _, gate, shift, scale, gate2 = modulated[name]
-            z = z + gate * nn.DenseGeneral(c.stream, axis=(-2, -1), name=f"{name}_proj")(y)
+            proj = nn.DenseGeneral(c.stream, axis=(-2, -1), name=f"{name}_proj")
             hidden = b.text_mlp if name == "text" and b.text_mlp is not None else b.mlp
-            mlp = MLP(hidden, c.stream, name=f"{name}_mlp")
-            out.append(z + gate2 * mlp(norm(z) * (1 + scale) + shift))
+            out.append(_branches(z, y, modulated[name], norm, proj, MLP(hidden, c.stream, name=f"{name}_mlp")))
         return out[0], out[1], state
 
 
@@ -305,11 +303,14 @@ class Expert(nn.Module):
         *mixed, state = attend(*(qkv(norm(z) * (1 + n[1]) + n[0]) for z, n in zip((t, x), m, strict=True)), state)
         proj = nn.DenseGeneral(c.stream, axis=(-2, -1), name="proj")
         mlp = MLP(b.mlp, c.stream, name="mlp")
-        out = []
-        for z, y, n in zip((t, x), mixed, m, strict=True):
-            z = z + n[2] * proj(y)
-            out.append(z + n[5] * mlp(norm(z) * (1 + n[4]) + n[3]))
-        return out[0], out[1], state
+        t, x = (_branches(z, y, n, norm, proj, mlp) for z, y, n in zip((t, x), mixed, m, strict=True))
+        return t, x, state
+
+
+def _branches(z: jax.Array, y: jax.Array, m: Sequence[jax.Array], norm: Any, proj: Any, mlp: Any) -> jax.Array:
+    """The stream with the attention's result and the MLP's added, gated and modulated by m[2:]."""
+    z = z + m[2] * proj(y)
+    return z + m[5] * mlp(norm(z) * (1 + m[4]) + m[3])
 
 
 # -- video to tokens, time and places to numbers -----------------------------------------------------------------------
