@@ -87,6 +87,7 @@ def test_the_numbers_are_those_of_the_files(run):
     assert summary["curve"]["macs_fraction"][0] == 1.0 and len(summary["curve"]["accuracy"]) > 5
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(run, tmp_path):
     whole, _ = run
     out = tmp_path / "killed"
@@ -108,6 +109,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(run, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     process = command(
         "prune", "--model", "resnet_digits", "--out", tmp_path / "o", "--quiet", preexec_fn=hearing_ctrl_c
@@ -141,9 +143,10 @@ def test_wrong_options_are_named_before_anything_is_trained(tmp_path, options, m
         Run(Options(**{**dataclasses.asdict(OPTIONS), **options}), tmp_path / "o", quiet=True)()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "quantity", "target"),
-    [("precrop-snip", "params", 0.2), pytest.param("preconfig", "params", 0.6, marks=pytest.mark.slow)],
+    [("precrop-snip", "params", 0.2), ("preconfig", "params", 0.6)],
 )
 def test_small_from_the_start(method, quantity, target, tmp_path):
     options = Options(model="resnet_digits", method=method, quantity=quantity, target=target, epochs=2, multiple_of=2)
@@ -163,6 +166,7 @@ def test_small_from_the_start(method, quantity, target, tmp_path):
         load_plan(tmp_path / "o")
 
 
+@pytest.mark.slow
 def test_shrunk_while_trained(tmp_path):
     options = Options(model="resnet_digits", method="lapp", epochs=4)
     summary = Run(options, tmp_path / "o", quiet=True)()

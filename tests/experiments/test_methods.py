@@ -8,7 +8,12 @@ import pytest
 from experiments import cfsp, lapp, masksparsity, precropping
 
 PROGRAMS = {"masksparsity": masksparsity, "lapp": lapp, "precropping": precropping, "cfsp": cfsp}
-BESIDE = {"masksparsity": [], "lapp": ["seeds"], "precropping": ["step_ms"], "cfsp": []}  # what else their checks look at
+BESIDE = {
+    "masksparsity": [],
+    "lapp": ["seeds"],
+    "precropping": ["step_ms"],
+    "cfsp": [],
+}  # what else their checks look at
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

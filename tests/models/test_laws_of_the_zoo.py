@@ -60,6 +60,7 @@ def test_small_networks_obey_the_laws(name):
     check_laws(f, variables, (x,), gradients=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [

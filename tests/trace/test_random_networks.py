@@ -232,7 +232,7 @@ def sequences_obey(network, seed):
     assert bool(stacked) == any(len(s) > 2 for n, s in net.shapes.items() if n.startswith("kernel"))
 
 
-@examples(8)
+@examples(4)
 @given(sequences(), st.integers(0, 1000))
 def test_sequence_networks_obey_the_laws(network, seed):
     sequences_obey(network, seed)

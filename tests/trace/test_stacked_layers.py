@@ -244,7 +244,9 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(
+    "name", ["equal", "unequal", *(pytest.param(n, marks=pytest.mark.slow) for n in ("two of a kind", "everything"))]
+)
 def test_layers_may_differ_in_every_arrangement(name):
     f, params, graph = traced("scan")
     keep = choice(*CHOICES[name])
