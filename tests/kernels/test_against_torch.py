@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from attention_oracle import allowed, same
 
+from experiments.peers import peer
 from pallas_kernels.block_sparse_attention import BlockMask, block_sparse_attention
 
 pytestmark = pytest.mark.reference
@@ -21,7 +22,7 @@ def problem(seed):
 
 
 def test_values_and_gradients_are_those_of_scaled_dot_product_attention():
-    torch = pytest.importorskip("torch")
+    torch = peer("torch")
     q, k, v, dout, active, mask = problem(0)
     ok = allowed(active, BLOCK, BLOCK, N, N, offset=[0, 0])
     tensors = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
@@ -34,7 +35,7 @@ def test_values_and_gradients_are_those_of_scaled_dot_product_attention():
 
 
 def test_values_and_log_sum_exps_are_those_of_flex_attention():
-    torch = pytest.importorskip("torch")
+    torch = peer("torch")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     q, k, v, _, active, mask = problem(1)
