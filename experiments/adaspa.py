@@ -226,22 +226,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
     bars, cloud = figure.subplots(1, 2, width_ratios=(1, 1))
     first = next(iter(results))
     names = list(results[first])[::-1]
+    tab10 = [f"C{i}" for i in range(10)]
     bars.barh(names, [results[first][m]["psnr"]["mean"] for m in names], 0.7,
               color=["#2a6f97" if m == "adaspa" else "#b8c4d0" for m in names],
               xerr=[results[first][m]["psnr"]["std"] for m in names], error_kw={"lw": 0.8})  # fmt: skip
     bars.set_xlabel("PSNR to the dense sample, dB")
     bars.set_title(f"sparsity {first}", fontsize=10)
+    colors = dict(zip(results[first], tab10, strict=False))
     for s, marker in zip(results, "os^", strict=False):
         for m, r in results[s].items():
-            cloud.plot(
-                r["recall"]["mean"], r["psnr"]["mean"], marker, ms=5, color="#2a6f97" if m == "adaspa" else "#8d99a6"
-            )
-            cloud.annotate(f"{m}", (r["recall"]["mean"], r["psnr"]["mean"]), fontsize=6, xytext=(3, 3),
-                           textcoords="offset points")  # fmt: skip
+            cloud.plot(r["recall"]["mean"], r["psnr"]["mean"], marker, ms=6, color=colors[m], alpha=0.8)
         cloud.plot([], [], marker, color="#8d99a6", label=f"sparsity {s}")
+    for m, color in colors.items():
+        cloud.plot([], [], "_", ms=10, mew=3, color=color, label=m)
     cloud.set_xlabel("attention mass in the kept blocks")
     cloud.set_ylabel("PSNR to the dense sample, dB")
-    cloud.legend(frameon=False, fontsize=8)
+    cloud.legend(frameon=False, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
