@@ -55,6 +55,11 @@ class Seen(NamedTuple):
 class TokenReducer:
     """A reducer that removes nothing: override what yours does."""
 
+    @property
+    def needs_class_token(self) -> bool:
+        """Whether it looks at the class token, the first of the special ones; a model without one then refuses it."""
+        return False
+
     def reads_weights(self, layer: int) -> bool:
         """Whether `inside` or `after` of this block looks at attention weights; other blocks may use a fused attention."""
         return False
@@ -70,6 +75,10 @@ class TokenReducer:
     def after(self, layer: int, tokens: Tokens, seen: Seen) -> Tokens:
         """After the block; if `inside` removed tokens, `seen` still has those that went in."""
         return tokens
+
+    def overhead(self, layer: int, tokens: int, prefix: int, heads: int, head: int) -> int:
+        """Multiply-adds per image of choosing tokens in this block, into whose attention `tokens` went; layer -1: `before`."""
+        return 0
 
 
 def all_tokens(x: Float[Array, "batch tokens width"], key: Any = None) -> Tokens:
