@@ -6,7 +6,7 @@ The rule, T layers of width d with an MLP of width m (FastV's, taken over by lat
     total   = K cost(text + visual) + (T - K) cost(text + kept)
 
 It says "FLOP" but counts multiply-adds, each of them two operations, and two matrices of the MLP where LLaMA has three.
-`prefill_flops` counts operations of the model as it is. A method that drops tokens behind layer K pays K layers of all of them:
+`true_flops` counts operations of the model as it is. A method that drops tokens behind layer K pays K layers of all of them:
 with equal cost in mind, `kept_within` and `last_layer_within` say what is left for it.
 """
 
@@ -46,7 +46,7 @@ def paper_tflops(
       ValueError: layers of different widths, a layer or a number of tokens that there is not.
     """
     if not config.uniform:
-        raise ValueError("the rule knows one width for all layers: use prefill_flops for this model")
+        raise ValueError("the rule knows one width for all layers: use true_flops for this model")
     _check(config, visual, layer, kept)
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio is {ratio}: a fraction of the visual tokens is between 0 and 1")
@@ -59,7 +59,7 @@ def paper_tflops(
     return (layer * cost(text + visual) + (config.depth - layer) * cost(text + left)) / 1e12
 
 
-def prefill_flops(
+def true_flops(
     config: LlamaConfig, text: int, visual: int, kept: int | None = None, layer: int = 0, logits: int = 1
 ) -> int:
     """Operations, a multiply-add is two, of reading a prompt: projections with grouped heads, attention, gated MLP, logits.

@@ -12,7 +12,7 @@ from jprune.tokens.llm_flops import (
     kept_within,
     last_layer_within,
     paper_tflops,
-    prefill_flops,
+    true_flops,
 )
 
 SEVEN, THIRTEEN = llama_config(32064, 4096, 11008, 32, 32), llama_config(32064, 5120, 13824, 40, 40)
@@ -74,9 +74,9 @@ def test_operations_of_a_model_with_grouped_heads_and_uneven_layers():
 
     head = 2 * 8 * 11
     both = layer(n, 4, 2, 7, 3) + layer(n, 2, 1, 4, 5)
-    assert prefill_flops(config, t, v) == both + head
-    assert prefill_flops(config, t, v, 1, layer=1) == layer(n, 4, 2, 7, 3) + layer(k, 2, 1, 4, 5) + head
-    assert prefill_flops(config, t, v, 0, layer=2, logits=n) == both + n * head
+    assert true_flops(config, t, v) == both + head
+    assert true_flops(config, t, v, 1, layer=1) == layer(n, 4, 2, 7, 3) + layer(k, 2, 1, 4, 5) + head
+    assert true_flops(config, t, v, 0, layer=2, logits=n) == both + n * head
     with pytest.raises(ValueError, match="one width"):
         paper_tflops(config, t, v)
 
@@ -84,7 +84,7 @@ def test_operations_of_a_model_with_grouped_heads_and_uneven_layers():
 def test_the_rule_is_half_of_the_operations_less_a_third_matrix():
     n = 600
     missing = 2 * 32 * n * 4096 * 11008
-    attention_and_rest = prefill_flops(SEVEN, 24, 576, logits=0) - missing
+    attention_and_rest = true_flops(SEVEN, 24, 576, logits=0) - missing
     assert attention_and_rest == 2 * round(paper_tflops(SEVEN, 24, 576) * 1e12)
 
 
@@ -92,7 +92,7 @@ def test_errors():
     for call, said in (
         (lambda: paper_tflops(SEVEN, 1, 2, ratio=1.5), "between 0 and 1"),
         (lambda: paper_tflops(SEVEN, 1, 2, layer=33), "32 of them"),
-        (lambda: prefill_flops(SEVEN, 1, 2, kept=3), "there are 2 visual"),
+        (lambda: true_flops(SEVEN, 1, 2, kept=3), "there are 2 visual"),
     ):
         with pytest.raises(ValueError, match=said):
             call()
