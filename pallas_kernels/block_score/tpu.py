@@ -1,8 +1,8 @@
 """Block masses on TPU. One program takes up to eight query blocks, which see all keys, and a tile of keys that pass by.
 
 The sums over a block's keys are a product with a 0/1 matrix that puts every block's sum in a lane of its own: 128 key blocks
-fill one row of the output, and eight query blocks its rows. A search is two passes here, attention and then masses: the sums
-that a single pass would have to take along lanes cost a TPU more than a second product of queries and keys.
+fill one row of the output, and eight query blocks its rows. A search is one pass (tpu_search) where VMEM has room for it, or
+two: attention, then masses.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.block_score import tpu_search
 from pallas_kernels.block_sparse_attention import tpu as attention
 from pallas_kernels.block_sparse_attention.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention.problem import Static, Tokens, finite_lse
@@ -111,7 +112,14 @@ def scores(static: Static, q: Any, k: Any, lse: Any, tokens: Tokens) -> Any:
 
 
 def search(static: Static, q: Any, k: Any, v: Any | None, live: Any, tokens: Tokens) -> tuple[Any, Any, Any]:
-    """(out or None, log-sum-exp, masses): attention over all blocks, then their masses."""
+    """(out or None, log-sum-exp, masses): in one pass, or attention over all blocks and then their masses.
+
+    Raises:
+      ValueError: one pass is asked for and the chip has no room for what it keeps.
+    """
+    passes = static.config.passes or (2 if tpu_search.refusal(static, q, k, v) else 1)
+    if passes == 1:
+        return tpu_search.search(static, q, k, v, live, tokens)
     nk = k.shape[2] // static.block_k
     every = jnp.arange(nk, dtype=jnp.int32).reshape(1, 1, 1, nk)  # one list for all rows
     count = jnp.full((1, 1, 1), nk, jnp.int32)

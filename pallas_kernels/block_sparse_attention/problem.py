@@ -7,11 +7,14 @@ read from `Tokens`: an entry that is None is a rule that no backend spends an in
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +31,15 @@ class KernelConfig:
         finite then reaches all of them, not only those whose list has its block.
       resident: whether a TPU program keeps all keys and values of a head in VMEM (in gradients of keys: queries and
         cotangents) and takes blocks from there instead of HBM. None: where they fit.
+      passes: how often a search on TPU goes over the keys, 1 or 2: once needs VMEM for a number of every query and key
+        block. None: once where that fits.
     """
 
     step_tokens: int | None = None
     rows_at_once: int | None = None
     blocks_together: int = 1
     resident: bool | None = None
+    passes: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.blocks_together <= 16:
@@ -42,6 +48,8 @@ class KernelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be positive, or None")
+        if self.passes not in (None, 1, 2):
+            raise ValueError(f"passes is {self.passes}: 1, 2 or None")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,10 +91,50 @@ def test_block_masses_compile(topology, dtype, rules):
     def run(q, k, v, lse, ids):
         options = {"causal": True, "q_segment_ids": ids, "kv_segment_ids": ids} if rules else {}
         options |= {"block_q": 64, "block_k": 64, "impl": "tpu"}
-        return search_attention(q, k, v, **options), block_scores(q, k, lse, **options)
+        twice = search_attention(q, k, v, config=KernelConfig(passes=2), **options)
+        return search_attention(q, k, v, **options), block_scores(q, k, lse, **options), twice
 
     out = aot.compile_kernel(run, topology, q, k, v, jax.ShapeDtypeStruct(q.shape[:3], jnp.float32), ids)
-    assert out.kernels() == 3
+    assert out.kernels() == 1 + 1 + 2
+
+
+def arrays(tokens, features, dtype, heads=(4, 2), queries=None):
+    """Shapes of (q, k, v, segment ids)."""
+    sizes = ((heads[0], queries or tokens), (heads[1], tokens), (heads[1], tokens))
+    return *(jax.ShapeDtypeStruct((1, *n, features), jnp.dtype(dtype)) for n in sizes), jax.ShapeDtypeStruct(
+        (1, tokens), jnp.int32
+    )
+
+
+def search(block, **options):
+    def run(q, k, v, ids):
+        return search_attention(q, k, v, block_q=block, block_k=block, impl="tpu", **options)
+
+    return run
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_search_of_a_whole_video_is_one_pass(topology, block):
+    out = aot.compile_kernel(search(block), topology, *arrays(119056, 128, "bfloat16", heads=(2, 2)))
+    assert out.kernels() == 1 and out.temporary < 2 * out.argument  # copies; tokens x tokens would be 28 GB a head
+
+
+@pytest.mark.parametrize(("features", "block"), [(64, 64), (80, 48), (96, 64), (256, 256), (128, 16)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_search_in_one_pass_compiles_for_other_sizes(features, block, dtype):
+    def run(q, k, v, ids):
+        rules = {"causal": True, "soft_cap": 5.0, "q_segment_ids": ids, "kv_segment_ids": ids} if features != 80 else {}
+        return search(block, **rules)(q, k, v, ids)
+
+    assert aot.compile_kernel(run, "v5e:2x2", *arrays(4096, features, dtype)).kernels() == 1
+
+
+def test_a_search_that_one_pass_has_no_room_for_takes_two_or_says_so():
+    shapes = arrays(1 << 23, 64, "bfloat16", heads=(1, 1), queries=4096)
+    with pytest.raises(ValueError, match="passes=2"):
+        aot.compile_kernel(search(64, config=KernelConfig(passes=1)), "v5p:2x2x1", *shapes)
+    assert aot.compile_kernel(search(64), "v5p:2x2x1", *shapes).kernels() == 2
 
 
 def test_no_kernel_is_compiled_for_a_machine_without_tpu():

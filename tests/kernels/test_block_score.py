@@ -10,7 +10,7 @@ from attention_oracle import allowed, attention, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.block_score import block_scores, search_attention
+from pallas_kernels.block_score import block_scores, search_attention, tpu_search
 from pallas_kernels.block_sparse_attention import AttentionError, DerivativeError, KernelConfig
 
 B, H, G, LQ, LK, D, E, BQ, BK = 2, 4, 2, 45, 90, 12, 20, 16, 16
@@ -19,9 +19,13 @@ WAYS = {
     "reference": {"impl": "reference"},
     "xla": {"impl": "xla"},
     "xla tiles": {"impl": "xla", "config": KernelConfig(step_tokens=48)},
-    "tpu": {"impl": "tpu", "config": KernelConfig(step_tokens=32), "interpret": True},
+    "tpu": {"impl": "tpu", "config": KernelConfig(step_tokens=32, passes=1), "interpret": True},
+    "tpu, two passes": {"impl": "tpu", "config": KernelConfig(step_tokens=32, passes=2), "interpret": True},
 }
-SLOWLY = [pytest.param(way, marks=pytest.mark.slow) for way in ("xla tiles", "tpu")]
+SLOWLY = [
+    pytest.param(way, marks=pytest.mark.slow) for way in ("xla tiles", "tpu, two passes")
+]  # parts of what runs anyway
+QUICKLY = [way for way in WAYS if way not in ("xla tiles", "tpu, two passes")]
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is what takes long
 BLOCKS = {"block_q": BQ, "block_k": BK}
 
@@ -87,19 +91,22 @@ def agree(way, tokens, seed):
     return got
 
 
-@pytest.mark.parametrize("way", [pytest.param("reference", marks=pytest.mark.slow), "xla", *SLOWLY])
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param("reference", marks=pytest.mark.slow), "xla", pytest.param("tpu", marks=pytest.mark.slow), *SLOWLY],
+)
 def test_masses_are_sums_of_weights(way):
     agree(way, {}, 0)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*QUICKLY, *SLOWLY])
 @settings(max_examples=12)
 @given(seed=st.integers(0, 10**6))
 def test_masses_under_all_rules(way, seed):
     agree(way, rules_of(seed), seed)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*QUICKLY, *SLOWLY])
 def test_what_lies_behind_the_lengths_reaches_nothing(way):
     tokens = rules_of(1) | {"q_len": np.array([40, 45], np.int32), "kv_len": np.array([90, 50], np.int32)}
     q, k, v = arrays(1)
@@ -108,6 +115,26 @@ def test_what_lies_behind_the_lengths_reaches_nothing(way):
     q[0, :, 40:], k[1, :, 50:], v[1, :, 50:], lse[0, :, 40:] = np.nan, np.nan, np.inf, np.nan
     for a, b in zip(program(way, True)(q, k, v, lse, tokens), plain):
         assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("queries", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_one_pass_over_several_tiles_of_keys(queries, monkeypatch):
+    monkeypatch.setattr(tpu_search, "TILE", 128)
+    rng = np.random.default_rng(queries)
+    q, k, v = (rng.normal(size=(1, 1, n, 8)).astype(np.float32) for n in (queries, 300, 300))
+    rules = {
+        "block_q": 16,
+        "block_k": 16,
+        "causal": True,
+        "q_offset": 70,
+    }  # the last tiles are seen by few or by nobody
+    one = KernelConfig(passes=1, step_tokens=128)
+    ours = jax.jit(
+        lambda *a: search_attention(*a, impl="tpu", interpret=True, config=one, **rules), compiler_options=QUICK
+    )
+    dense = search_attention(q, k, v, impl="reference", **rules)
+    for a, b in zip(ours(q, k, v), dense):
+        same(a, b, 2e-5)
 
 
 def test_one_block_holds_every_query_and_masses_survive_huge_logits():

@@ -58,9 +58,11 @@ def test_forward_and_gradients(causal, config):
         same(ours, wanted, 1e-4)
 
 
-def test_block_masses():
+@pytest.mark.parametrize("passes", [1, 2])
+def test_block_masses(passes):
     q, k, v, _ = arrays(2)
-    out, lse, masses = quiet(lambda: search_attention(q, k, v, block_q=16, block_k=16, causal=True, **TPU))
+    options = {"block_q": 16, "block_k": 16, "causal": True, "config": KernelConfig(passes=passes), **TPU}
+    out, lse, masses = quiet(lambda: search_attention(q, k, v, **options))
     wanted = attention(q, k, v, allowed(np.ones((1, H, 5, 5), bool), 16, 16, N, N, offset=[0]))
     same(out, wanted[0], 2e-5)
     same(lse, wanted[1], 2e-5)
