@@ -25,7 +25,7 @@ def shapes_of(module: nn.Module, channels: int, tokens: int | None = None) -> An
     Args:
       module: of the zoo.
       channels: of its images.
-      tokens: of a vision transformer, the class token included; its position embedding has so many rows.
+      tokens: of a vision transformer: the rows of its position embedding (the class token is one of them, as a rule).
         A decoder (`jprune.models.llama`) and a `VideoDiT` need neither.
 
     Raises:
@@ -40,9 +40,9 @@ def shapes_of(module: nn.Module, channels: int, tokens: int | None = None) -> An
     elif isinstance(module, densenet.DenseNet):
         height = width = 2 ** (len(c.blocks) + 2)
     elif isinstance(module, vit.ViT):
-        if not tokens or tokens <= (c.pool == "token"):
+        if not tokens or tokens <= c.embedded:
             raise ValueError(f"a position embedding of {tokens} tokens leaves none for the image's patches")
-        height, width = c.patch, c.patch * (tokens - (c.pool == "token"))
+        height, width = c.image or (c.patch, c.patch * (tokens - c.embedded))
     shapes = [(1, height, width, channels)]
     if isinstance(module, llama.Llama):
         shapes = [(1, 2)]
