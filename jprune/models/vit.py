@@ -212,7 +212,7 @@ class ViT(nn.Module):
             name = f"block{i + 1}"
             y = norm(name=f"{name}_norm1")(tokens.x)
             attention = Attention(block, c.fused, c.qkv_bias, name=f"{name}_attn")
-            y, seen = attention(y, None if reducer is None else key_bias(tokens))
+            y, seen = attention(y, None if reducer is None else key_bias(tokens, reducer.proportional))
             seen = seen._replace(prefix=c.prefix)
             watched = seen if i == watch else watched
             tokens = tokens._replace(x=tokens.x + self._scaled(y, f"{name}_scale1"))

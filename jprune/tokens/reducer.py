@@ -60,6 +60,11 @@ class TokenReducer:
         """Whether it looks at the class token, the first of the special ones; a model without one then refuses it."""
         return False
 
+    @property
+    def proportional(self) -> bool:
+        """Whether a merged token draws as much attention as all those that it stands for (see `key_bias`)."""
+        return True
+
     def reads_weights(self, layer: int) -> bool:
         """Whether `inside` or `after` of this block looks at attention weights; other blocks may use a fused attention."""
         return False
@@ -97,11 +102,15 @@ def take(tokens: Tokens, places: Int[Array, "batch kept"]) -> Tokens:
     return tokens._replace(x=x, index=at(tokens.index), size=at(tokens.size), alive=at(tokens.alive))
 
 
-def key_bias(tokens: Tokens) -> Float[Array, "batch 1 1 tokens"] | None:
-    """What is added to attention logits: the logarithm of a key's size, and -1e30 where there is no token; None: nothing."""
-    if tokens.size is None and tokens.alive is None:
+def key_bias(tokens: Tokens, proportional: bool = True) -> Float[Array, "batch 1 1 tokens"] | None:
+    """What is added to attention logits: the logarithm of a key's size, and -1e30 where there is no token; None: nothing.
+
+    Not `proportional`: sizes add nothing, as for models that were trained on parts of images (MAE).
+    """
+    size = tokens.size if proportional else None
+    if size is None and tokens.alive is None:
         return None
-    bias = jnp.zeros(tokens.index.shape, jnp.float32) if tokens.size is None else jnp.log(tokens.size)
+    bias = jnp.zeros(tokens.index.shape, jnp.float32) if size is None else jnp.log(size)
     if tokens.alive is not None:
         bias = jnp.where(tokens.alive, bias, -1e30)
     return bias[:, None, None, :]
