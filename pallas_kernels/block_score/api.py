@@ -7,10 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_score import reference, tpu, xla
 from pallas_kernels.block_sparse_attention.api import (
     LAYOUTS,
     AttentionError,
+    backend,
     check_heads,
     choose,
     default_scale,
@@ -19,8 +19,6 @@ from pallas_kernels.block_sparse_attention.api import (
     whole_blocks,
 )
 from pallas_kernels.block_sparse_attention.problem import KernelConfig, Static
-
-BACKENDS = {"tpu": tpu, "xla": xla, "reference": reference}
 
 
 def block_scores(
@@ -118,14 +116,14 @@ def _run(static: Static, impl: str, q: Any, k: Any, v: Any, lse: Any, rules: dic
 
 
 @no_derivative("block masses have no derivative: pass their arguments through jax.lax.stop_gradient")
-def _scores(backend: str, static: Static, arrays: Any) -> Any:
+def _scores(name: str, static: Static, arrays: Any) -> Any:
     q, k, lse, tokens = arrays
-    return BACKENDS[backend].scores(static, q, k, lse, tokens)
+    return backend(name, "block_score").scores(static, q, k, lse, tokens)
 
 
 @no_derivative(
     "a search has no derivative: pass its arguments through jax.lax.stop_gradient, or attend with a dense mask"
 )
-def _search(backend: str, static: Static, arrays: Any) -> Any:
+def _search(name: str, static: Static, arrays: Any) -> Any:
     q, k, *values, live, tokens = arrays
-    return BACKENDS[backend].search(static, q, k, values[0] if values else None, live, tokens)
+    return backend(name, "block_score").search(static, q, k, values[0] if values else None, live, tokens)

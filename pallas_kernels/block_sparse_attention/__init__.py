@@ -1,6 +1,11 @@
 """Attention over the active blocks of a mask that may differ for every batch element and head, with gradients."""
 
-from pallas_kernels.block_sparse_attention.api import AttentionError, DerivativeError, block_sparse_attention
+from pallas_kernels.block_sparse_attention.api import (
+    AttentionError,
+    DerivativeError,
+    MiscompilationError,
+    block_sparse_attention,
+)
 from pallas_kernels.block_sparse_attention.block_mask import BlockMask, BlockMaskError
 from pallas_kernels.block_sparse_attention.problem import KernelConfig
 
@@ -10,5 +15,6 @@ __all__ = [
     "BlockMaskError",
     "DerivativeError",
     "KernelConfig",
+    "MiscompilationError",
     "block_sparse_attention",
 ]

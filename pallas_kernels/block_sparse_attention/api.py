@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import logging
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse_attention import reference, tpu, xla
+from pallas_kernels.block_sparse_attention import reference
 from pallas_kernels.block_sparse_attention.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention.problem import KernelConfig, Static, Tokens
 
-BACKENDS = {"tpu": tpu, "xla": xla}
+KERNELS = {"tpu": "the TPU kernels", "mosaic_gpu": "the Hopper kernels"}
+OF_DEVICE = {"tpu": "tpu", "gpu": "mosaic_gpu"}  # the kernels that "auto" asks first
 LAYOUTS = {"bhld": (0, 1, 2, 3), "blhd": (0, 2, 1, 3)}
 _log = logging.getLogger(__name__)
 
 
 class AttentionError(ValueError):
     """Arguments of an attention that do not fit together, or that a backend cannot take."""
+
+
+class MiscompilationError(AttentionError, RuntimeError):
+    """A kernel that compiles but computes something else on this device."""
 
 
 class DerivativeError(AttentionError, NotImplementedError):
@@ -63,15 +70,18 @@ def block_sparse_attention(
       q_segment_ids, kv_segment_ids: only keys with the query's id.
       return_lse: also return the natural log-sum-exp of each query's logits, (batch, heads, queries) whatever the layout.
       layout: "bhld" is (batch, heads, tokens, features), "blhd" is (batch, tokens, heads, features).
-      impl: "xla", "tpu", "reference" (dense), or "auto": the fastest that takes the problem. All mean the same.
+      impl: "xla", "tpu", "mosaic_gpu" (Hopper GPUs), "reference" (dense), or "auto": the fastest that takes the problem.
+        All mean the same.
       config: what trades speed for memory.
-      interpret: run a TPU kernel on another device: True, or `pltpu.InterpretParams`.
+      interpret: run a kernel on another device: True or `pltpu.InterpretParams` for those of TPUs, jax's parameters for
+        interpreting GPU kernels for those of GPUs.
 
     Returns:
       out like q with v's features, or (out, lse) in float32.
 
     Raises:
       AttentionError: arguments that contradict each other or the mask, or that the named backend cannot take.
+      MiscompilationError: on the first use of the Hopper kernels, if a small problem does not come out right.
       DerivativeError: a second derivative of a backend other than the reference.
     """
     q, k, v = (to_bhld(x, layout) for x in (q, k, v))
@@ -191,26 +201,61 @@ def _whole(x: Any, block: int) -> Any:
     return jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else x
 
 
+@functools.cache
+def backend(name: str, of: str = "block_sparse_attention") -> Any:
+    """The module of a backend, imported when it is first needed: what GPU kernels import is not on every machine."""
+    return importlib.import_module(f"pallas_kernels.{of}.{name}")
+
+
 def choose(impl: str, static: Static, q: Any, k: Any, v: Any | None, tokens: Tokens) -> str:
     """The backend to use.
 
     Raises:
       AttentionError: an unknown name, or a named backend that cannot take the problem, with its reason.
+      MiscompilationError: as `block_sparse_attention`.
     """
     if impl in ("xla", "reference"):
         return impl
-    if impl not in ("auto", "tpu"):
-        raise AttentionError(f"impl {impl!r} is not known: auto, reference, {', '.join(BACKENDS)}")
-    refusal = tpu.refusal(static, q, k, v, tokens)
-    if impl == "tpu":
-        if refusal:
-            raise AttentionError(f"the TPU kernels cannot run: {refusal}")
-        return "tpu"
-    if jax.default_backend() != "tpu":
+    if impl not in ("auto", *KERNELS):
+        raise AttentionError(f"impl {impl!r} is not known: auto, reference, xla, {', '.join(KERNELS)}")
+    name = OF_DEVICE.get(jax.default_backend()) if impl == "auto" else impl
+    if name is None:
         return "xla"
-    if refusal:
-        _say_once(refusal)
-    return "xla" if refusal else "tpu"
+    reason = backend(name).refusal(static, q, k, v, tokens)
+    if reason and impl != "auto":
+        raise AttentionError(f"{KERNELS[name]} cannot run: {reason}")
+    if reason:
+        _say_once(reason)
+        return "xla"
+    if name == "mosaic_gpu" and jax.default_backend() == "gpu" and not static.interpret:
+        prove(name)
+    return name
+
+
+@functools.cache
+def prove(name: str) -> None:
+    """Compare a small causal problem and its gradients with the dense ones on this device: some releases of ptxas compile
+    branches like those of these kernels wrongly, which nothing but the numbers tells. Host-side, once a process.
+
+    Raises:
+      MiscompilationError: naming what differs.
+    """  # fmt: skip
+    with jax.ensure_compile_time_eval():
+        shapes = [(1, 2, 256, 64), (1, 1, 256, 64), (1, 1, 256, 64), (1, 2, 256, 64)]
+        drawn = [jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(shapes)]
+        mask = BlockMask.window(None, 0, block_q=64, block_k=64, q_size=256, kv_size=256).with_transpose()
+        static, tokens = Static(0.125, None, 64, 64), Tokens(q_offset=jnp.zeros(1, jnp.int32))
+
+        def both(attend: Any) -> Any:
+            (out, lse), back = jax.vjp(attend, *drawn[:3])
+            return [np.asarray(x, np.float64) for x in (out, lse, *back((drawn[3], jnp.zeros_like(lse))))]
+
+        ours = both(lambda *a: tuple(_attend(name, static, *a, mask, tokens)))
+        wanted = both(lambda *a: _reference(static, mask.to_dense(), *a, tokens))
+    for what, x, y in zip(("values", "log-sum-exps", "dq", "dk", "dv"), ours, wanted):
+        if not np.linalg.norm(x - y) <= 0.02 * np.linalg.norm(y):  # so written, not-a-number fails too
+            raise MiscompilationError(f"{KERNELS.get(name, name)} give other {what} than dense attention on this device: "
+                                      "use impl='xla', or another CUDA (ptxas 12.8.0 to 12.9.0 is known for this)")  # fmt: skip
 
 
 @functools.cache
@@ -240,35 +285,35 @@ _only_first = no_derivative("block-sparse attention has first derivatives only: 
 
 
 @_only_first
-def _forward(backend: str, static: Static, arrays: Any) -> Any:
-    return BACKENDS[backend].forward(static, *arrays)
+def _forward(name: str, static: Static, arrays: Any) -> Any:
+    return backend(name).forward(static, *arrays)
 
 
 @_only_first
-def _backward(backend: str, static: Static, arrays: Any) -> Any:
+def _backward(name: str, static: Static, arrays: Any) -> Any:
     q, k, v, mask, tokens, out, lse, dout, dlse = arrays
     dead = jnp.isneginf(lse)
     dout = jnp.where(dead[..., None], 0, dout)  # whatever a loss makes of such rows, they have no gradient
     delta = (dout.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1) - jnp.where(dead, 0, dlse)
     problem = (static, q, k, v, dout, lse, delta, mask, tokens)
-    return BACKENDS[backend].query_gradient(*problem), *BACKENDS[backend].key_gradients(*problem)
+    return backend(name).query_gradient(*problem), *backend(name).key_gradients(*problem)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(backend: str, static: Static, q: Any, k: Any, v: Any, mask: BlockMask, tokens: Tokens) -> Any:
-    return _forward(backend, static, (q, k, v, mask, tokens))
+def _attend(name: str, static: Static, q: Any, k: Any, v: Any, mask: BlockMask, tokens: Tokens) -> Any:
+    return _forward(name, static, (q, k, v, mask, tokens))
 
 
-def _attend_forward(backend: str, static: Static, *arrays: Any) -> Any:
-    out, lse = _forward(backend, static, arrays)
+def _attend_forward(name: str, static: Static, *arrays: Any) -> Any:
+    out, lse = _forward(name, static, arrays)
     return (out, lse), (*arrays, out, lse)
 
 
-def _attend_backward(backend: str, static: Static, saved: Any, cotangents: Any) -> Any:
+def _attend_backward(name: str, static: Static, saved: Any, cotangents: Any) -> Any:
     q, k, v, mask, *rest = saved
     if mask.q_idx is None:
         mask = mask.with_transpose()
-    return *_backward(backend, static, (q, k, v, mask, *rest, *cotangents)), None, None
+    return *_backward(name, static, (q, k, v, mask, *rest, *cotangents)), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,223 @@
+"""Block-sparse attention on Hopper GPUs (H100, H200): 128 queries a program, their listed keys fetched while others multiply.
+
+Two warpgroups compute, 64 queries each, over one list; blocks of 64 queries are taken in pairs over the union of their lists,
+and who does not own an entry skips it. Products run on the tensor cores from shared memory, sums and softmax are float32 in
+registers, in base 2. Steps whose pairs all count (told from block ids) spend nothing on masks. Gradients: the module beside.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.block_sparse_attention.block_mask import BlockMask
+from pallas_kernels.block_sparse_attention.mosaic_gpu_walk import (
+    FLOOR,
+    NEVER,
+    ROWS,
+    WORKERS,
+    Plan,
+    Walk,
+    add_product,
+    all_count,
+    barriers,
+    base2,
+    call,
+    column_layout,
+    drain,
+    feed,
+    full_of,
+    lists_of,
+    load,
+    numbers_of,
+    over,
+    padded,
+    pairs_count,
+    plan,
+    positions,
+    product,
+    roles,
+    row_layout,
+    scratch,
+    slot_of,
+)
+from pallas_kernels.block_sparse_attention.problem import LOG2E, Static, Tokens
+
+LARGEST = 256  # features of a head: more have no room in registers
+CHIPS = "NVIDIA H100, NVIDIA H200 or NVIDIA GH200"
+
+
+def refusal(static: Static, q: Any, k: Any, v: Any | None, tokens: Tokens) -> str | None:
+    """Why these kernels cannot run, or None."""
+    if static.block_q != ROWS and static.block_q % (WORKERS * ROWS):
+        return f"block_q is {static.block_q}: wanted 64 or a multiple of 128"
+    if static.block_k % ROWS:
+        return f"block_k is {static.block_k}, not a multiple of 64"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"arrays are {q.dtype}: its matrix instructions take bfloat16 or float16 (impl='xla' takes any)"
+    features = max(x.shape[-1] for x in (q, k, v) if x is not None)
+    if features > LARGEST:
+        return f"heads have {features} features, more than {LARGEST}"
+    if static.interpret is True:
+        return "interpret=True is for TPU kernels: these take jax's parameters for interpreting GPU kernels"
+    if not static.interpret and not is_hopper():
+        return f"the device is {_device_kind()}, no {CHIPS}"
+    return None
+
+
+def _device_kind() -> str:
+    """The device that a program is traced for: that of an abstract mesh, or the default one."""
+    chip: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return chip.device_kind if chip is not None else jax.devices()[0].device_kind
+
+
+def is_hopper() -> bool:
+    """Whether programs are traced for a chip with these instructions (compute capability 9.0 and no other)."""
+    return any(name in _device_kind() for name in ("H100", "H200", "H800", "H20", "GH200"))
+
+
+def forward_plan(static: Static, features: int, values: int) -> Plan | None:
+    """How the forward pass walks; values 0: only the log-sum-exp is wanted."""
+    own = 2 * WORKERS * ROWS * (features + (values if values != features else 0))
+    return plan(static.block_q, static.block_k, 128 if values <= 128 else 64, own, 2 * (features + values))
+
+
+class Rules:
+    """Which pairs of a worker's queries and a step's keys count; costs nothing where no rule exists."""
+
+    def __init__(self, tokens: Tokens, numbers: Any, segments: Any, batch: Any, first: Any, interpret: Any) -> None:
+        self.any, self.causal, self.interpret = tokens.any, tokens.q_offset is not None, interpret
+        self.first, self.batch, self.segments = first, batch, segments
+        if self.any:
+            self.limit, self.offset = numbers[batch, 0], numbers[batch, 1]
+        if segments is not None:
+            self.own = load(segments[0].at[batch, pl.ds(first, ROWS)], row_layout, interpret)
+
+    def hide(self, z: Any, start: Any) -> Any:
+        """Logits with NEVER at pairs that do not count, for keys from `start` on."""
+        if not self.any:
+            return z
+        if self.segments is not None:
+            return self._masked(z, start)
+        every = all_count(self.limit, self.offset, self.causal, self.first, start, z.shape[1])
+        return jax.lax.cond(every, lambda z: z, lambda z: self._masked(z, start), z)
+
+    def _masked(self, z: Any, start: Any) -> Any:
+        query, key = (positions(z.shape, axis, self.interpret) for axis in (0, 1))
+        ok = pairs_count(self.limit, self.offset, self.causal, query + self.first, key + start)
+        if self.segments is not None:
+            theirs = load(self.segments[1].at[self.batch, pl.ds(start, z.shape[1])], column_layout, self.interpret)
+            ok &= over(self.own, z.shape, 0) == over(theirs, z.shape, 1)
+        return jnp.where(ok, z, jnp.full_like(z, NEVER))
+
+
+def _forward_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, values: bool, owners: bool,
+                    *references: Any) -> None:  # fmt: skip
+    refs = list(references)
+    idx, cnt = refs.pop(0), refs.pop(0)
+    owner = refs.pop(0) if owners else None
+    numbers = refs.pop(0)
+    segments = (refs.pop(0), refs.pop(0)) if tokens.q_segments is not None else None
+    q, k = refs.pop(0), refs.pop(0)
+    v: Any = refs.pop(0) if values else None
+    out: Any = refs.pop(0) if values else None
+    lse, streamed, own, lse_rows, (arrived, filled, emptied) = refs
+    batch, head, tile = (jax.lax.axis_index(name) for name in ("batch", "head", "tile"))
+    walk = Walk(p, idx, cnt, owner, (batch, head, p.list_of(tile)))
+    at, interpret, keys = (batch, jax.lax.div(head, shared)), static.interpret, streamed[0]
+
+    def copy() -> None:
+        sources = [
+            lambda start, x=x, to=to: [(x.at[(*at, pl.ds(start, p.step))], to)]
+            for x, to in zip((k, v), streamed)
+        ]  # fmt: skip
+        drain(feed(walk, 0, sources, filled, emptied), p.buffers, emptied)
+
+    def compute(worker: Any) -> None:
+        first = tile * (WORKERS * ROWS) + worker * ROWS
+        query, to = own[0].at[worker], own[-1].at[worker]
+        mine = (batch, head, pl.ds(first, ROWS))
+        plgpu.copy_gmem_to_smem(q.at[mine], query, arrived.at[worker])
+        plgpu.barrier_wait(arrived.at[worker])
+        rules = Rules(tokens, numbers, segments, batch, first, interpret)
+
+        def turn(step: Any, carry: Any) -> Any:
+            slot, skipped = slot_of(step, p.buffers), walk.owned(step, worker)
+            start = walk.start(step) if tokens.any else 0
+            plgpu.barrier_wait(filled[0].at[slot])
+
+            def attend(carry: Any) -> Any:
+                top, total, acc = carry
+                z, _ = base2(static, product(query, keys.at[slot], interpret))
+                plgpu.barrier_arrive(emptied[0].at[slot])
+                z = rules.hide(z, start)
+                new = jnp.maximum(top, z.max(axis=1))
+                e, old = jnp.exp2(z - over(new, z.shape)), jnp.exp2(top - new)
+                total = old * total + e.sum(axis=1)
+                if values:
+                    acc = acc * over(old, acc.shape)
+                    weights = e.astype(v.dtype)
+                    plgpu.barrier_wait(filled[1].at[slot])
+                    acc = add_product(acc, weights, streamed[1].at[slot], interpret)
+                    plgpu.barrier_arrive(emptied[1].at[slot])
+                return new, total, acc
+
+            def pass_by(carry: Any) -> Any:
+                # Waited for all the same: else a worker would run ahead and let go of buffers that are not yet filled.
+                plgpu.barrier_arrive(emptied[0].at[slot])
+                if values:
+                    plgpu.barrier_wait(filled[1].at[slot])
+                    plgpu.barrier_arrive(emptied[1].at[slot])
+                return carry
+
+            return attend(carry) if skipped is None else jax.lax.cond(skipped, attend, pass_by, carry)
+
+        start = (full_of((ROWS,), FLOOR, interpret), full_of((ROWS,), 0, interpret),
+                 full_of((ROWS, v.shape[-1]), 0, interpret) if values else 0)  # fmt: skip
+        top, total, acc = jax.lax.fori_loop(0, walk.steps(), turn, start)
+        alive = total != 0  # not-a-number stays what it is
+        safe = jnp.where(alive, total, jnp.full_like(total, 1))
+        rows = lse_rows.at[worker]
+        rows[...] = jnp.where(alive, top / LOG2E + jnp.log(safe), jnp.full_like(total, -jnp.inf))
+        if values:
+            inverse = jnp.where(alive, 1 / safe, jnp.full_like(total, 0))
+            to[...] = (acc * over(inverse, acc.shape)).astype(out.dtype)
+        plgpu.commit_smem()
+        if values:
+            plgpu.copy_smem_to_gmem(to, out.at[mine])
+        plgpu.copy_smem_to_gmem(rows, lse.at[mine])
+        plgpu.wait_smem_to_gmem(0)
+
+    roles(compute, copy)
+
+
+def forward(static: Static, q: Any, k: Any, v: Any | None, mask: BlockMask, tokens: Tokens) -> tuple[Any, Any]:
+    """(out, log-sum-exp); without values only the latter, and None."""
+    batch, heads, queries, _ = q.shape
+    keys, shared, features = k.shape[2], heads // k.shape[1], 0 if v is None else v.shape[-1]
+    q, k, v = (x if x is None else padded(x, 3, 64) for x in (q, k, v))
+    q = padded(q, 2, WORKERS * ROWS)
+    p = forward_plan(static, q.shape[-1], 0 if v is None else v.shape[-1])
+    assert p is not None  # features and blocks that `refusal` lets through have one
+    lists = lists_of(p, mask.kv_idx, mask.kv_cnt, mask.kv_blocks)
+    inputs = [*lists, numbers_of(tokens, batch, keys)]
+    if tokens.q_segments is not None:
+        inputs += [padded(tokens.q_segments, 1, WORKERS * ROWS), tokens.kv_segments]
+    inputs += [q, k] if v is None else [q, k, v]
+    values = v is not None
+    arrays = [k, v] if values else [k]
+    out = [jax.ShapeDtypeStruct((*q.shape[:3], v.shape[-1]), v.dtype)] if values else []
+    out.append(jax.ShapeDtypeStruct(q.shape[:3], jnp.float32))
+    own = {q.shape[-1]: None} | ({v.shape[-1]: None} if values else {})  # out takes the queries' place where it fits
+    buffers, rows = scratch(p, q.dtype, [x.shape[-1] for x in arrays], list(own))
+    kernel = functools.partial(_forward_kernel, static, tokens, p, shared, values, len(lists) == 3)
+    types = (buffers, rows, plgpu.SMEM((WORKERS, ROWS), jnp.float32),
+             (plgpu.Barrier(num_barriers=WORKERS), *barriers(p, [1] * len(arrays))))  # fmt: skip
+    grid = (batch, heads, q.shape[2] // (WORKERS * ROWS))
+    *given, lse = call(kernel, "block_sparse_attention", grid, out, types, inputs, static.interpret)
+    return (given[0][:, :, :queries, :features] if given else None), lse[:, :, :queries]

@@ -1,0 +1,280 @@
+"""What the Hopper kernels share: tiles and buffers that fit a chip, lists walked through barriers, products, token rules.
+
+A program is three warpgroups of 128 threads. Two compute, 64 rows each; the third only copies listed blocks from global into
+shared memory, as many steps ahead as there are buffers, and waits until both have let go of a buffer before it fills it again.
+A step is a part of a listed block. Where a list's rows are blocks of 64, the two that compute take a block each, over the
+union of their lists: who does not own an entry lets its buffer pass.
+
+Under `interpret` (jax's interpreter of such kernels, which knows memories, copies and barriers) the few functions here that
+name a layout or a matrix instruction take a plain path; everything else is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.block_sparse_attention.block_mask import union_lists
+from pallas_kernels.block_sparse_attention.problem import LOG2E, Static, Tokens
+
+ROWS = 64  # of a warpgroup: what its matrix instruction multiplies
+WORKERS = 2  # warpgroups that compute
+SHARED_MEMORY = 232448 - 4096  # bytes of a program on Hopper, some left for barriers and vectors
+NEVER = -1e30  # a logit that does not count
+FLOOR = -1e29  # where a running maximum starts: exp2(NEVER - FLOOR) is 0, so masked logits need no second mask
+REGISTERS = {"compute": 232, "copy": 40}  # a thread's; 2 * 232 + 40 of the 512 that three warpgroups share
+
+row_layout, column_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one kernel walks: tokens of a step, steps of a listed block, buffers, and whether two lists are walked as one.
+
+    `block` tokens make a listed block; a program's `ROWS * WORKERS` rows belong to one list or, `pair`, to two.
+    """
+
+    block: int
+    step: int
+    buffers: int
+    rows_of_list: int
+    pair: bool
+
+    @property
+    def parts(self) -> int:
+        return self.block // self.step
+
+    def list_of(self, tile: Any) -> Any:
+        """The list that a program walks."""
+        return tile if self.pair else tile * (ROWS * WORKERS) // self.rows_of_list
+
+
+def plan(rows_of_list: int, block: int, most: int, own: int, streamed: int) -> Plan | None:
+    """The longest step, then the most buffers, that fit; None where nothing does.
+
+    Args:
+      rows_of_list: tokens that share a list, 64 or a multiple of 128. block: tokens of a listed block, a multiple of 64.
+      most: tokens of a step for which a kernel has registers. own: bytes of shared memory for a program's own rows.
+      streamed: bytes of one streamed token.
+    """
+    for step in (128, 64, 32):
+        if step > most or block % step:
+            continue
+        buffers = min(4, (SHARED_MEMORY - own) // (step * streamed))
+        if buffers >= 2:
+            return Plan(block, step, buffers, rows_of_list, rows_of_list == ROWS)
+    return None
+
+
+def wide(features: int) -> int:
+    """Features with zeros up to what a swizzled row of shared memory holds."""
+    return -(-features // 64) * 64
+
+
+def padded(x: Any, axis: int, to: int) -> Any:
+    """An array with zeros up to a multiple along an axis."""
+    missing = -x.shape[axis] % to
+    return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)]) if missing else x
+
+
+def lists_of(p: Plan, idx: Any, cnt: Any, ids: int) -> tuple[Any, ...]:
+    """(lists, counts) as programs walk them; of pairs the unions, with the owners of every entry.
+
+    One list for all rows, (batch, heads, 1, width), stays one.
+    """
+    return union_lists(idx, cnt, ids, 2) if p.pair and idx.shape[-2] > 1 else (idx, cnt)
+
+
+def numbers_of(tokens: Tokens, batch: int, keys: int) -> Any:
+    """int32 (batch, 2): [keys that count, causal offset] of every batch element."""
+    limit = jnp.full(batch, keys, jnp.int32) if tokens.kv_len is None else tokens.kv_len
+    offset = jnp.zeros(batch, jnp.int32) if tokens.q_offset is None else tokens.q_offset
+    return jnp.stack([limit, offset], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """One list in global memory: (batch or 1, heads or 1, rows or 1, width) references and the place of a program in them."""
+
+    plan: Plan
+    idx: Any
+    cnt: Any
+    owners: Any
+    at: tuple[Any, ...]  # batch, head, list
+
+    def _place(self) -> tuple[Any, ...]:
+        return tuple(i if n > 1 else 0 for i, n in zip(self.at, self.cnt.shape))
+
+    def steps(self) -> Any:
+        return self.cnt[self._place()] * self.plan.parts
+
+    def start(self, step: Any) -> Any:
+        """The first token of a step."""
+        entry = self.idx[(*self._place(), jax.lax.div(step, self.plan.parts))]
+        return entry * self.plan.block + jax.lax.rem(step, self.plan.parts) * self.plan.step
+
+    def owned(self, step: Any, worker: Any) -> Any:
+        """Whether a step's block is in the worker's own list; None where that is always so."""
+        if self.owners is None:
+            return None
+        owner = self.owners[(*self._place(), jax.lax.div(step, self.plan.parts))]
+        return (jax.lax.shift_right_logical(owner, worker) & 1) != 0
+
+
+def slot_of(step: Any, buffers: int) -> Any:
+    """The buffer that holds a step."""
+    return jax.lax.rem(step, buffers)
+
+
+def feed(walk: Walk, first: Any, sources: Sequence[Callable[[Any], list[tuple[Any, Any]]]], full: Sequence[Any],
+         free: Sequence[Any]) -> Any:  # fmt: skip
+    """The copying warpgroup's part: fill buffers in the order of a list; returns the number of steps done in all.
+
+    Args:
+      first: steps done before, by other lists through the same buffers.
+      sources: functions of a step's first token to [(source, buffers)] that one barrier tells of. full: those barriers.
+      free: the barriers that tell that both workers are done with a buffer.
+    """
+    buffers = walk.plan.buffers
+
+    def turn(step: Any, _: None) -> None:
+        start, done = walk.start(step), first + step
+        slot = slot_of(done, buffers)
+        for copies, filled, emptied in zip(sources, full, free):
+
+            @pl.when(done >= buffers)
+            def _(emptied: Any = emptied) -> None:
+                plgpu.barrier_wait(emptied.at[slot])
+
+            for source, target in copies(start):
+                plgpu.copy_gmem_to_smem(source, target.at[slot], filled.at[slot])
+
+    steps = walk.steps()
+    jax.lax.fori_loop(0, steps, turn, None)
+    return first + steps
+
+
+def drain(done: Any, buffers: int, free: Sequence[Any]) -> None:
+    """Wait until the last buffers are let go, so that no barrier ends in the middle of a phase."""
+
+    def turn(step: Any, _: None) -> None:
+        for emptied in free:
+            plgpu.barrier_wait(emptied.at[slot_of(step, buffers)])
+
+    jax.lax.fori_loop(jnp.maximum(done - buffers, 0), done, turn, None)
+
+
+def positions(shape: tuple[int, int], axis: int, interpret: Any) -> Any:
+    """int32: an element's index along an axis of a product."""
+    if interpret:
+        return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def load(ref: Any, layout: Any, interpret: Any) -> Any:
+    """A vector, one number a row (or column) of a product."""
+    return ref[...] if interpret else plgpu.load(ref, (), layout=layout, optimized=False)
+
+
+def full_of(shape: tuple[int, ...], value: float, interpret: Any) -> Any:
+    """A product, or a number for each of its rows, of one value."""
+    x = jnp.full(shape, value, jnp.float32)
+    return x if interpret else plgpu.layout_cast(x, plgpu.Layout.WGMMA if len(shape) == 2 else row_layout)
+
+
+def over(x: Any, shape: tuple[int, int], axis: int = 0) -> Any:
+    """A vector along an axis of a product."""
+    return jax.lax.broadcast_in_dim(x, shape, [axis])
+
+
+def product(a: Any, b: Any, interpret: Any) -> Any:
+    """a @ b.T of shared memory, in float32."""
+    if interpret:
+        return jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32).T)
+
+    def multiply(out: Any) -> Any:
+        plgpu.wgmma(out, a, plgpu.transpose_ref(b, (1, 0)))
+        return out[...]
+
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[0]), jnp.float32))
+
+
+def add_product(acc: Any, a: Any, b: Any, interpret: Any) -> Any:
+    """acc + a @ b for a in registers, b in shared memory; `acc` stays where it is."""
+    if interpret:
+        return acc + jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
+    return pl.run_state(lambda out: plgpu.wgmma(out, a, b))(plgpu.WGMMAAccumulatorRef.init(acc))
+
+
+def base2(static: Static, products: Any) -> tuple[Any, Any]:
+    """(logits in base 2, derivative of the natural ones by the scaled products or None for 1).
+
+    tanh is written with exp2: the chip's own has three digits, and a cap multiplies its error.
+    """
+    if static.soft_cap is None:
+        return products * (static.scale * LOG2E), None
+    t = 1 - 2 / (1 + jnp.exp2(products * (2 * LOG2E * static.scale / static.soft_cap)))
+    return t * (static.soft_cap * LOG2E), 1 - t * t
+
+
+def all_count(limit: Any, offset: Any, causal: bool, first_query: Any, first_key: Any, keys: int) -> Any:
+    """Whether limit and causal rule allow every pair of some queries from the first on and `keys` keys."""
+    last = first_key + keys - 1
+    ok = last < limit
+    return ok & (last <= first_query + offset) if causal else ok
+
+
+def pairs_count(limit: Any, offset: Any, causal: bool, query: Any, key: Any) -> Any:
+    """bool: which pairs of positions limit and causal rule allow."""
+    ok = key < limit
+    return ok & (key <= query + offset) if causal else ok
+
+
+def scratch(p: Plan, dtype: Any, features: Sequence[int], own: Sequence[int]) -> tuple[list[Any], list[Any]]:
+    """(buffers of streamed arrays, each worker's own rows), with the layout that matrix instructions read."""
+    how = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    streamed = [plgpu.SMEM((p.buffers, p.step, d), dtype, transforms=how) for d in features]
+    return streamed, [plgpu.SMEM((WORKERS, ROWS, d), dtype, transforms=how) for d in own]
+
+
+def barriers(p: Plan, streams: Sequence[int]) -> tuple[list[Any], list[Any]]:
+    """(filled, emptied) barriers of streams, given how many copies fill one."""
+    return ([plgpu.Barrier(num_arrivals=n, num_barriers=p.buffers) for n in streams],
+            [plgpu.Barrier(num_arrivals=WORKERS, num_barriers=p.buffers) for _ in streams])  # fmt: skip
+
+
+def call(kernel: Callable[..., None], name: str, grid: tuple[int, int, int], out: Sequence[Any], scratch_types: Any,
+         inputs: Sequence[Any], interpret: Any) -> Any:  # fmt: skip
+    """The kernel on three warpgroups, over (batch, head, tile): tiles of one head run together and share the cache."""
+    batch, heads, tiles = grid
+
+    def entry(*refs: Any) -> None:
+        pl.run_scoped(lambda *given: kernel(*refs, *given), *scratch_types, collective_axes="warpgroup")
+
+    entry.__name__ = name
+    return plgpu.kernel(
+        entry, out_type=list(out), grid=(tiles, heads, batch), grid_names=("tile", "head", "batch"),
+        num_threads=WORKERS + 1, thread_name="warpgroup", interpret=interpret or None,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*inputs)  # fmt: skip
+
+
+def roles(compute: Callable[[Any], None], copy: Callable[[], None]) -> None:
+    """Run `compute(worker)` on the first warpgroups and `copy()` on the last."""
+    group = jax.lax.axis_index("warpgroup")
+
+    @pl.when(group < WORKERS)
+    def _() -> None:
+        plgpu.set_max_registers(REGISTERS["compute"], action="increase")
+        compute(group)
+
+    @pl.when(group == WORKERS)
+    def _() -> None:
+        plgpu.set_max_registers(REGISTERS["copy"], action="decrease")
+        copy()

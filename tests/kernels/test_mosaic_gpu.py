@@ -1,0 +1,204 @@
+"""The Hopper kernels in jax's interpreter of GPU kernels, with its race detector on: real copies, barriers and lists.
+
+What it does not know (matrix instructions, layouts) is plain arithmetic there: that those compile for the chip is tested by
+lowering here and by `experiments.benchmarks.compile_hopper`; that they compute the same is for an owner of the chip.
+"""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_oracle import allowed, attention, same
+from hypothesis import given
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as simulation
+from jax._src.pallas.mosaic_gpu.interpret import params
+
+from pallas_kernels.block_sparse_attention import (
+    AttentionError,
+    BlockMask,
+    MiscompilationError,
+    api,
+    block_sparse_attention,
+    mosaic_gpu,
+    reference,
+)
+from pallas_kernels.block_sparse_attention import mosaic_gpu_walk as shared
+from pallas_kernels.block_sparse_attention.problem import Static, Tokens
+
+CHECKED = params.InterpretGPUParams(detect_races=True)  # memory starts as not-a-number, reads outside raise
+
+
+def simulated(f, *arrays):
+    """The result of a kernel in the interpreter, which found no race."""
+    simulation.reset_gpu_interpret_mode_state()
+    out = jax.block_until_ready(jax.jit(f)(*arrays))
+    assert not simulation.get_races().races_found
+    return out
+
+
+def problem(block_q, block_k, nq, nk, features, values, heads=(2, 1), seed=0, rules="", dtype=jnp.bfloat16):
+    """(q, k, v, mask, token rules, allowed pairs) with a list that is empty and one that is full."""
+    rng, (h, g), lq, lk = np.random.default_rng(seed), heads, nq * block_q, nk * block_k
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(1, n, t, d)), dtype)
+        for n, t, d in ((h, lq, features), (g, lk, features), (g, lk, values))
+    )
+    active = rng.random((1, h, nq, nk)) < 0.5
+    active[0, 0, 0], active[0, -1, -1] = False, True
+    mask = BlockMask.from_dense(active, block_q=block_q, block_k=block_k, q_size=lq, kv_size=lk).with_transpose()
+    one, ids = functools.partial(np.full, 1, dtype=np.int32), np.sort(rng.integers(0, 3, lq + lk)).astype(np.int32)
+    ids = rng.permutation(ids)
+    limit = one(lk - 23) if "l" in rules else None
+    offset = one(lk // 2 - 9) if "c" in rules else None
+    segments = (np.sort(ids[:lq])[None], np.sort(ids[lq:])[None]) if "s" in rules else (None, None)
+    ok = allowed(active, block_q, block_k, lq, lk, offset=offset, kv_len=limit, q_seg=segments[0], kv_seg=segments[1])
+    return q, k, v, mask, Tokens(*(x if x is None else jnp.asarray(x) for x in (limit, offset, *segments))), ok
+
+
+# name: (block_q, block_k, query blocks, key blocks, features, values, rules, soft cap)
+CASES = {
+    "pairs with every rule": (64, 64, 3, 4, 64, 64, "lcs", 5.0),
+    "blocks of 128, values of other size": (128, 64, 1, 3, 40, 72, "lc", None),
+    "pairs without a rule": (64, 64, 2, 3, 64, 64, "", None),
+    "long blocks, in parts": (256, 256, 1, 2, 64, 64, "c", None),
+    "large heads, in parts": (64, 128, 2, 2, 128, 256, "l", None),
+}
+QUICK_CASES = ["pairs with every rule", "blocks of 128, values of other size"]
+SELECTED = [pytest.param(n, marks=() if n in QUICK_CASES else pytest.mark.slow) for n in CASES]
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_forward_is_the_definition(name):
+    block_q, block_k, nq, nk, features, values, rules, cap = CASES[name]
+    q, k, v, mask, tokens, ok = problem(block_q, block_k, nq, nk, features, values, rules=rules)
+    static = Static(0.2, cap, block_q, block_k, interpret=CHECKED)
+    out, lse = simulated(functools.partial(mosaic_gpu.forward, static), q, k, v, mask, tokens)
+    assert out.dtype == v.dtype and lse.dtype == jnp.float32
+    wanted = attention(q, k, v, ok, scale=0.2, cap=cap)
+    same(lse, wanted[1], 1e-4)
+    same(out, wanted[0], 2e-2)
+    assert np.isneginf(lse[0, 0, :block_q]).all() and not np.asarray(out[0, 0, :block_q]).any()
+
+
+@given(
+    block=st.sampled_from([64, 128, 256, 320, 384]), rows=st.sampled_from([64, 128, 256]),
+    features=st.integers(1, 256), values=st.integers(0, 256),
+)  # fmt: skip
+def test_what_is_not_refused_has_a_plan_that_fits(block, rows, features, values):
+    static = Static(1.0, None, rows, block)
+    d, e = shared.wide(features), shared.wide(values)
+    p = mosaic_gpu.forward_plan(static, d, e)
+    assert p is not None and p.parts * p.step == block and p.buffers >= 2
+    used = 2 * (p.buffers * p.step * (d + e) + 128 * d + (128 * e if e != d else 0))
+    assert used <= shared.SHARED_MEMORY
+    lists = [p.list_of(tile) for tile in range(6)]
+    assert lists == [tile * 128 // max(rows, 128) for tile in range(6)]
+
+
+def test_no_plan_where_nothing_fits():
+    assert shared.plan(128, 128, 128, 200_000, 4 * 256) is None
+
+
+CHIP = {"q": (1, 4, 1024), "kv": (1, 2, 1024)}
+
+
+def lowered(f, *shapes):
+    """The program that jax hands to the chip's compiler, made on this machine."""
+    chip = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    known = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=chip)):
+        return jax.export.export(jax.jit(f), platforms=["cuda"], disabled_checks=known)(*shapes).mlir_module()
+
+
+def shapes(block, features, dtype):
+    n = 1024 // block
+    sizes = {"block_q": block, "block_k": block, "q_size": 1024, "kv_size": 1024}
+    mask = jax.eval_shape(
+        lambda a: BlockMask.pack(a, 4, **sizes)[0].transposed(4)[0], jax.ShapeDtypeStruct((1, 4, n, n), bool)
+    )
+    q, k = (jax.ShapeDtypeStruct((*CHIP[x], features), dtype) for x in ("q", "kv"))
+    ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+    return q, k, k, mask, ids
+
+
+EVERY = [
+    pytest.param(d, t, b, marks=() if (d, t, b) in ((80, "bfloat16", 64), (256, "float16", 128)) else pytest.mark.slow)
+    for d in (64, 80, 96, 128, 256)
+    for t in ("bfloat16", "float16")
+    for b in (64, 128)
+]
+
+
+@pytest.mark.parametrize(("features", "dtype", "block"), EVERY)
+def test_attention_lowers_for_the_chip(features, dtype, block):
+    def run(q, k, v, mask, ids):
+        rules = {"causal": True, "soft_cap": 5.0, "q_segment_ids": ids, "kv_segment_ids": ids}
+        return block_sparse_attention(q, k, v, mask, impl="mosaic_gpu", **(rules if block == 64 else {}))
+
+    text = lowered(run, *shapes(block, features, jnp.dtype(dtype)))
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": jnp.float32}, "impl='xla'"),
+        ({"block_q": 32}, "64 or a multiple of 128"),
+        ({"block_q": 192}, "64 or a multiple of 128"),
+        ({"block_k": 96}, "not a multiple of 64"),
+        ({"features": 257}, "257 features"),
+        ({"interpret": True}, "parameters"),
+        ({}, "no NVIDIA H100"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_said(change, words):
+    how = {"dtype": jnp.bfloat16, "block_q": 64, "block_k": 64, "features": 64, "interpret": False} | change
+    x = jnp.zeros((1, 1, 384, how["features"]), how["dtype"])
+    mask = BlockMask.dense(block_q=how["block_q"], block_k=how["block_k"], q_size=384, kv_size=384)
+    with pytest.raises(AttentionError, match=words):
+        block_sparse_attention(x, x, x, mask, impl="mosaic_gpu", interpret=how["interpret"])
+
+
+def test_auto_takes_the_kernels_on_a_gpu_that_has_them_and_says_once_why_not(monkeypatch, caplog):
+    x = jnp.zeros((1, 1, 64, 64), jnp.bfloat16)
+    static = Static(1.0, None, 64, 64)
+    asked = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(api, "prove", asked.append)
+    api._say_once.cache_clear()
+    for _ in range(2):
+        assert api.choose("auto", static, x, x, x, Tokens()) == "xla"
+    assert [r.getMessage() for r in caplog.records] == [
+        "block-sparse attention runs on its XLA backend: the device is cpu, no " + mosaic_gpu.CHIPS
+    ]
+    assert not asked
+    monkeypatch.setattr(mosaic_gpu, "_device_kind", lambda: "NVIDIA H200")
+    assert api.choose("auto", static, x, x, x, Tokens()) == "mosaic_gpu" and asked == ["mosaic_gpu"]
+    assert api.choose("auto", static, *[x.astype(jnp.float32)] * 3, Tokens()) == "xla"
+
+
+def dense_backend(factor):
+    """A backend by the dense reference, with gradients of the keys that are so many times too large."""
+
+    def attend(static, mask, tokens):
+        return lambda *a: reference.attention(static, mask.to_dense(), *a, tokens)
+
+    def gradients(static, q, k, v, dout, lse, delta, mask, tokens):
+        return jax.vjp(lambda *a: attend(static, mask, tokens)(*a)[0], q, k, v)[1](dout)
+
+    return types.SimpleNamespace(
+        forward=lambda static, q, k, v, mask, tokens: attend(static, mask, tokens)(q, k, v),
+        query_gradient=lambda *a: gradients(*a)[0],
+        key_gradients=lambda *a: (factor * gradients(*a)[1], gradients(*a)[2]),
+    )
+
+
+def test_a_miscompiled_kernel_is_found_on_first_use(monkeypatch):
+    monkeypatch.setattr(api, "backend", {"right": dense_backend(1), "wrong": dense_backend(1.1)}.__getitem__)
+    jax.jit(lambda: api.prove("right"))()  # also while a program is traced
+    with pytest.raises(MiscompilationError, match="wrong give other dk"):
+        api.prove("wrong")
