@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,13 +35,28 @@ def new_cache(module: Any, batch: int, size: int, dtype: Any = None) -> Cache:
       dtype: of keys and values.
     """
     c = module.config
-    dtype = jnp.dtype(dtype or c.dtype)
-    shapes = [((batch, size, n, c.head_dim), (batch, size, n, m)) for n, m in zip(c.kv_heads, c.value_dims)]
     if module.scanned:
-        k, v = (jnp.zeros((c.depth, *shape), dtype) for shape in shapes[0])
-    else:
-        k, v = (tuple(jnp.zeros(s[i], dtype) for s in shapes) for i in (0, 1))
-    return Cache(k, v, jnp.zeros((batch, size), bool), jnp.zeros((), jnp.int32))
+        shapes = [(c.depth, batch, size, c.kv_heads[0], n) for n in (c.head_dim, c.value_dims[0])]
+        k, v = (jnp.zeros(shape, dtype or c.dtype) for shape in shapes)
+        return Cache(k, v, jnp.zeros((batch, size), bool), jnp.zeros((), jnp.int32))
+    return new_caches(module, batch, [(c.depth, size)], dtype)[0]
+
+
+def new_caches(module: Any, batch: int, sizes: Sequence[tuple[int, int]], dtype: Any = None) -> tuple[Cache, ...]:
+    """Empty caches of successive layers, for an unrolled model that drops tokens between them.
+
+    Args:
+      module, batch, dtype: as for `new_cache`.
+      sizes: (layers up to which a cache reaches, tokens it has room for), ascending; the last reaches the model's depth.
+    """
+    c, out, first = module.config, [], 0
+    for end, size in sizes:
+        heads = list(zip(c.kv_heads[first:end], c.value_dims[first:end]))
+        k = tuple(jnp.zeros((batch, size, n, c.head_dim), dtype or c.dtype) for n, _ in heads)
+        v = tuple(jnp.zeros((batch, size, n, m), dtype or c.dtype) for n, m in heads)
+        out.append(Cache(k, v, jnp.zeros((batch, size), bool), jnp.zeros((), jnp.int32)))
+        first = end
+    return tuple(out)
 
 
 def generate(
@@ -101,17 +117,52 @@ def _generate(
         chosen = jax.random.categorical(key, logits / temperature) if sample else jnp.argmax(logits, -1)
         return chosen.astype(ids.dtype)
 
-    def step(carry: Any, key: jax.Array) -> Any:
-        token, done, cache = carry
-        logits, cache = module.apply(variables, token[:, None], None, cache)
+    new = _continue(module, variables, logits[:, -1], cache, choose, jax.random.split(key, steps), None, stop)
+    return jnp.concatenate([ids, new], axis=1)
+
+
+def continue_from(
+    module: nn.Module, variables: Any, logits: jax.Array, cache: Any, position: jax.Array, steps: int, stop: int | None
+) -> jax.Array:
+    """The likeliest next tokens, (batch, steps) int32, behind a prompt that was read already; for use under jit.
+
+    Args:
+      module: a `jprune.models.llama.Llama`.
+      variables: its parameters.
+      logits: (batch, vocab) of the prompt's last token.
+      cache: after the prompt, or several of successive layers; with room for steps - 1 more tokens.
+      position: (batch,) int32 of the next token; tokens that were dropped count where positions are the original ones.
+      steps: tokens to make.
+      stop: a token after which a row repeats that token only; None: none.
+    """
+
+    def choose(logits: jax.Array, _: Any) -> jax.Array:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+
+    return _continue(module, variables, logits, cache, choose, jnp.arange(steps), position, stop)
+
+
+def _continue(
+    module: nn.Module,
+    variables: Any,
+    logits: jax.Array,
+    cache: Any,
+    choose: Callable[[jax.Array, Any], jax.Array],
+    keys: jax.Array,
+    position: Any,
+    stop: int | None,
+) -> jax.Array:
+    def step(carry: Any, key: Any) -> Any:
+        token, position, done, cache = carry
+        at = None if position is None else position[:, None]
+        logits, cache = module.apply(variables, token[:, None], None, cache, positions=at)
         new = choose(logits[:, -1], key)
         if stop is not None:
             new = jnp.where(done, stop, new)
             done = done | (new == stop)
-        return (new, done, cache), new
+        return (new, None if position is None else position + 1, done, cache), new
 
-    keys = jax.random.split(key, steps)
-    first = choose(logits[:, -1], keys[0])
+    first = choose(logits, keys[0])
     done = first == stop if stop is not None else jnp.zeros(first.shape, bool)
-    _, rest = jax.lax.scan(step, (first, done, cache), keys[1:])
-    return jnp.concatenate([ids, first[:, None], rest.T], axis=1)
+    _, rest = jax.lax.scan(step, (first, position, done, cache), keys[1:])
+    return jnp.concatenate([first[:, None], rest.T], axis=1)

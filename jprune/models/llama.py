@@ -15,6 +15,7 @@ the softmax and the logits are float32 all the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 
 from jprune.models.decoding import Cache
 from jprune.models.llama_config import FAMILIES, LlamaConfig, llama_config
+from jprune.models.llama_drops import Drop, dropped, ends_of
 from jprune.models.llama_trees import (
     config_from_params,
     fold_norm_width,
@@ -51,38 +53,53 @@ class Context(NamedTuple):
     start: jax.Array | None
 
 
-def context(config: LlamaConfig, tokens: int, mask: Any = None, cache: Cache | None = None) -> tuple[Context, Any]:
+def token_positions(tokens: int, mask: Any = None, cache: Cache | None = None) -> jax.Array:
+    """(batch or 1, tokens) int32: how many real tokens stand before each one, in this pass and in the cache."""
+    own = jnp.arange(tokens, dtype=jnp.int32)[None]
+    if mask is None and cache is None:
+        return own
+    if mask is not None:
+        own = jnp.cumsum(jnp.asarray(mask).astype(jnp.int32), 1) - 1
+    if cache is not None:
+        own = own + jnp.sum(cache.valid, 1, dtype=jnp.int32)[:, None]
+    return jnp.maximum(own, 0)
+
+
+def context(
+    config: LlamaConfig, tokens: int, mask: Any = None, cache: Cache | None = None, positions: Any = None
+) -> tuple[Context, Any]:
     """What the layers need to know of positions and padding, and the cache's (valid, length) after this pass.
 
     Args:
       config: of the model.
       tokens: how many each row has in this pass.
-      mask: (batch, tokens), 0 at padding; None: all are real. Positions count real tokens only.
+      mask: (batch, tokens), 0 at padding; None: all are real.
       cache: of earlier passes.
+      positions: (batch or 1, tokens) that rotate queries and keys; None: `token_positions`. Who sees whom depends on the order
+        of the tokens alone.
 
     Raises:
-      ValueError: the mask has another number of tokens, or the cache is too short for this pass.
+      ValueError: the mask or the positions have another number of tokens, or the cache is too short for this pass.
     """
     if mask is not None and mask.shape[1] != tokens:
         raise ValueError(f"the mask has {mask.shape[1]} tokens, the ids {tokens}")
+    if positions is not None and positions.shape[1] != tokens:
+        raise ValueError(f"there are {positions.shape[1]} positions of {tokens} tokens")
+    if positions is None:
+        positions = token_positions(tokens, mask, cache)
     own = jnp.arange(tokens, dtype=jnp.int32)
     real = None if mask is None else jnp.asarray(mask).astype(bool)
+    turned = angles(config.rope, config.head_dim, positions)
     if cache is None:
-        positions = own[None] if real is None else jnp.maximum(jnp.cumsum(real.astype(jnp.int32), 1) - 1, 0)
-        return Context(*angles(config.rope, config.head_dim, positions), own[:, None] - own[None], real, None), None
+        return Context(*turned, own[:, None] - own[None], real, None), None
     size = cache.valid.shape[1]
     if tokens > size:
         raise ValueError(f"{tokens} tokens do not fit a cache of {size}: make it with the length of prompt and answer")
     if real is None:
         real = jnp.ones((cache.valid.shape[0], tokens), bool)
     valid = jax.lax.dynamic_update_slice(cache.valid, real, (0, cache.length))
-    seen = jnp.sum(cache.valid, 1, dtype=jnp.int32)[:, None]
-    positions = jnp.maximum(seen + jnp.cumsum(real.astype(jnp.int32), 1) - 1, 0)
     back = (cache.length + own)[:, None] - jnp.arange(size, dtype=jnp.int32)[None]
-    return (
-        Context(*angles(config.rope, config.head_dim, positions), back, valid, cache.length),
-        (valid, cache.length + tokens),
-    )
+    return Context(*turned, back, valid, cache.length), (valid, cache.length + tokens)
 
 
 class RMSNorm(nn.Module):
@@ -122,14 +139,18 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped queries and rotary positions."""
+    """Causal attention with grouped queries and rotary positions; `tells`: also what the last token attends to."""
 
     config: LlamaConfig
     layer: int
+    tells: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, at: Context, window: Any, cache: Any) -> tuple[jax.Array, Any]:
-        """x: (batch, tokens, stream); cache: {"k": (batch, size, kv heads, head), "v": ...} or None."""
+    def __call__(self, x: jax.Array, at: Context, window: Any, cache: Any) -> tuple[Any, ...]:
+        """x: (batch, tokens, stream); cache: {"k": (batch, size, kv heads, head), "v": ...} or None.
+
+        Returns (y, the new cache) and, if it `tells`, (batch, heads, tokens) float32 over the tokens of this pass.
+        """
         c, d = self.config, x.shape[-1]
         heads, kv, h, value = c.q_heads[self.layer], c.kv_heads[self.layer], c.head_dim, c.value_dims[self.layer]
 
@@ -153,10 +174,15 @@ class Attention(nn.Module):
         if at.valid is not None:
             visible = visible & at.valid[:, None, None, None, :]
         # finite, so that a row of padding, which sees nothing, gives numbers and not NaN
-        weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1).astype(x.dtype)
-        y = jnp.einsum("bkgts,bskd->btkgd", weights, v)
+        weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1)
+        y = jnp.einsum("bkgts,bskd->btkgd", weights.astype(x.dtype), v)
         y = jnp.reshape(y, (*y.shape[:2], heads, value))
-        return Linear("bthd,hde->bte", (heads, value, d), (d,) if c.o_bias else None, c.dtype, name="o")(y), cache
+        y = Linear("bthd,hde->bte", (heads, value, d), (d,) if c.o_bias else None, c.dtype, name="o")(y)
+        if not self.tells:
+            return y, cache
+        last = jnp.reshape(weights[:, :, :, -1], (x.shape[0], heads, -1))
+        start = 0 if at.start is None else at.start
+        return y, cache, jax.lax.dynamic_slice_in_dim(last, start, x.shape[1], axis=-1)
 
 
 class MLP(nn.Module):
@@ -185,18 +211,22 @@ class Block(nn.Module):
 
     config: LlamaConfig
     layer: int
+    tells: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, at: Context, window: Any = None, cache: Any = None) -> tuple[jax.Array, Any]:
-        """x: (batch, tokens, stream) -> (x, the layer's new cache); `window` stands in for the config's."""
+    def __call__(self, x: jax.Array, at: Context, window: Any = None, cache: Any = None) -> tuple[Any, ...]:
+        """x: (batch, tokens, stream) -> (x, the layer's new cache); `window` stands in for the config's.
+
+        If it `tells`, there is a third: what the last token attends to, as `Attention` has it.
+        """
         c = self.config
         if window is None and c.windows is not None:
             window = c.windows[self.layer]
         norm = RMSNorm(c.eps, c.norm_width, c.dtype, name="input_norm")
-        y, cache = Attention(c, self.layer, name="attn")(norm(x), at, window, cache)
+        y, *rest = Attention(c, self.layer, self.tells, name="attn")(norm(x), at, window, cache)
         x = x + y
         norm = RMSNorm(c.eps, c.norm_width, c.dtype, name="post_norm")
-        return x + MLP(c, self.layer, name="mlp")(norm(x)), cache
+        return x + MLP(c, self.layer, name="mlp")(norm(x)), *rest
 
 
 class Llama(nn.Module):
@@ -213,38 +243,82 @@ class Llama(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, ids: jax.Array, mask: Any = None, cache: Cache | None = None) -> Any:
+    def __call__(
+        self,
+        ids: Any = None,
+        mask: Any = None,
+        cache: Any = None,
+        *,
+        embeddings: Any = None,
+        positions: Any = None,
+        drops: Sequence[Drop] = (),
+    ) -> Any:
         """ids: (batch, tokens) int -> logits (batch, tokens, vocab) float32; with a cache (logits, new cache).
 
         Args:
           ids: token ids.
           mask: (batch, tokens), 0 at padding, which is ignored wherever it stands; None: no padding.
           cache: of earlier passes (`jprune.models.decoding.new_cache` makes an empty one); this pass appends to it.
-            The caller sees to it that it is long enough: under jit nobody can check.
+            The caller sees to it that it is long enough: under jit nobody can check. Several, as a tuple, each of the layers
+            that follow those of the one before: where tokens were dropped between layers, the later ones hold fewer.
+          embeddings: (batch, tokens, stream), instead of ids.
+          positions: (batch or 1, tokens) int; None: real tokens are counted.
+          drops: where fewer tokens go on, by ascending layers; logits are of those that reach the end, at their positions.
 
         Raises:
-          ValueError: a scanned model of different layers, or one pass longer than the cache.
+          ValueError: a scanned model of different layers or with drops, one pass longer than the cache, both ids and embeddings,
+            caches that do not divide the layers where the drops do.
         """
         c = self.config
-        at, after = context(c, ids.shape[1], mask, cache)
+        if (ids is None) == (embeddings is None):
+            raise ValueError("give either ids or embeddings")
         table = Embedding(c.vocab, c.stream, c.dtype, name="embed")
-        x = table(ids)
+        x = table(ids) if embeddings is None else embeddings
         block = nn.remat(Block) if self.remat else Block
+        one = cache is None or isinstance(cache, Cache)
+        new: Any = None
+        caches: Any = (cache,) if one else cache
         if self.scanned:
+            if drops or not one:
+                raise ValueError("tokens cannot be dropped between scanned layers: unstack_layers, scanned=False")
+            at, after = context(c, x.shape[1], mask, cache, positions)
             x, saved = self._scan(block, x, at, cache)
+            new = None if cache is None else Cache(saved["k"], saved["v"], *after)
         else:
-            rows = []
-            for i in range(c.depth):
-                own = None if cache is None else {"k": cache.k[i], "v": cache.v[i]}
-                x, own = block(c, i, name=f"layer{i}")(x, at, None, own)
-                rows.append(own)
-            saved = {} if cache is None else {name: tuple(row[name] for row in rows) for name in ("k", "v")}
+            x, new = self._unrolled(block, x, mask, caches, positions, drops)
+            new = new[0] if one else new
         x = RMSNorm(c.eps, c.norm_width, c.dtype, name="final_norm")(x)
         if c.tied:
             logits = table.attend(x)
         else:
             logits = Linear("bte,ev->btv", (c.stream, c.vocab), None, c.dtype, precise=True, name="lm_head")(x)
-        return logits if cache is None else (logits, Cache(saved["k"], saved["v"], *after))
+        return logits if cache is None else (logits, new)
+
+    def _unrolled(
+        self, block: Any, x: jax.Array, mask: Any, caches: Sequence[Any], positions: Any, drops: Sequence[Drop]
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """Layer by layer, in stretches that end where tokens are dropped or where the next cache begins."""
+        c, out, first = self.config, [], 0
+        ends = ends_of(c.depth, caches, drops)
+        caches = caches if len(caches) == len(ends) else (None,) * len(ends)
+        for end, cache in zip(ends, caches, strict=True):
+            if positions is None:
+                positions = token_positions(x.shape[1], mask, cache)
+            at, after = context(c, x.shape[1], mask, cache, positions)
+            drop = next((d for d in drops if d.layer == end), None)
+            rows, last = [], None
+            for i in range(first, end):
+                own = None if cache is None else {name: getattr(cache, name)[i - first] for name in ("k", "v")}
+                tells = drop is not None and drop.reads_attention and i == end - 1
+                x, own, *told = block(c, i, tells, name=f"layer{i}")(x, at, None, own)
+                rows.append(own)
+                last = told[0] if told else None
+            saved = {} if cache is None else {name: tuple(row[name] for row in rows) for name in ("k", "v")}
+            out.append(None if cache is None else Cache(saved["k"], saved["v"], *after))
+            if drop is not None:
+                x, mask, positions = dropped(drop, x, last, mask, positions)
+            first = end
+        return x, tuple(out)
 
     def _scan(self, block: Any, x: jax.Array, at: Context, cache: Cache | None) -> tuple[jax.Array, Any]:
         c = self.config
@@ -289,6 +363,7 @@ __all__ = [
     "FAMILIES",
     "Block",
     "Context",
+    "Drop",
     "Llama",
     "LlamaConfig",
     "config_from_params",
@@ -297,6 +372,7 @@ __all__ = [
     "is_scanned",
     "llama_config",
     "stack_layers",
+    "token_positions",
     "unstack_layers",
     "with_biases",
 ]
