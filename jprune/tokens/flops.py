@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from jprune.models.vit import ViTBlock
+from jprune.models.vit_config import ViTBlock, ViTConfig
 from jprune.tokens.reducer import Seen, TokenReducer, Tokens, all_tokens
 from jprune.tokens.zero_tprune import PRESETS
 
@@ -62,6 +62,14 @@ def uniform_dims(width: int, depth: int, heads: int, patches: int, mlp: int | No
     """Blocks of one size, an MLP of 4 times the width unless said otherwise; see `Dims` for the rest."""
     head = width // heads
     return Dims(width, (ViTBlock(heads, head, head, mlp or 4 * width),) * depth, patches, **more)
+
+
+def dims_of(config: ViTConfig, image: Sequence[int]) -> Dims:
+    """Sizes of a model of `jprune.models.vit` for images of (height, width, channels)."""
+    height, width, channels = image
+    patches = (height // config.patch) * (width // config.patch)
+    inputs = config.patch**2 * channels
+    return Dims(config.stream, config.blocks, patches, config.prefix, inputs, config.num_classes)
 
 
 def deit(size: str) -> Dims:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jprune.tokens.reducer import Seen, TokenReducer, Tokens
+from jprune.tokens.selection import best, places_of
 from jprune.tokens.similarity import clipped, similarity
 
 
@@ -37,8 +38,9 @@ def merge(tokens: Tokens, metric: Float[Array, "batch tokens features"], r: int,
     protected = jnp.arange(n) < special
     alike = jnp.where(protected[::2, None] | protected[None, 1::2], -jnp.inf, alike)
     partner = jnp.argmax(alike, -1)
-    order = jnp.argsort(-alike.max(-1), axis=1, stable=True)
-    merged, left = order[:, :r], jnp.sort(order[:, r:], axis=1)
+    match_of = alike.max(-1)
+    gone = best(match_of, r, jnp.ones(match_of.shape, bool))
+    merged, left = places_of(gone, r), places_of(~gone, match_of.shape[1] - r)
     into = jnp.take_along_axis(partner, merged, axis=1)
     row = jnp.arange(batch)[:, None]
 

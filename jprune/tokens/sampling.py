@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jprune.tokens.reducer import Seen, TokenReducer, Tokens
-from jprune.tokens.selection import pack, patches
+from jprune.tokens.selection import pack, patches, ranks
 
 
 def significance(seen: Seen) -> Float[Array, "batch tokens"]:
@@ -31,19 +31,18 @@ def sampled(
 
     The distribution is rescaled to begin at 0 and end at 1; heights go from its smallest value above 0 to 1.
     """
-    order = jnp.argsort(jnp.where(among, score, -jnp.inf), axis=1, stable=True)
-    there = jnp.take_along_axis(among, order, axis=1)
-    total = jnp.cumsum(jnp.where(there, jnp.take_along_axis(score, order, axis=1), 0.0), axis=1)
-    low = jnp.where(there, total, jnp.inf).min(1, keepdims=True)
-    spread = (total - low) / jnp.maximum(total[:, -1:] - low, 1e-30)
-    spread = jnp.where(there, spread, -1.0)
+    rank = ranks(-score, among)  # 0 for the least
+    up_to = (rank[:, None, :] <= rank[:, :, None]) & among[:, None, :]
+    total = jnp.where(up_to, score[:, None, :], 0.0).sum(-1)
+    low = jnp.where(among, total, jnp.inf).min(1, keepdims=True)
+    high = jnp.where(among, total, -jnp.inf).max(1, keepdims=True)
+    spread = jnp.where(among, (total - low) / jnp.maximum(high - low, 1e-30), -1.0)
     start = jnp.where(spread > 0, spread, jnp.inf).min(1, keepdims=True)
     start = jnp.where(jnp.isfinite(start), start, 0.0)
     at = start + jnp.arange(heights) / max(heights - 1, 1) * (1 - start)
-    distance = jnp.where(there[:, None], jnp.abs(at[..., None] - spread[:, None]), jnp.inf)
-    hit = jnp.take_along_axis(order, jnp.argmin(distance, axis=-1), axis=1)
-    marked = jnp.zeros(score.shape, bool).at[jnp.arange(len(score))[:, None], hit].set(True)
-    return marked & among
+    distance = jnp.where(among[:, None], jnp.abs(at[..., None] - spread[:, None]), jnp.inf)
+    hit = jnp.argmin(distance, axis=-1)
+    return among & (hit[..., None] == jnp.arange(score.shape[1])).any(1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jprune.tokens.reducer import Seen
-from jprune.tokens.selection import best, ranks
+from jprune.tokens.selection import best, by_rank, places_of, ranks
 
 PARTITIONS = ("seq_u", "seq_i", "alternate", "random", "full")
 FEATURES = ("key", "query", "value", "x")
@@ -89,8 +89,8 @@ def partition_tokens(
     """
     drawn = _draws(importance.shape, mode, key)
     score = (importance if drawn is None else drawn)[:, special:]
-    order = jnp.argsort(-score, axis=1, stable=True) + special
-    n = order.shape[1]
+    n, everyone = score.shape[1], jnp.ones(score.shape, bool)
+    order = by_rank(ranks(score, everyone), everyone, n) + special
     match mode:
         case "full":
             return order, order
@@ -141,7 +141,7 @@ def similarity_prune(
     match_of = jnp.full((batch, tokens), -jnp.inf).at[jnp.arange(batch)[:, None], first].set(alike.max(-1))
     candidate = jnp.zeros((batch, tokens), bool).at[jnp.arange(batch)[:, None], first].set(True)
     dropped = best(match_of, r, candidate)
-    return jnp.argsort(dropped, axis=1, stable=True)[:, : tokens - r]
+    return places_of(~dropped, tokens - r)
 
 
 def similar_alive(

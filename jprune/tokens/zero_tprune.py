@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from jprune.tokens.pagerank import aggregate_heads, initial_signal, living_signal, wpr_scores
 from jprune.tokens.reducer import Seen, TokenReducer, Tokens, take
-from jprune.tokens.selection import best, pack, patches
+from jprune.tokens.selection import best, pack, patches, places_of
 from jprune.tokens.similarity import FEATURES, PARTITIONS, clipped, exponent, features, similar_alive, similarity_prune
 
 PAPER_VARIANCES = (0.01, 0.7)
@@ -173,7 +173,7 @@ class ZeroTPrune(TokenReducer):
         length = seen.prefix + keep
         if tokens.alive is not None or spec.threshold is not None:  # images may have fewer than there are places
             return pack(tokens, left.alive, length)
-        return take(tokens, jnp.argsort(~left.alive, axis=1, stable=True)[:, :length])
+        return take(tokens, places_of(left.alive, length))
 
     def overhead(self, layer: int, tokens: int, prefix: int, heads: int, head: int) -> int:
         spec = self.spec(layer)
