@@ -242,6 +242,13 @@ class Llama(nn.Module):
     scanned: bool = False
     remat: bool = False
 
+    def setup(self) -> None:
+        self.embed = Embedding(self.config.vocab, self.config.stream, self.config.dtype)
+
+    def embeddings(self, ids: jax.Array) -> jax.Array:
+        """ids: (batch, tokens) -> what the first layer reads, (batch, tokens, stream)."""
+        return self.embed(ids)
+
     @nn.compact
     def __call__(
         self,
@@ -272,8 +279,7 @@ class Llama(nn.Module):
         c = self.config
         if (ids is None) == (embeddings is None):
             raise ValueError("give either ids or embeddings")
-        table = Embedding(c.vocab, c.stream, c.dtype, name="embed")
-        x = table(ids) if embeddings is None else embeddings
+        x = self.embed(ids) if embeddings is None else embeddings
         block = nn.remat(Block) if self.remat else Block
         one = cache is None or isinstance(cache, Cache)
         new: Any = None
@@ -289,7 +295,7 @@ class Llama(nn.Module):
             new = new[0] if one else new
         x = RMSNorm(c.eps, c.norm_width, c.dtype, name="final_norm")(x)
         if c.tied:
-            logits = table.attend(x)
+            logits = self.embed.attend(x)
         else:
             logits = Linear("bte,ev->btv", (c.stream, c.vocab), None, c.dtype, precise=True, name="lm_head")(x)
         return logits if cache is None else (logits, new)

@@ -98,6 +98,38 @@ def diverse(x: Float[Array, "m d"], k: int, valid: Bool[Array, " m"]) -> Int32[A
     return divprune_select(x, k, valid).order
 
 
+def keep_visual_tokens(
+    embeddings: Float[Array, "batch tokens d"],
+    start: Int[Array, "batch images"],
+    length: int,
+    chosen: Int[Array, "batch groups k"],
+    mask: Any = None,
+    *,
+    order: str = "raster",
+    positions: str = "packed",
+) -> PrunedPrompt:
+    """The prompt in which only the chosen visual tokens stay; arguments as for `kept_source` and `prune_visual_tokens`."""
+    if positions not in POSITIONS:
+        raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, not {positions!r}")
+    batch, tokens, _ = embeddings.shape
+    real = _real(mask, batch, tokens)
+    source = kept_source(start, length, chosen, tokens, order)
+    at = jnp.maximum(source, 0)
+    there = (source >= 0) & jnp.take_along_axis(real, at, axis=1)
+    new = jnp.take_along_axis(embeddings, at[..., None], axis=1)
+    if positions == "packed":
+        where = jnp.cumsum(there, axis=1) - 1
+    else:
+        where = jnp.take_along_axis(jnp.cumsum(real, axis=1) - 1, at, axis=1)
+    return PrunedPrompt(
+        jnp.where((source >= 0)[..., None], new, 0),
+        jnp.maximum(where, 0).astype(jnp.int32),
+        there,
+        source,
+        chosen.astype(jnp.int32),
+    )
+
+
 def prune_visual_tokens(
     embeddings: Float[Array, "batch tokens d"],
     start: Int[Array, "batch images"],
@@ -130,13 +162,10 @@ def prune_visual_tokens(
     Raises:
       ValueError: an unknown option, k above the number of tokens, a mask of another length.
     """
-    for name, value, allowed in (("positions", positions, POSITIONS), ("scope", scope, SCOPES)):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, not {scope!r}")
     batch, tokens, width = embeddings.shape
-    if mask is not None and mask.shape != (batch, tokens):
-        raise ValueError(f"the mask is {mask.shape}, the prompt {(batch, tokens)}")
-    real = jnp.ones((batch, tokens), bool) if mask is None else jnp.asarray(mask).astype(bool)
+    real = _real(mask, batch, tokens)
     images = start.shape[1]
     groups, m = (images, length) if scope == "image" else (1, images * length)
     if not 1 <= k <= m:
@@ -147,18 +176,12 @@ def prune_visual_tokens(
     chosen = jax.vmap(jax.vmap(lambda x, v: select(x, k, v)))(visual, valid)
     if counts is not None:
         chosen = jnp.where(jnp.arange(k) < counts[..., None], chosen, m)
-    source = kept_source(start, length, chosen, tokens, order)
-    at = jnp.maximum(source, 0)
-    there = (source >= 0) & jnp.take_along_axis(real, at, axis=1)
-    new = jnp.take_along_axis(embeddings, at[..., None], axis=1)
-    if positions == "packed":
-        where = jnp.cumsum(there, axis=1) - 1
-    else:
-        where = jnp.take_along_axis(jnp.cumsum(real, axis=1) - 1, at, axis=1)
-    return PrunedPrompt(
-        jnp.where((source >= 0)[..., None], new, 0),
-        jnp.maximum(where, 0).astype(jnp.int32),
-        there,
-        source,
-        chosen.astype(jnp.int32),
-    )
+    return keep_visual_tokens(embeddings, start, length, chosen, mask, order=order, positions=positions)
+
+
+def _real(mask: Any, batch: int, tokens: int) -> Any:
+    if mask is None:
+        return jnp.ones((batch, tokens), bool)
+    if mask.shape != (batch, tokens):
+        raise ValueError(f"the mask is {mask.shape}, the prompt {(batch, tokens)}")
+    return jnp.asarray(mask).astype(bool)
