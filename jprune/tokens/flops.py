@@ -137,24 +137,24 @@ def total_macs(dims: Dims, found: Sequence[Counts], last: float) -> float:
 
 def overhead(reducer: TokenReducer, dims: Dims, batch: int = 1) -> int:
     """Multiply-adds of choosing tokens, per image."""
-    found, _ = counts(reducer, dims, batch)
-    sizes = zip(dims.blocks, found, strict=True)
+    return _choosing(reducer, dims, counts(reducer, dims, batch)[0])
+
+
+def _choosing(reducer: TokenReducer, dims: Dims, found: Sequence[Counts]) -> int:
     first = dims.blocks[0]
     before = reducer.overhead(-1, dims.tokens, dims.prefix, first.heads, first.head)
-    return before + sum(
-        reducer.overhead(i, int(n.attention), dims.prefix, b.heads, b.head) for i, (b, n) in enumerate(sizes)
-    )
+    each = enumerate(zip(dims.blocks, found, strict=True))
+    return before + sum(reducer.overhead(i, int(n.attention), dims.prefix, b.heads, b.head) for i, (b, n) in each)
 
 
 def count_flops(reducer: TokenReducer, dims: Dims, batch: int = 1) -> dict[str, float]:
     """{"blocks", "total", "overhead"}: multiply-adds per image; "fraction": of the unreduced model's blocks."""
     found, last = counts(reducer, dims, batch)
-    whole, _ = counts(TokenReducer(), dims)
-    blocks = blocks_macs(dims, found)
+    blocks, whole = blocks_macs(dims, found), (Counts(dims.tokens, dims.tokens),) * dims.depth
     return {
         "blocks": blocks,
         "total": total_macs(dims, found, last),
-        "overhead": overhead(reducer, dims, batch),
+        "overhead": _choosing(reducer, dims, found),
         "fraction": blocks / blocks_macs(dims, whole),
     }
 

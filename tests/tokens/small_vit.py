@@ -62,4 +62,4 @@ def seen(layer, name="token"):
         return module.apply(variables, x, layer=layer + 1, select="full", watch=layer, method="features")
 
     x, found = watched(x)
-    return found, x
+    return found._replace(prefix=module.config.prefix), x
