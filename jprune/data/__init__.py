@@ -14,7 +14,7 @@ from jprune.data.dataset import (
     stream,
 )
 from jprune.data.digits import load_digits
-from jprune.data.images import ImageFolder, load_image_folder
+from jprune.data.images import ImageFolder, Preprocess, load_image_folder
 
 __all__ = [
     "ArraySplit",
@@ -22,6 +22,7 @@ __all__ = [
     "Batch",
     "Dataset",
     "ImageFolder",
+    "Preprocess",
     "Split",
     "epoch_batches",
     "eval_batches",

@@ -1,7 +1,7 @@
-"""Weights published for PyTorch (torchvision's and timm's names) as variables of the zoo's modules.
+"""Weights published for PyTorch (names of torchvision, timm, transformers) as variables of the zoo's modules.
 
-A module's config says which layers it has; a table per family says what torchvision or timm calls each of them. All
-else follows from shapes: convolutions OIHW -> HWIO, dense layers (out, in) -> (in, out), BatchNorm's four vectors.
+A module's config says which layers it has; a table per family says what each library calls them. All else follows from
+shapes: convolutions OIHW -> HWIO, dense layers (out, in) -> (in, out), BatchNorm's four vectors.
 Files have to be safetensors: PyTorch's own format is a pickle, and loading one runs whatever code is in it.
 """
 
@@ -20,7 +20,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from jprune.checkpoint.tensors import load_safetensors
-from jprune.models import densenet, mobilenet, resnet, shufflenet, vgg, vit
+from jprune.models import densenet, mobilenet, resnet, shufflenet, vgg, vit, vit_names
 from jprune.models.shapes import first_layer, shapes_of
 from jprune.trace.leafpaths import flatten
 
@@ -53,27 +53,30 @@ def from_torch(module: nn.Module, tensors: Mapping[str, Any]) -> Any:
 
     Args:
       module: of the zoo.
-      tensors: {name in torchvision or timm: array}, such as the `state_dict` of a model in numpy arrays.
+      tensors: {name in torchvision, timm or (vision transformers, without their model's name in front) transformers:
+        array}, such as the `state_dict` of a model in numpy arrays.
 
     Raises:
       ValueError: no family with PyTorch names, or a tensor that is missing, left over or of another shape.
     """
     kind = type(module).__name__
-    if isinstance(module, vit.ViT) and not module.config.fused:
-        fused = module.clone(config=dataclasses.replace(module.config, fused=True))
-        return vit.unfuse(fused, from_torch(fused, tensors))[1]
     tensors = {name: x for name, x in tensors.items() if not name.endswith(IGNORED)}
     table = max(tables(module).values(), key=lambda t: sum(prefix + "weight" in tensors for prefix in t.values()))
+    if isinstance(module, vit.ViT) and module.config.fused == ("block1_attn/query" in table):
+        stored = module.clone(config=dataclasses.replace(module.config, fused=not module.config.fused))
+        return (vit.fuse if module.config.fused else vit.unfuse)(stored, from_torch(stored, tensors))[1]
     first = table[first_layer(module)] + "weight"
     stem = _tensor(tensors, first, kind)
     if stem.ndim != 4:
         raise ValueError(f"tensor {first!r} has shape {stem.shape}, not that of a convolution: the file is another's")
     tokens = None
     if isinstance(module, vit.ViT):
-        positions = _tensor(tensors, table["pos_embed"], kind)
-        if positions.ndim != 3:
-            raise ValueError(f"tensor {table['pos_embed']!r} has shape {positions.shape}, not (1, tokens, width)")
-        tokens = positions.shape[1]
+        name = table["pos_embed"]
+        positions = _tensor(tensors, name, kind)
+        rows = 3 - name.endswith(".weight")  # of an Embedding: a matrix
+        if positions.ndim != rows:
+            raise ValueError(f"tensor {name!r} has shape {positions.shape}, not (1, tokens, width)")
+        tokens = positions.shape[-2]
     shapes = shapes_of(module, stem.shape[1], tokens)
     names = torch_names(table, shapes)
     for name in tensors:
@@ -92,6 +95,8 @@ def from_torch(module: nn.Module, tensors: Mapping[str, Any]) -> Any:
         layer = path.split("/", 1)[1].rpartition("/")[0]
         bias = wanted.get(f"params/{layer}/bias")
         outputs = len(bias.shape) if bias is not None else 1
+        if layer.rpartition("/")[2] in ("qkv", "query", "key", "value"):
+            outputs = len(wanted[path].shape) - path.endswith("/kernel")
         value = _converted(array, wanted[path].shape, path, outputs, side if layer == flattened else 1)
         if value is None:
             raise ValueError(
@@ -102,12 +107,15 @@ def from_torch(module: nn.Module, tensors: Mapping[str, Any]) -> Any:
     return jax.tree.structure(shapes).unflatten([flat[path] for path in wanted])
 
 
-def torch_names(table: Table, shapes: Any) -> dict[str, str]:
-    """{tensor name: leaf path} of a tree of variables, under the names of one of the `tables`."""
+def torch_names(table: Table, shapes: Any, leaves: Mapping[str, str] = LEAVES) -> dict[str, str]:
+    """{tensor name: leaf path} of a tree of variables, under the names of one of the `tables`.
+
+    `leaves` says what the file calls a layer's "kernel", "bias" and so on.
+    """
     names = {}
     for path, _ in flatten(shapes):
         layer, _, leaf = path.split("/", 1)[1].rpartition("/")
-        names[table[layer] + LEAVES[leaf] if layer else table[leaf]] = path
+        names[table[layer] + leaves[leaf] if layer else table[leaf]] = path
     return names
 
 
@@ -152,6 +160,8 @@ def _converted(array: np.ndarray, shape: Any, path: str, outputs: int, side: int
     if not path.endswith("/kernel"):
         if path.endswith("/bias"):
             return array.reshape(shape) if array.shape == (int(np.prod(shape)),) else None
+        if path.endswith(("/pos_embed", "/cls_token")):  # CLIP has them without the axis for images
+            return array.reshape(shape) if array.shape in (shape, shape[1:], shape[2:]) else None
         return array if array.shape == shape else None
     if len(shape) == 4 and outputs == 1:
         return array.transpose(2, 3, 1, 0) if array.ndim == 4 and array.transpose(2, 3, 1, 0).shape == shape else None
@@ -271,38 +281,16 @@ def _densenet(c: densenet.DenseNetConfig) -> Pairs:
         yield f"transition{i + 1}_bn", f"features.transition{i + 1}.norm."
 
 
-def _vit(c: vit.ViTConfig) -> Pairs:
-    yield from (("cls_token", "class_token"), ("pos_embed", "encoder.pos_embedding"), ("patch_embed", "conv_proj."))
-    yield from (("norm", "encoder.ln."), ("head", "heads.head."))
-    for i in range(len(c.blocks)):
-        ours, theirs = f"block{i + 1}", f"encoder.layers.encoder_layer_{i}"
-        yield from ((f"{ours}_norm1", f"{theirs}.ln_1."), (f"{ours}_norm2", f"{theirs}.ln_2."))
-        yield f"{ours}_attn/qkv", f"{theirs}.self_attention.in_proj_"
-        yield f"{ours}_attn/proj", f"{theirs}.self_attention.out_proj."
-        yield from ((f"{ours}_fc1", f"{theirs}.mlp.0."), (f"{ours}_fc2", f"{theirs}.mlp.3."))
-
-
-def _vit_timm(c: vit.ViTConfig) -> Pairs:
-    yield from (("cls_token", "cls_token"), ("pos_embed", "pos_embed"), ("patch_embed", "patch_embed.proj."))
-    yield from (("norm", "norm." if c.pool == "token" else "fc_norm."), ("head", "head."))
-    for i in range(len(c.blocks)):
-        ours, theirs = f"block{i + 1}", f"blocks.{i}"
-        for ending, name in (
-            ("_norm1", "norm1"),
-            ("_attn/qkv", "attn.qkv"),
-            ("_attn/proj", "attn.proj"),
-            ("_norm2", "norm2"),
-            ("_fc1", "mlp.fc1"),
-            ("_fc2", "mlp.fc2"),
-        ):
-            yield ours + ending, f"{theirs}.{name}."
-
-
 _FAMILIES: dict[type, dict[str, Callable[[Any], Pairs]]] = {
     resnet.ResNet: {"torchvision": _resnet},
     vgg.VGG: {"torchvision": _vgg, "timm": _vgg_timm},
     mobilenet.MobileNetV2: {"torchvision": _mobilenet, "timm": _mobilenet_timm},
     shufflenet.ShuffleNetV2: {"torchvision": _shufflenet},
     densenet.DenseNet: {"torchvision": _densenet},
-    vit.ViT: {"timm": _vit_timm, "torchvision": _vit},
+    vit.ViT: {
+        "timm": vit_names.timm,
+        "torchvision": vit_names.torchvision,
+        "transformers": vit_names.transformers,
+        "clip": vit_names.clip,
+    },
 }

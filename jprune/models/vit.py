@@ -285,7 +285,7 @@ class ViT(nn.Module):
         size = f"images of {height}x{width} pixels"
         if c.image is not None and (height, width) != c.image:
             raise ValueError(f"{size} are not what this ViT was trained on: resize them to {c.image[0]}x{c.image[1]}")
-        if height % c.patch or width % c.patch or not height or not width:
+        if c.image is None and (height % c.patch or width % c.patch or not height or not width):
             near = [max(1, round(n / c.patch)) * c.patch for n in (height, width)]
             raise ValueError(
                 f"{size} cannot be cut into patches of {c.patch}x{c.patch}: resize them, to {near[0]}x{near[1]} say"
@@ -348,6 +348,30 @@ def unfuse(module: ViT, variables: Any) -> tuple[ViT, Any]:
         params[f"block{i + 1}_attn"] = attention
     split = {**variables, "params": params} if "params" in variables else params
     return module.clone(config=dataclasses.replace(module.config, fused=False)), split
+
+
+def fuse(module: ViT, variables: Any) -> tuple[ViT, Any]:
+    """The same function with one kernel for query, key and value.
+
+    Raises:
+      ValueError: another model's tree, or heads whose sizes differ.
+    """
+    if module.config.fused:
+        return module, variables
+    params = dict(layers.params_of(variables))
+    for i, block in enumerate(module.config.blocks):
+        if block.head != block.value_head:
+            raise ValueError(
+                f"block{i + 1} has query heads of {block.head} and value heads of {block.value_head}: they fit no "
+                "common kernel"
+            )
+        attention = dict(layers.find(params, f"block{i + 1}_attn"))
+        parts = [layers.find(attention, name) for name in ("query", "key", "value")]
+        attention = {name: leaf for name, leaf in attention.items() if name not in ("query", "key", "value")}
+        attention["qkv"] = {leaf: jnp.stack([p[leaf] for p in parts], axis=-3) for leaf in parts[0]}
+        params[f"block{i + 1}_attn"] = attention
+    joined = {**variables, "params": params} if "params" in variables else params
+    return module.clone(config=dataclasses.replace(module.config, fused=True)), joined
 
 
 def config_from_params(variables: Any, base: ViTConfig) -> ViTConfig:

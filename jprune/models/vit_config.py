@@ -33,7 +33,7 @@ class ViTConfig:
       norm_width: divisor of LayerNorm's means; the width of the stream before pruning.
       class_token: whether there is one; None: if `pool` is "token".
       distilled: a distillation token follows the class token.
-      both_heads: the distillation token has a head of its own, and the answer is the mean of both.
+      both_heads: the distillation token has a head of its own, if there are any, and the answer is the mean of both.
       registers: number of register tokens after these.
       positions: "all" tokens have a position embedding, or the "patches" only.
       norm_first: with pool "mean", the final norm comes before the average.
@@ -42,7 +42,8 @@ class ViTConfig:
       patch_bias, qkv_bias, head_bias: whether these layers have a bias.
       activation: of the MLPs, one of ACTIVATIONS.
       epsilon: of every norm.
-      image: (height, width) in pixels the positions are meant for; None: any with as many patches.
+      image: (height, width) in pixels the positions are meant for; None: any with as many patches. Pixels on the right
+        and below that are left over by the patches are not looked at; without `image` they are an error.
     """
 
     patch: int
