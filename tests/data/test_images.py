@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jprune.data import ImageFolder, epoch_batches, eval_batches, load_image_folder
+from jprune.data import ImageFolder, Preprocess, epoch_batches, eval_batches, load_image_folder
 from jprune.data.images import normalise, random_window
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -111,3 +111,76 @@ def test_missing_folders_and_classes_are_named(folder):
     Image.fromarray(picture(0)).save(folder / "train" / "emu" / "0.png")
     with pytest.raises(ValueError, match="'emu' is in only one"):
         load_image_folder(folder)
+
+
+# -- what a published model wants of its images ---------------------------------------------------------------------
+
+
+def test_a_model_says_how_its_images_are_made(folder):
+    wanted = Preprocess(24, 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic")
+    split = wanted.folder(folder / "val")
+    batch = split.read(np.array([1, 4]))
+    expected = (picture(101)[4:28, 8:32] / 255 - (0.5, 0.4, 0.3)) / (0.2, 0.3, 0.4)
+    np.testing.assert_allclose(batch["image"][0], expected, rtol=1e-4, atol=1e-5)  # the shorter side is 32 already
+    assert batch["label"].tolist() == [0, 1] and split.classes == ("cat", "dog")
+    np.testing.assert_array_equal(wanted([Image.fromarray(picture(101))])[0], batch["image"][0])
+
+
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_interpolation_and_squashing(name):
+    image = Image.fromarray(picture(3, 50, 20))
+    scaled = np.asarray(image.resize((10, 10), getattr(Image.Resampling, name.upper())))
+    squashed = Preprocess(8, 10, interpolation=name, squash=True).pixels(image)
+    np.testing.assert_array_equal(squashed, scaled[1:9, 1:9])
+    kept = Preprocess(8, 10, interpolation=name).pixels(image)
+    scaled = np.asarray(image.resize((25, 10), getattr(Image.Resampling, name.upper())))
+    np.testing.assert_array_equal(kept, scaled[1:9, 8:16])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from(["RGB", "L", "RGBA", "P", "CMYK"]), st.booleans())
+def test_pictures_of_any_size_and_mode_fit(width, height, mode, squash):
+    image = Image.new(mode, (width, height))
+    assert Preprocess(8, 9, squash=squash)([image]).shape == (1, 8, 8, 3)
+
+
+def test_pictures_without_labels(tmp_path):
+    for i in range(3):
+        Image.fromarray(picture(i)).save(tmp_path / f"{i}.png")
+    split = Preprocess(24, 32).folder(tmp_path)
+    assert len(split) == 3 and split.classes == () and split.labels.size == 0
+    batch = eval_batches(split, 2)[1]
+    assert set(batch) == {"image", "weight"} and batch["weight"].tolist() == [1.0, 0.0]
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(ValueError, match="holds both pictures and folders"):
+        Preprocess(24, 32).folder(tmp_path)
+
+
+def test_labels_may_be_numbered_as_the_model_has_them(folder):
+    split = Preprocess(24, 32).folder(folder / "val", classes=("ant", "dog", "elk", "cat"))
+    assert split.labels.tolist() == [3, 3, 3, 1, 1, 1] and split.classes == ("ant", "dog", "elk", "cat")
+    with pytest.raises(ValueError, match=r"val/dog is named like none of the 2 classes"):
+        Preprocess(24, 32).folder(folder / "val", classes=("ant", "cat"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 300}, "size 300 must be positive and no larger than resize 256"),
+        ({"interpolation": "cubic"}, "interpolation is 'cubic': use one of nearest, bilinear"),
+        ({"std": (1.0, 0.0, 1.0)}, "with std positive"),
+        ({"mean": (0.5,)}, "must be of three channels"),
+    ],
+)
+def test_preprocessing_that_makes_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        Preprocess(**options)
+
+
+def test_folders_without_anything(tmp_path):
+    with pytest.raises(ValueError, match="no class folders"):
+        Preprocess().folder(tmp_path)
+    with pytest.raises(ValueError, match=r"no folder .*nowhere"):
+        Preprocess().folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no images"):
+        ImageFolder(tmp_path, labelled=False)
