@@ -16,38 +16,37 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse_attention.block_mask import BlockMask
-from pallas_kernels.block_sparse_attention.mosaic_gpu_walk import (
+from pallas_kernels.block_sparse_attention.mosaic_gpu_backward import key_gradients, query_gradient
+from pallas_kernels.block_sparse_attention.mosaic_gpu_tile import (
     FLOOR,
-    NEVER,
+    Rules,
+    add_product,
+    base2,
+    full_of,
+    over,
+    product,
+)
+from pallas_kernels.block_sparse_attention.mosaic_gpu_walk import (
+    FORWARD,
     ROWS,
     WORKERS,
     Plan,
     Walk,
-    add_product,
-    all_count,
     barriers,
-    base2,
     call,
-    column_layout,
     drain,
     feed,
-    full_of,
     lists_of,
-    load,
     numbers_of,
-    over,
     padded,
-    pairs_count,
     plan,
-    positions,
-    product,
     roles,
-    row_layout,
     scratch,
     slot_of,
 )
 from pallas_kernels.block_sparse_attention.problem import LOG2E, Static, Tokens
 
+__all__ = ["attend", "forward", "key_gradients", "query_gradient", "refusal"]
 LARGEST = 256  # features of a head: more have no room in registers
 CHIPS = "NVIDIA H100, NVIDIA H200 or NVIDIA GH200"
 
@@ -87,36 +86,7 @@ def forward_plan(static: Static, features: int, values: int) -> Plan | None:
     return plan(static.block_q, static.block_k, 128 if values <= 128 else 64, own, 2 * (features + values))
 
 
-class Rules:
-    """Which pairs of a worker's queries and a step's keys count; costs nothing where no rule exists."""
-
-    def __init__(self, tokens: Tokens, numbers: Any, segments: Any, batch: Any, first: Any, interpret: Any) -> None:
-        self.any, self.causal, self.interpret = tokens.any, tokens.q_offset is not None, interpret
-        self.first, self.batch, self.segments = first, batch, segments
-        if self.any:
-            self.limit, self.offset = numbers[batch, 0], numbers[batch, 1]
-        if segments is not None:
-            self.own = load(segments[0].at[batch, pl.ds(first, ROWS)], row_layout, interpret)
-
-    def hide(self, z: Any, start: Any) -> Any:
-        """Logits with NEVER at pairs that do not count, for keys from `start` on."""
-        if not self.any:
-            return z
-        if self.segments is not None:
-            return self._masked(z, start)
-        every = all_count(self.limit, self.offset, self.causal, self.first, start, z.shape[1])
-        return jax.lax.cond(every, lambda z: z, lambda z: self._masked(z, start), z)
-
-    def _masked(self, z: Any, start: Any) -> Any:
-        query, key = (positions(z.shape, axis, self.interpret) for axis in (0, 1))
-        ok = pairs_count(self.limit, self.offset, self.causal, query + self.first, key + start)
-        if self.segments is not None:
-            theirs = load(self.segments[1].at[self.batch, pl.ds(start, z.shape[1])], column_layout, self.interpret)
-            ok &= over(self.own, z.shape, 0) == over(theirs, z.shape, 1)
-        return jnp.where(ok, z, jnp.full_like(z, NEVER))
-
-
-def _forward_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, values: bool, owners: bool,
+def _forward_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, values: bool, owners: bool, keep: bool,
                     *references: Any) -> None:  # fmt: skip
     refs = list(references)
     idx, cnt = refs.pop(0), refs.pop(0)
@@ -126,7 +96,9 @@ def _forward_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, values
     q, k = refs.pop(0), refs.pop(0)
     v: Any = refs.pop(0) if values else None
     out: Any = refs.pop(0) if values else None
-    lse, streamed, own, lse_rows, (arrived, filled, emptied) = refs
+    lse = refs.pop(0)
+    sums: Any = refs.pop(0) if keep else None
+    streamed, own, lse_rows, (arrived, filled, emptied) = refs
     batch, head, tile = (jax.lax.axis_index(name) for name in ("batch", "head", "tile"))
     walk = Walk(p, idx, cnt, owner, (batch, head, p.list_of(tile)))
     at, interpret, keys = (batch, jax.lax.div(head, shared)), static.interpret, streamed[0]
@@ -158,7 +130,10 @@ def _forward_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, values
                 z = rules.hide(z, start)
                 new = jnp.maximum(top, z.max(axis=1))
                 e, old = jnp.exp2(z - over(new, z.shape)), jnp.exp2(top - new)
-                total = old * total + e.sum(axis=1)
+                part = e.sum(axis=1)
+                total = old * total + part
+                if keep:
+                    sums[batch, head, step, pl.ds(first, ROWS)] = new + jnp.log(part) * LOG2E
                 if values:
                     acc = acc * over(old, acc.shape)
                     weights = e.astype(v.dtype)
@@ -193,11 +168,19 @@ def _forward_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, values
         plgpu.copy_smem_to_gmem(rows, lse.at[mine])
         plgpu.wait_smem_to_gmem(0)
 
-    roles(compute, copy)
+    roles(compute, copy, FORWARD)
 
 
 def forward(static: Static, q: Any, k: Any, v: Any | None, mask: BlockMask, tokens: Tokens) -> tuple[Any, Any]:
     """(out, log-sum-exp); without values only the latter, and None."""
+    return attend(static, q, k, v, mask, tokens, keep=False)[:2]
+
+
+def attend(static: Static, q: Any, k: Any, v: Any | None, mask: BlockMask, tokens: Tokens, *, keep: bool) -> Any:
+    """(out or None, log-sum-exp, sums): to `keep` is the base-2 log-sum-exp of each query in each step of its list.
+
+    Sums are (batch, heads, steps of the longest list, queries), undefined behind the end of a list.
+    """
     batch, heads, queries, _ = q.shape
     keys, shared, features = k.shape[2], heads // k.shape[1], 0 if v is None else v.shape[-1]
     q, k, v = (x if x is None else padded(x, 3, 64) for x in (q, k, v))
@@ -213,11 +196,16 @@ def forward(static: Static, q: Any, k: Any, v: Any | None, mask: BlockMask, toke
     arrays = [k, v] if values else [k]
     out = [jax.ShapeDtypeStruct((*q.shape[:3], v.shape[-1]), v.dtype)] if values else []
     out.append(jax.ShapeDtypeStruct(q.shape[:3], jnp.float32))
+    if keep:
+        steps = lists[0].shape[-1] * p.parts
+        out.append(jax.ShapeDtypeStruct((batch, heads, steps, q.shape[2]), jnp.float32))
     own = {q.shape[-1]: None} | ({v.shape[-1]: None} if values else {})  # out takes the queries' place where it fits
     buffers, rows = scratch(p, q.dtype, [x.shape[-1] for x in arrays], list(own))
-    kernel = functools.partial(_forward_kernel, static, tokens, p, shared, values, len(lists) == 3)
+    kernel = functools.partial(_forward_kernel, static, tokens, p, shared, values, len(lists) == 3, keep)
     types = (buffers, rows, plgpu.SMEM((WORKERS, ROWS), jnp.float32),
              (plgpu.Barrier(num_barriers=WORKERS), *barriers(p, [1] * len(arrays))))  # fmt: skip
     grid = (batch, heads, q.shape[2] // (WORKERS * ROWS))
-    *given, lse = call(kernel, "block_sparse_attention", grid, out, types, inputs, static.interpret)
-    return (given[0][:, :, :queries, :features] if given else None), lse[:, :, :queries]
+    given = list(call(kernel, "block_sparse_attention", grid, out, types, inputs, static.interpret))
+    sums = given.pop() if keep else None
+    lse = given.pop()
+    return (given[0][:, :, :queries, :features] if given else None), lse[:, :, :queries], sums

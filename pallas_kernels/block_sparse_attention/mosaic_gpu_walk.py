@@ -1,12 +1,10 @@
-"""What the Hopper kernels share: tiles and buffers that fit a chip, lists walked through barriers, products, token rules.
+"""What the Hopper kernels share: steps and buffers that fit a chip, lists walked through barriers, the call itself.
 
 A program is three warpgroups of 128 threads. Two compute, 64 rows each; the third only copies listed blocks from global into
 shared memory, as many steps ahead as there are buffers, and waits until both have let go of a buffer before it fills it again.
 A step is a part of a listed block. Where a list's rows are blocks of 64, the two that compute take a block each, over the
 union of their lists: who does not own an entry lets its buffer pass.
 
-Under `interpret` (jax's interpreter of such kernels, which knows memories, copies and barriers) the few functions here that
-name a layout or a matrix instruction take a plain path; everything else is the same.
 """
 
 from __future__ import annotations
@@ -21,16 +19,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse_attention.block_mask import union_lists
-from pallas_kernels.block_sparse_attention.problem import LOG2E, Static, Tokens
+from pallas_kernels.block_sparse_attention.problem import Tokens
 
 ROWS = 64  # of a warpgroup: what its matrix instruction multiplies
 WORKERS = 2  # warpgroups that compute
-SHARED_MEMORY = 232448 - 4096  # bytes of a program on Hopper, some left for barriers and vectors
-NEVER = -1e30  # a logit that does not count
-FLOOR = -1e29  # where a running maximum starts: exp2(NEVER - FLOOR) is 0, so masked logits need no second mask
-REGISTERS = {"compute": 232, "copy": 40}  # a thread's; 2 * 232 + 40 of the 512 that three warpgroups share
-
-row_layout, column_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+SHARED_MEMORY = 232448 - 8192  # bytes of a program on Hopper, some left for barriers and vectors
+FORWARD, BACKWARD = (232, 40), (240, 24)  # registers of a thread that computes and one that copies; 2 * 240 + 24 < 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,75 +164,13 @@ def drain(done: Any, buffers: int, free: Sequence[Any]) -> None:
     jax.lax.fori_loop(jnp.maximum(done - buffers, 0), done, turn, None)
 
 
-def positions(shape: tuple[int, int], axis: int, interpret: Any) -> Any:
-    """int32: an element's index along an axis of a product."""
-    if interpret:
-        return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-
-
-def load(ref: Any, layout: Any, interpret: Any) -> Any:
-    """A vector, one number a row (or column) of a product."""
-    return ref[...] if interpret else plgpu.load(ref, (), layout=layout, optimized=False)
-
-
-def full_of(shape: tuple[int, ...], value: float, interpret: Any) -> Any:
-    """A product, or a number for each of its rows, of one value."""
-    x = jnp.full(shape, value, jnp.float32)
-    return x if interpret else plgpu.layout_cast(x, plgpu.Layout.WGMMA if len(shape) == 2 else row_layout)
-
-
-def over(x: Any, shape: tuple[int, int], axis: int = 0) -> Any:
-    """A vector along an axis of a product."""
-    return jax.lax.broadcast_in_dim(x, shape, [axis])
-
-
-def product(a: Any, b: Any, interpret: Any) -> Any:
-    """a @ b.T of shared memory, in float32."""
-    if interpret:
-        return jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32).T)
-
-    def multiply(out: Any) -> Any:
-        plgpu.wgmma(out, a, plgpu.transpose_ref(b, (1, 0)))
-        return out[...]
-
-    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[0]), jnp.float32))
-
-
-def add_product(acc: Any, a: Any, b: Any, interpret: Any) -> Any:
-    """acc + a @ b for a in registers, b in shared memory; `acc` stays where it is."""
-    if interpret:
-        return acc + jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
-    return pl.run_state(lambda out: plgpu.wgmma(out, a, b))(plgpu.WGMMAAccumulatorRef.init(acc))
-
-
-def base2(static: Static, products: Any) -> tuple[Any, Any]:
-    """(logits in base 2, derivative of the natural ones by the scaled products or None for 1).
-
-    tanh is written with exp2: the chip's own has three digits, and a cap multiplies its error.
-    """
-    if static.soft_cap is None:
-        return products * (static.scale * LOG2E), None
-    t = 1 - 2 / (1 + jnp.exp2(products * (2 * LOG2E * static.scale / static.soft_cap)))
-    return t * (static.soft_cap * LOG2E), 1 - t * t
-
-
-def all_count(limit: Any, offset: Any, causal: bool, first_query: Any, first_key: Any, keys: int) -> Any:
-    """Whether limit and causal rule allow every pair of some queries from the first on and `keys` keys."""
-    last = first_key + keys - 1
-    ok = last < limit
-    return ok & (last <= first_query + offset) if causal else ok
-
-
-def pairs_count(limit: Any, offset: Any, causal: bool, query: Any, key: Any) -> Any:
-    """bool: which pairs of positions limit and causal rule allow."""
-    ok = key < limit
-    return ok & (key <= query + offset) if causal else ok
-
-
 def scratch(p: Plan, dtype: Any, features: Sequence[int], own: Sequence[int]) -> tuple[list[Any], list[Any]]:
-    """(buffers of streamed arrays, each worker's own rows), with the layout that matrix instructions read."""
-    how = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    """(buffers of streamed arrays, each worker's own rows), with the layout that matrix instructions read.
+
+    Its rows of 128 bytes make instructions take 64 tokens of a step at a time, those of 64 bytes 32.
+    """
+    wide = min(p.step, 64)
+    how = (plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(2 * wide))
     streamed = [plgpu.SMEM((p.buffers, p.step, d), dtype, transforms=how) for d in features]
     return streamed, [plgpu.SMEM((WORKERS, ROWS, d), dtype, transforms=how) for d in own]
 
@@ -265,16 +197,16 @@ def call(kernel: Callable[..., None], name: str, grid: tuple[int, int, int], out
     )(*inputs)  # fmt: skip
 
 
-def roles(compute: Callable[[Any], None], copy: Callable[[], None]) -> None:
+def roles(compute: Callable[[Any], None], copy: Callable[[], None], registers: tuple[int, int]) -> None:
     """Run `compute(worker)` on the first warpgroups and `copy()` on the last."""
     group = jax.lax.axis_index("warpgroup")
 
     @pl.when(group < WORKERS)
     def _() -> None:
-        plgpu.set_max_registers(REGISTERS["compute"], action="increase")
+        plgpu.set_max_registers(registers[0], action="increase")
         compute(group)
 
     @pl.when(group == WORKERS)
     def _() -> None:
-        plgpu.set_max_registers(REGISTERS["copy"], action="decrease")
+        plgpu.set_max_registers(registers[1], action="decrease")
         copy()

@@ -5,6 +5,7 @@ lowering here and by `experiments.benchmarks.compile_hopper`; that they compute 
 """
 
 import functools
+import threading
 import types
 
 import jax
@@ -14,16 +15,22 @@ import pytest
 from attention_oracle import allowed, attention, same
 from hypothesis import given
 from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as simulation
 from jax._src.pallas.mosaic_gpu.interpret import params
 
+from pallas_kernels.block_score import block_scores, search_attention
+from pallas_kernels.block_score import mosaic_gpu as score
+from pallas_kernels.block_score import reference as dense_masses
 from pallas_kernels.block_sparse_attention import (
     AttentionError,
     BlockMask,
+    KernelConfig,
     MiscompilationError,
     api,
     block_sparse_attention,
     mosaic_gpu,
+    mosaic_gpu_backward,
     reference,
 )
 from pallas_kernels.block_sparse_attention import mosaic_gpu_walk as shared
@@ -32,11 +39,30 @@ from pallas_kernels.block_sparse_attention.problem import Static, Tokens
 CHECKED = params.InterpretGPUParams(detect_races=True)  # memory starts as not-a-number, reads outside raise
 
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+_compiled, _compiling = {}, threading.Lock()
+
+
+def _run_once_compiled(jaxpr, consts, *args):
+    """As the interpreter's own, which compiles the same program for every thread of every program of a grid."""
+    with _compiling:
+        if jaxpr not in _compiled:
+
+            def run(consts, *args):
+                jax.core.eval_jaxpr(jaxpr, consts, *args)
+
+            _compiled[jaxpr] = jax.jit(run).lower(consts, *args).compile(QUICK)
+    _compiled[jaxpr](consts, *args)
+
+
 def simulated(f, *arrays):
     """The result of a kernel in the interpreter, which found no race."""
     simulation.reset_gpu_interpret_mode_state()
-    out = jax.block_until_ready(jax.jit(f)(*arrays))
-    assert not simulation.get_races().races_found
+    _compiled.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thread_map, "_run_jaxpr", _run_once_compiled)
+        out = jax.block_until_ready(jax.jit(f, compiler_options=QUICK)(*arrays))
+    assert _compiled and not simulation.get_races().races_found
     return out
 
 
@@ -84,6 +110,72 @@ def test_forward_is_the_definition(name):
     assert np.isneginf(lse[0, 0, :block_q]).all() and not np.asarray(out[0, 0, :block_q]).any()
 
 
+@functools.cache
+def differentiated(name):
+    """(what a backward pass gets, its gradients by definition) of a case; the log-sum-exp has a cotangent too."""
+    block_q, block_k, nq, nk, features, values, rules, cap = CASES[name]
+    q, k, v, mask, tokens, ok = problem(block_q, block_k, nq, nk, features, values, rules=rules, seed=1)
+    rng = np.random.default_rng(2)
+    dout = jnp.asarray(rng.normal(size=(*q.shape[:3], values)), jnp.bfloat16)
+    dlse = rng.normal(size=q.shape[:3])
+    out, lse, grads = attention(q, k, v, ok, scale=0.2, cap=cap, dout=dout, dlse=dlse)
+    dead = np.isneginf(lse)
+    delta = (np.asarray(dout, np.float64) * out).sum(-1) - np.where(dead, 0, dlse)
+    dout = jnp.where(dead[..., None], 0, dout)
+    static = Static(0.2, cap, block_q, block_k, interpret=CHECKED)
+    return static, (q, k, v, dout, *(jnp.asarray(x, jnp.float32) for x in (lse, delta)), mask, tokens), grads, ok
+
+
+def near(ours, wanted):
+    assert ours.shape == wanted.shape and np.isfinite(np.asarray(ours, np.float32)).all()
+    assert np.linalg.norm(np.asarray(ours, np.float64) - wanted) <= 1e-2 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_gradients_are_the_definition(name):
+    static, arrays, grads, ok = differentiated(name)
+    dq = simulated(functools.partial(mosaic_gpu.query_gradient, static), *arrays)
+    dk, dv = simulated(functools.partial(mosaic_gpu.key_gradients, static), *arrays)
+    for ours, wanted in zip((dq, dk, dv), grads):
+        near(ours, wanted)
+    assert not np.asarray(dq)[~ok.any(-1)].any()
+    unseen = ~ok.any((1, 2))[:, None]  # the case's one key head
+    assert not np.asarray(dk)[unseen].any() and not np.asarray(dv)[unseen].any()
+
+
+# passes, and bytes that one pass may keep: all key heads at once, one by one, too little for one
+@pytest.mark.parametrize(
+    ("passes", "kept", "rules"),
+    [
+        (None, 10**9, "lcs"),
+        pytest.param(None, 4 * 192 * 4 * 2, "l", marks=pytest.mark.slow),
+        pytest.param(None, 1, "lcs", marks=pytest.mark.slow),
+        pytest.param(2, 10**9, "", marks=pytest.mark.slow),
+    ],
+)
+def test_a_search_is_dense_attention_and_its_masses(passes, kept, rules, monkeypatch):
+    monkeypatch.setattr(score, "KEPT", kept)
+    q, k, v, _, tokens, _ = problem(64, 128, 3, 2, 64, 64, heads=(2, 2), rules=rules)
+    static, live = Static(0.2, None, 64, 128, KernelConfig(passes=passes), CHECKED), jnp.asarray([170], jnp.int32)
+    assert score._heads_at_once(q.shape, 2, k.shape[2]) == {10**9: 2, 1: None}.get(kept, 1)
+    out, lse, masses = simulated(functools.partial(score.search, static), q, k, v, live, tokens)
+    wanted = dense_masses.search(static, *(x.astype(jnp.float32) for x in (q, k, v)), live, tokens)
+    same(out[:, :, :170], wanted[0][:, :, :170], 2e-2)
+    same(lse, wanted[1], 1e-4)
+    same(masses, wanted[2], 1e-3)
+    np.testing.assert_allclose(masses.sum(), np.isfinite(lse).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("rules", [pytest.param("lcs", marks=pytest.mark.slow), "l"])
+def test_masses_for_an_older_log_sum_exp(rules):
+    q, k, _, _, tokens, _ = problem(64, 128, 3, 2, 72, 64, rules=rules)
+    static = Static(0.2, 4.0, 64, 128, interpret=CHECKED)
+    lse = jnp.asarray(np.random.default_rng(3).normal(size=q.shape[:3]), jnp.float32).at[:, :, 7].set(-jnp.inf)
+    masses = simulated(functools.partial(score.scores, static), q, k, lse, tokens)
+    wanted = dense_masses.scores(static, *(x.astype(jnp.float32) for x in (q, k)), lse, tokens)
+    np.testing.assert_allclose(masses, wanted, rtol=1e-4, atol=1e-5)
+
+
 @given(
     block=st.sampled_from([64, 128, 256, 320, 384]), rows=st.sampled_from([64, 128, 256]),
     features=st.integers(1, 256), values=st.integers(0, 256),
@@ -95,6 +187,12 @@ def test_what_is_not_refused_has_a_plan_that_fits(block, rows, features, values)
     assert p is not None and p.parts * p.step == block and p.buffers >= 2
     used = 2 * (p.buffers * p.step * (d + e) + 128 * d + (128 * e if e != d else 0))
     assert used <= shared.SHARED_MEMORY
+    for other in (mosaic_gpu_backward.query_plan(static, d, d), mosaic_gpu_backward.key_plan(static, d, d)):
+        assert (
+            other is not None
+            and other.buffers >= 2
+            and 4 * d * (128 + other.buffers * other.step) <= shared.SHARED_MEMORY
+        )
     lists = [p.list_of(tile) for tile in range(6)]
     assert lists == [tile * 128 // max(rows, 128) for tile in range(6)]
 
@@ -135,12 +233,27 @@ EVERY = [
 
 @pytest.mark.parametrize(("features", "dtype", "block"), EVERY)
 def test_attention_lowers_for_the_chip(features, dtype, block):
+    """Forward and both gradients; beyond 128 features those of keys and values are two kernels."""
+
     def run(q, k, v, mask, ids):
-        rules = {"causal": True, "soft_cap": 5.0, "q_segment_ids": ids, "kv_segment_ids": ids}
-        return block_sparse_attention(q, k, v, mask, impl="mosaic_gpu", **(rules if block == 64 else {}))
+        rules = {"causal": True, "soft_cap": 5.0, "q_segment_ids": ids, "kv_segment_ids": ids} if block == 64 else {}
+        attend = functools.partial(block_sparse_attention, mask=mask, impl="mosaic_gpu", **rules)
+        out, back = jax.vjp(attend, q, k, v)
+        return out, back(out)
 
     text = lowered(run, *shapes(block, features, jnp.dtype(dtype)))
-    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 1
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == (4 if features > 128 else 3)
+
+
+@pytest.mark.parametrize(("features", "dtype", "block"), EVERY)
+def test_masses_lower_for_the_chip(features, dtype, block):
+    def run(q, k, v, mask, ids):
+        rules = {"causal": True, "q_segment_ids": ids, "kv_segment_ids": ids} if block == 64 else {}
+        rules |= {"block_q": block, "block_k": block, "impl": "mosaic_gpu"}
+        return search_attention(q, k, v, **rules), block_scores(q, k, jnp.zeros(q.shape[:3]), **rules)
+
+    text = lowered(run, *shapes(block, features, jnp.dtype(dtype)))
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 2
 
 
 @pytest.mark.parametrize(
