@@ -15,8 +15,8 @@ IMAGE, VOCAB, SIDE, PATCH = 40, 41, 12, 4
 
 def config(**more):
     block = ViTBlock(2, 6, 6, 24)
-    vision = ViTConfig(PATCH, 12, (block,) * 2, 0, fused=False, pre_norm=True, patch_bias=False, activation="quick_gelu",
-                       epsilon=1e-5, image=(SIDE, SIDE))  # fmt: skip
+    vision = ViTConfig(PATCH, 12, (block,) * 2, 0, fused=False, class_token=True, pre_norm=True, patch_bias=False,
+                       head_bias=False, activation="quick_gelu", epsilon=1e-5, image=(SIDE, SIDE))  # fmt: skip
     return LlavaConfig(vision, llama_config(VOCAB, 16, 24, 2, 4, 2, eps=1e-5), IMAGE, **more)
 
 

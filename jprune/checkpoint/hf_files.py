@@ -103,6 +103,31 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return len(self._found)
 
 
+class RenamedTensors(Mapping[str, np.ndarray]):
+    """Some of a folder's tensors under other names, with the rest of what `TensorFiles` offers."""
+
+    def __init__(self, files: TensorFiles, names: Mapping[str, str]):
+        """`names`: {name here: name in the files}."""
+        self.folder, self._files, self._names = files.folder, files, names
+
+    def dtype(self, name: str) -> np.dtype:
+        """Its dtype."""
+        return self._files.dtype(self._names[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape."""
+        return self._files.shape(self._names[name])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[self._names[name]]
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> None:
     """Write tensors into `folder`, in files of at most `shard_bytes` (a larger tensor has a file of its own)."""
     shards: list[list[str]] = []

@@ -97,7 +97,33 @@ def load_hf(
     hf = read_json(folder / "config.json")
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
     files = TensorFiles(folder)
-    stored = config_from_hf(hf)
+    config, variables = read_decoder(
+        files, config_from_hf(hf), record, dtype=dtype, scanned=scanned, sharding=sharding, keep_padding=keep_padding
+    )
+    return config, variables, {"hf_config": hf, "record": record}
+
+
+def read_decoder(
+    files: Any,
+    stored: LlamaConfig,
+    record: Mapping[str, Any] | None = None,
+    *,
+    dtype: Any = None,
+    scanned: bool = False,
+    sharding: Placement | None = None,
+    keep_padding: bool = False,
+) -> tuple[LlamaConfig, Any]:
+    """(config, variables) of a decoder from its tensors by name.
+
+    Args:
+      files: `TensorFiles`, or a part of them under the decoder's own names (`RenamedTensors`).
+      stored: the model that these tensors are.
+      record: the folder's jprune.json, if it has one.
+      dtype, scanned, sharding, keep_padding: as for `load_hf`.
+
+    Raises:
+      ValueError: as for `load_hf`.
+    """
     names = _names(stored)
     _check_tensors(files, stored, names)
     own = jnp.dtype(dtype or files.dtype(names["embed", None]))
@@ -105,7 +131,7 @@ def load_hf(
     config = _widths(stored, record, keep_padding)
     target = LINEN_SCAN if scanned else LINEN
     if scanned and not config.uniform:
-        raise ValueError(f"the layers of {folder} differ in width: they cannot be stacked; use scanned=False")
+        raise ValueError(f"the layers of {files.folder} differ in width: they cannot be stacked; use scanned=False")
 
     def part(name: str, layer: int | None) -> np.ndarray:
         x = files[names[name, layer]]
@@ -131,7 +157,7 @@ def load_hf(
         for key in keys[:-1]:
             node = node.setdefault(key, {})
         node[keys[-1]] = _placed("/".join(("params", *keys)), x, x.dtype if dtype is None else own, sharding)
-    return config, {"params": params}, {"hf_config": hf, "record": record}
+    return config, {"params": params}
 
 
 def save_hf(
@@ -222,7 +248,7 @@ def _names(config: LlamaConfig) -> dict[tuple[str, int | None], str]:
     return {(name, i): HF.sites[name][0].path.replace("{l}", str(i)) for name, i in keys}
 
 
-def _check_tensors(files: TensorFiles, config: LlamaConfig, names: Mapping[tuple[str, int | None], str]) -> None:
+def _check_tensors(files: Any, config: LlamaConfig, names: Mapping[tuple[str, int | None], str]) -> None:
     for (name, layer), key in names.items():
         if key not in files:
             raise ValueError(f"{files.folder} has no tensor {key!r}, which its config.json asks for")
