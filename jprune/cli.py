@@ -1,4 +1,4 @@
-"""The command line: `jprune prune`, `jprune explain`, `jprune list`."""
+"""The command line: `jprune prune`, `jprune eval`, `jprune explain`, `jprune list`."""
 
 from __future__ import annotations
 
@@ -168,6 +168,40 @@ def _show(title: str, rows: Sequence[Sequence[str]]) -> None:
     Console().print(table)
 
 
+def evaluate(
+    model: Text[str, arg(help="folder of a vision transformer: timm's, transformers', torchvision's, AugReg's .npz")],
+    data: Text[str, arg(help="folder of pictures, or of one folder of pictures a class")],
+    tokens: Text[str, arg(help="how tokens are reduced; see `jprune list`")] = "zero_tprune",
+    flops: Text[float, arg(help="share of the blocks' multiply-adds to KEEP")] = 0.65,
+    batch_size: int = 32,
+    images: Text[int, arg(help="at most so many pictures, drawn by --seed; 0: all")] = 0,
+    pictures: Text[int, arg(help="so many of them are drawn with the patches that are left")] = 6,
+    heads: Text[int | None, arg(help="attention heads, where the files do not say")] = None,
+    dtype: Text[Literal["float32", "bfloat16", "float16"] | None, arg(help="to compute in, else as stored")] = None,
+    seed: int = 0,
+    out: Text[Path | None, arg(help="folder for the results; by default named after the options")] = None,
+    quiet: Text[bool, arg(help="no progress bar, no table")] = False,
+) -> int:
+    """Run a trained vision transformer on fewer tokens: accuracy, multiply-adds and speed, before and after.
+
+    Nothing is trained. Leaves a report with pictures of the patches that each block still had.
+
+        jprune eval --model deit_small --data imagenet/val --tokens zero_tprune --flops 0.65
+    """
+    from jprune.pipeline.tokens import TokenOptions, evaluate_tokens, rows
+
+    options = TokenOptions(model, data, tokens, flops, batch_size, images, pictures, heads, dtype, seed)
+    name = Path(model).resolve().name
+    out = out or Path("jprune-out") / f"{name}-{tokens}-{flops:g}"
+    summary = evaluate_tokens(options, out, quiet)
+    if not quiet:
+        _show(f"{name}, {tokens}, {summary['images']} pictures", rows(summary))
+        if summary["note"]:
+            print(summary["note"])
+        Console().print(f"report: {out / 'report.html'}\npatches: {out / 'kept.png'}", highlight=False, soft_wrap=True)
+    return 0
+
+
 def explain(
     model: Positional[str],
     path: Text[str | None, arg(help="only this leaf, such as params/stem_conv/kernel")] = None,
@@ -226,7 +260,7 @@ def list_() -> int:
 
 def main() -> None:
     """Entry point: errors that a user can mend are one line and exit status 2."""
-    commands = {"prune": prune, "explain": explain, "list": list_}
+    commands = {"prune": prune, "eval": evaluate, "explain": explain, "list": list_}
     try:
         status = tyro.extras.subcommand_cli_from_dict(
             commands, prog="jprune", description="Prune any JAX model: trace once, score, allocate, compact."
