@@ -129,15 +129,22 @@ def compile_kernel(fn: Callable[..., Any], topology: str, *shapes: Any) -> Compi
       ValueError: as `mesh`; whatever the chip's compiler refuses.
     """
     import jax
-    from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+    from jax.sharding import SingleDeviceSharding
+
+    here = SingleDeviceSharding(mesh(topology).devices.flat[0])
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    with as_if_on(topology):
+        lowered = jax.jit(fn).lower(*args)
+    return _of(lowered.compile())
+
+
+def as_if_on(topology: str) -> Any:
+    """A context in which kernels that ask for the chip are told that of a topology."""
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
     device = mesh(topology).devices.flat[0]
     chip = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
-    here = SingleDeviceSharding(device)
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)):
-        lowered = jax.jit(fn).lower(*args)
-    return _of(lowered.compile())
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=chip))
 
 
 def _of(compiled: Any) -> Compiled:

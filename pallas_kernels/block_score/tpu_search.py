@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.block_sparse_attention.problem import Static, Tokens
 from pallas_kernels.block_sparse_attention.tpu_walk import LOG2E, NEVER, base2, call, column, dot, padded
 
-STEP = 512  # keys multiplied at once
+STEP = 1024  # keys of a turn of the loop
 ROWS = 512  # queries of a program: every fetched key serves so many
 TILE = 2048  # keys fetched at once
 
@@ -28,7 +28,8 @@ def shape_of(static: Static, q: Any, k: Any) -> tuple[int, int, int]:
     """(query blocks of a program, keys of a step, keys of a tile); a step has whole blocks, a multiple of eight of them."""
     eight = 8 * static.block_k
     step = max(1, (static.config.step_tokens or STEP) // eight) * eight
-    rows = max(1, min(8, ROWS * STEP // max(step, STEP) // static.block_q, q.shape[2] // static.block_q))
+    most = ROWS * STEP // max(step, STEP)
+    rows = max(1, min(8, most // static.block_q, q.shape[2] // static.block_q))
     steps = -(-k.shape[2] // step)
     return rows, step, min(steps, max(1, TILE // step)) * step
 
@@ -61,6 +62,9 @@ def _kernel(static: Static, tokens: Tokens, group: int, step: int, values: bool,
     first_row, first_key = pl.program_id(2) * rows, pl.program_id(3) * tile
     limit, offset, live = (numbers[0, n] for n in range(3))
     causal = tokens.q_offset is not None
+    halves = 2 if step % (16 * bk) == 0 else 1  # the second one's product is made while the first one's softmax is
+    size = step // halves
+    parts = range(0, step, size)
     own = first_row + jax.lax.broadcasted_iota(jnp.int32, (1, rows), 1)
 
     @pl.when(pl.program_id(3) == 0)
@@ -74,20 +78,22 @@ def _kernel(static: Static, tokens: Tokens, group: int, step: int, values: bool,
         start = pl.multiple_of(n * step, step)
 
         def update(ok: Any = None) -> None:
-            z, _unused = base2(static, dot(k[pl.ds(start, step), :], q[...], transpose=True))
-            z = z if ok is None else jnp.where(ok, z, NEVER)
-            before = top[...]
-            new = jnp.maximum(before, z.max(0, keepdims=True))
-            e = jnp.exp2(z - new)
-            e = e if ok is None else jnp.where(ok, e, 0)
-            sums = e.reshape(step // bk, bk, rows).sum(1)
-            old = jnp.exp2(before - new)
-            top[...] = new
-            total[...] = old * total[...] + sums.sum(0, keepdims=True)
-            block = pl.multiple_of((first_key + start) // bk, 8)
-            logs[pl.ds(block, step // bk), :] = new + jnp.log2(sums)
-            if v is not None:
-                acc[0][...] = old * acc[0][...] + dot(v[:, pl.ds(start, step)], e.astype(v.dtype))
+            products = [dot(k[pl.ds(start + at, size), :], q[...], transpose=True) for at in parts]
+            for at, product in zip(parts, products):
+                z, _unused = base2(static, product)
+                z = z if ok is None else jnp.where(ok[at : at + size], z, NEVER)
+                before = top[...]
+                new = jnp.maximum(before, z.max(0, keepdims=True))
+                e = jnp.exp2(z - new)
+                e = e if ok is None else jnp.where(ok[at : at + size], e, 0)
+                sums = e.reshape(size // bk, bk, rows).sum(1)
+                old = jnp.exp2(before - new)
+                top[...] = new
+                total[...] = old * total[...] + sums.sum(0, keepdims=True)
+                block = pl.multiple_of((first_key + start + at) // bk, 8)
+                logs[pl.ds(block, size // bk), :] = new + jnp.log2(sums)
+                if v is not None:
+                    acc[0][...] = old * acc[0][...] + dot(v[:, pl.ds(start + at, size)], e.astype(v.dtype))
 
         def pairs() -> Any:
             key = first_key + start + jax.lax.broadcasted_iota(jnp.int32, (step, 1), 0)

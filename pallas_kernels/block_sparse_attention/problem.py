@@ -23,7 +23,8 @@ class KernelConfig:
 
     Attributes:
       step_tokens: keys (in gradients of keys: queries) that one step of the loop over a list fetches and multiplies. On
-        TPU below 256 wastes the matrix unit. None: 512 on TPU; elsewhere a whole list where it has at most 4096 keys.
+        TPU below 256 wastes the matrix unit. None: 512 on TPU, 1024 for lists of 4096 and more; elsewhere a whole list
+        where it has at most 4096 keys.
       rows_at_once: query blocks that the XLA backend handles together. None: 1 on CPU, 32 elsewhere.
       blocks_together: query blocks (in gradients of keys: key blocks) that one TPU program takes as one, over the union of
         their lists: every fetched key serves so many times more queries, at the price of pairs that are masked. It pays
@@ -31,8 +32,8 @@ class KernelConfig:
         finite then reaches all of them, not only those whose list has its block.
       resident: whether a TPU program keeps all keys and values of a head in VMEM (in gradients of keys: queries and
         cotangents) and takes blocks from there instead of HBM. None: where they fit.
-      passes: how often a search on TPU goes over the keys, 1 or 2: once needs VMEM for a number of every query and key
-        block. None: once where that fits.
+      passes: how often a search on TPU or GPU goes over the keys, 1 or 2: once needs memory for a number of every query
+        and key block (VMEM on TPU, at most 2 GiB on GPU, some heads at a time). None: once where that fits.
     """
 
     step_tokens: int | None = None

@@ -28,6 +28,7 @@ from pallas_kernels.block_sparse_attention.tpu_walk import (
     Rules,
     Walk,
     base2,
+    buffers_of,
     call,
     column,
     dot,
@@ -77,41 +78,41 @@ def _mine(rows: int, features: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, rows, features), lambda b, h, p: (b, h, p, 0))
 
 
-def _buffers(arrays: Any, rows: int) -> list[Any]:
-    return [pltpu.VMEM((2, rows, x.shape[-1]), x.dtype) for x in arrays] + [pltpu.SemaphoreType.DMA((2, len(arrays)))]
-
-
 def _forward_kernel(static: Static, tokens: Tokens, group: int, shared: int, lists: int, resident: bool, values: bool,
                     *references: Any) -> None:  # fmt: skip
     found, numbers, segments, refs = _split(tokens, lists, references)
     q, k = refs.pop(0), refs.pop(0)
     v = refs.pop(0) if values else None
     out = refs.pop(0) if values else None
-    lse, keys, *more, semaphores = refs
+    lse, *buffers = refs
     at = (0, 0) if resident else (pl.program_id(0), pl.program_id(1) // shared)
-    copies = [(x.at[at], to) for x, to in zip((k, v), (keys, *more)) if x is not None]
-    walk = Walk(found, group, static.block_k, copies, semaphores, static.config.blocks_together)
+    sources = [x.at[at] for x in (k, v) if x is not None]
+    walk = Walk(found, group, static.block_k, sources, buffers, static.config.blocks_together)
     rules = Rules(tokens, numbers, segments, pl.program_id(2) * static.block_q, static.block_q)
     query = q[...]
+    step_tokens = group * static.block_k
+    lanes = 128 if step_tokens % 128 == 0 else step_tokens  # sums are taken along them after the loop only
 
     def body(step: Any, slot: Any, carry: Any) -> Any:
         def update(carry: Any, ok: Any = None) -> Any:
             top, total, acc = carry
-            z, _ = base2(static, dot(query, keys[slot], transpose=True))
+            z, _ = base2(static, dot(query, walk.fetched(0, step, slot), transpose=True))
             z = z if ok is None else jnp.where(ok, z, NEVER)
             new = jnp.maximum(top, z.max(1, keepdims=True))
             e = jnp.exp2(z - new)
             e = e if ok is None else jnp.where(ok, e, 0)
             old = jnp.exp2(top - new)
             if v is not None:
-                acc = old * acc + dot(e.astype(v.dtype), more[0][slot])
-            return new, old * total + e.sum(1, keepdims=True), acc
+                acc = old * acc + dot(e.astype(v.dtype), walk.fetched(1, step, slot))
+            return new, old * total + sum(e[:, n : n + lanes] for n in range(0, e.shape[1], lanes)), acc
 
         return rules.choose(walk, step, update, update, carry)
 
     n = static.block_q
     zero = jnp.zeros((n, v.shape[-1] if v is not None else 1), jnp.float32)
-    top, total, acc = walk.run(body, (jnp.full((n, 1), NEVER, jnp.float32), jnp.zeros((n, 1), jnp.float32), zero))
+    start = jnp.full((n, 1), NEVER, jnp.float32), jnp.zeros((n, lanes), jnp.float32), zero
+    top, total, acc = walk.run(body, start)
+    total = total.sum(1, keepdims=True)
     alive = total != 0  # not-a-number stays what it is
     safe = jnp.where(alive, total, 1)
     lse[...] = row(jnp.where(alive, (top + jnp.log2(safe)) / LOG2E, -jnp.inf))
@@ -140,7 +141,7 @@ def forward(static: Static, q: Any, k: Any, v: Any | None, mask: BlockMask, toke
     *given, lse = call(
         kernel, static, "block_sparse_attention", grid, [*list_arrays, *rules, q, *arrays],
         [*list_blocks, *rule_blocks, _mine(bq, features), *sources], out, out_specs,
-        _buffers(arrays, group * static.block_k), features=sum(x.shape[-1] for x in arrays), vmem_bytes=limit,
+        buffers_of(arrays, group * static.block_k, resident), features=sum(x.shape[-1] for x in arrays), vmem_bytes=limit,
         **fetching(arrays, bq, math.prod(q.shape[:3]) * width * static.block_k),
     )  # fmt: skip
     return (given[0][:, :, :queries] if given else None), lse.reshape(q.shape[:3])[..., :queries]
@@ -149,20 +150,20 @@ def forward(static: Static, q: Any, k: Any, v: Any | None, mask: BlockMask, toke
 def _query_kernel(static: Static, tokens: Tokens, group: int, shared: int, lists: int, resident: bool,
                   *references: Any) -> None:  # fmt: skip
     found, numbers, segments, refs = _split(tokens, lists, references)
-    q, dout, lse, delta, k, v, dq, keys, values, semaphores = refs
+    q, dout, lse, delta, k, v, dq, *buffers = refs
     at = (0, 0) if resident else (pl.program_id(0), pl.program_id(1) // shared)
-    copies = [(k.at[at], keys), (v.at[at], values)]
-    walk = Walk(found, group, static.block_k, copies, semaphores, static.config.blocks_together)
+    walk = Walk(found, group, static.block_k, [k.at[at], v.at[at]], buffers, static.config.blocks_together)
     rules = Rules(tokens, numbers, segments, pl.program_id(2) * static.block_q, static.block_q)
     query, d, shift, less = q[...], dout[...], column(lse[...]), column(delta[...])
 
     def body(step: Any, slot: Any, acc: Any) -> Any:
         def update(acc: Any, ok: Any = None) -> Any:
-            z, slope = base2(static, dot(query, keys[slot], transpose=True))
+            keys = walk.fetched(0, step, slot)
+            z, slope = base2(static, dot(query, keys, transpose=True))
             w = jnp.exp2(z - shift)
-            ds = w * (dot(d, values[slot], transpose=True) - less) * slope
+            ds = w * (dot(d, walk.fetched(1, step, slot), transpose=True) - less) * slope
             ds = ds if ok is None else jnp.where(ok, ds, 0)
-            return acc + dot(ds.astype(k.dtype), keys[slot])
+            return acc + dot(ds.astype(k.dtype), keys)
 
         return rules.choose(walk, step, update, update, acc)
 
@@ -188,7 +189,8 @@ def query_gradient(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, 
         "block_sparse_attention_dq", grid,
         [*list_arrays, *rules, q, dout, shift.reshape(*grid, 1, bq), delta.reshape(*grid, 1, bq), k, v],
         [*list_blocks, *rule_blocks, _mine(bq, features), _mine(bq, v.shape[-1]), number, number, *sources],
-        jax.ShapeDtypeStruct(q.shape, q.dtype), _mine(bq, features), _buffers([k, v], group * static.block_k),
+        jax.ShapeDtypeStruct(q.shape, q.dtype), _mine(bq, features),
+        buffers_of([k, v], group * static.block_k, resident),
         features=2 * features + v.shape[-1], vmem_bytes=limit,
         **fetching([k, v], bq, math.prod(q.shape[:3]) * width * static.block_k),
     )  # fmt: skip
@@ -198,7 +200,7 @@ def query_gradient(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, 
 def _key_kernel(static: Static, tokens: Tokens, group: int, shared: int, lists: int, resident: bool,
                 *references: Any) -> None:  # fmt: skip
     found, numbers, segments, refs = _split(tokens, lists, references)
-    k, v, lse, delta, q, dout, dk, dv, queries, douts, semaphores = refs
+    k, v, lse, delta, q, dout, dk, dv, *buffers = refs
     at = (0, 0) if resident else (pl.program_id(0), pl.program_id(1))
     bq, bk = static.block_q, static.block_k
     limit, offset, causal = numbers[0, 0], numbers[0, 1], tokens.q_offset is not None
@@ -207,9 +209,8 @@ def _key_kernel(static: Static, tokens: Tokens, group: int, shared: int, lists: 
     own = last - bk + 1 + jax.lax.broadcasted_iota(jnp.int32, (bk, 1), 0)
 
     def of_head(r: Any, carry: Any) -> Any:
-        copies = [(x.at[(*at, r)], to) for x, to in ((q, queries), (dout, douts))]
         mine = [x.at[r if x.shape[0] > 1 else 0] for x in found]
-        walk = Walk(mine, group, bq, copies, semaphores, static.config.blocks_together)
+        walk = Walk(mine, group, bq, [q.at[(*at, r)], dout.at[(*at, r)]], buffers, static.config.blocks_together)
 
         def along_lanes(of: Any, step: Any) -> Any:
             return jnp.concatenate([of[pl.ds(walk.entry(step, t), 1), :] for t in range(group)], axis=1)
@@ -218,7 +219,7 @@ def _key_kernel(static: Static, tokens: Tokens, group: int, shared: int, lists: 
             at = walk.positions(step)
 
             def update(carry: Any, ok: Any = None) -> Any:
-                query, d = queries[slot], douts[slot]
+                query, d = (walk.fetched(n, step, slot) for n in (0, 1))
                 shift = jnp.where(at < ABSENT, along_lanes(lse.at[r], step), -NEVER)  # fetched twice, weighs nothing
                 z, slope = base2(static, dot(key, query, transpose=True))
                 w = jnp.exp2(z - shift)
@@ -276,7 +277,7 @@ def key_gradients(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, d
         "block_sparse_attention_dkv", (batch, kv_heads, k.shape[2] // bk),
         [*list_arrays, *rules, k, v, shift, delta, q, dout],
         [*list_blocks, *rule_blocks, *blocks, whole, whole, *sources],
-        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)], blocks, _buffers([q, dout], group * bq),
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)], blocks, buffers_of([q, dout], group * bq, resident),
         features=2 * (k.shape[-1] + v.shape[-1]), vmem_bytes=limit,
         **fetching([q, dout], bk, shared * math.prod(k.shape[:3]) * width * bq),
     )  # fmt: skip

@@ -13,17 +13,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_attention.block_mask import union_lists
-from pallas_kernels.block_sparse_attention.problem import Static, Tokens
+from pallas_kernels.block_sparse_attention.problem import LOG2E, Static, Tokens
 
-LOG2E = math.log2(math.e)
 NEVER = -1e30  # a logit that does not count: -inf would make not-a-number of itself
 ABSENT = 1 << 30  # the position of a token that is not in the list
-STEP = 512  # tokens of a step: several times the matrix unit's width
+STEP = 512  # tokens of a step: several times the matrix unit's width,
+LONG = 4096  # and twice as many where lists have at least so many, of which a last step half empty is a small part
 
 
 def group_of(static: Static, width: int, block: int) -> int:
-    """Blocks of a step."""
-    return max(1, min(width, (static.config.step_tokens or STEP) // block))
+    """Blocks of a step over lists of `width` blocks."""
+    usual = STEP if width * block < LONG else 2 * STEP
+    return max(1, min(width, (static.config.step_tokens or usual) // block))
 
 
 def dot(a: Any, b: Any, *, transpose: bool = False) -> Any:
@@ -145,15 +146,16 @@ class Walk:
 
     Args:
       lists: references of lists, counts and perhaps owners, one list each. group: blocks of a step. block: their tokens.
-      copies: (source with tokens first, buffer (2, group * block, features)) pairs.
-      semaphores: DMA semaphores (2, number of copies).
+      sources: arrays with tokens first, in VMEM or, where there are buffers, anywhere.
+      buffers: for each source (2, group * block, features), and DMA semaphores (2, number of sources); or empty.
       together: blocks whose lists these are the union of.
     """
 
-    def __init__(self, lists: Sequence[Any], group: int, block: int, copies: Sequence[tuple[Any, Any]], semaphores: Any,
+    def __init__(self, lists: Sequence[Any], group: int, block: int, sources: Sequence[Any], buffers: Sequence[Any],
                  together: int) -> None:  # fmt: skip
         self.lists, self.count, self.group, self.block = lists, lists[1][0, 0], group, block
-        self.copies, self.semaphores, self.together = copies, semaphores, together
+        self.sources, self.together = sources, together
+        self.buffers, self.semaphores = (buffers[:-1], buffers[-1]) if buffers else ((), None)
 
     def entry(self, step: Any, t: int) -> Any:
         """The t-th block of a step; behind the end the last one again, so that buffers never hold garbage."""
@@ -168,13 +170,22 @@ class Walk:
     def _transfers(self, step: Any, slot: Any) -> list[Any]:
         out = []
         for t in range(self.group):
-            start = pl.multiple_of(self.entry(step, t) * self.block, self.block)
-            for n, (source, buffer) in enumerate(self.copies):
+            for n, (source, buffer) in enumerate(zip(self.sources, self.buffers)):
                 to = buffer.at[slot, pl.ds(t * self.block, self.block), :]
-                out.append(
-                    pltpu.make_async_copy(source.at[pl.ds(start, self.block), :], to, self.semaphores.at[slot, n])
-                )
+                out.append(pltpu.make_async_copy(source.at[self._tokens(step, t), :], to, self.semaphores.at[slot, n]))
         return out
+
+    def _tokens(self, step: Any, t: int) -> Any:
+        return pl.ds(pl.multiple_of(self.entry(step, t) * self.block, self.block), self.block)
+
+    def fetched(self, n: int, step: Any, slot: Any) -> Any:
+        """(group * block, features): the tokens of a step of the n-th source.
+
+        From a source in VMEM they are read where they lie: copies within VMEM cost more than the products.
+        """
+        if self.buffers:
+            return self.buffers[n][slot]
+        return jnp.concatenate([self.sources[n][self._tokens(step, t), :] for t in range(self.group)], axis=0)
 
     def _along_lanes(self, numbers: Sequence[Any]) -> Any:
         """int32 (1, group * block): every block's number at its tokens."""
@@ -212,6 +223,8 @@ class Walk:
     def run(self, body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
         """Fold `body(step, slot of the buffers, carry)`."""
         steps = (self.count + self.group - 1) // self.group
+        if not self.buffers:
+            return jax.lax.fori_loop(0, steps, lambda step, carry: body(step, 0, carry), carry)
 
         @pl.when(steps > 0)
         def _() -> None:
@@ -260,6 +273,13 @@ class Rules:
             own = jnp.concatenate([keys[pl.ds(walk.entry(step, t), 1), :] for t in range(walk.group)], axis=1)
             ok &= column(queries[...]) == own
         return ok & walk.owned(step, self.rows) if walk.together > 1 else ok
+
+
+def buffers_of(arrays: Sequence[Any], rows: int, resident: bool) -> list[Any]:
+    """Scratch of a walk over these arrays, `rows` tokens a step: none where it reads them in VMEM."""
+    if resident:
+        return []
+    return [pltpu.VMEM((2, rows, x.shape[-1]), x.dtype) for x in arrays] + [pltpu.SemaphoreType.DMA((2, len(arrays)))]
 
 
 def call(kernel: Callable[..., None], static: Static, name: str, grid: tuple[int, ...], inputs: Sequence[Any],

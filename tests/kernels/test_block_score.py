@@ -128,7 +128,7 @@ def test_one_pass_over_several_tiles_of_keys(queries, monkeypatch):
         "causal": True,
         "q_offset": 70,
     }  # the last tiles are seen by few or by nobody
-    one = KernelConfig(passes=1, step_tokens=128)
+    one = KernelConfig(passes=1, step_tokens=256)  # a step in two halves
     ours = jax.jit(
         lambda *a: search_attention(*a, impl="tpu", interpret=True, config=one, **rules), compiler_options=QUICK
     )
