@@ -184,14 +184,13 @@ def barriers(p: Plan, streams: Sequence[int]) -> tuple[list[Any], list[Any]]:
 def call(kernel: Callable[..., None], name: str, grid: tuple[int, int, int], out: Sequence[Any], scratch_types: Any,
          inputs: Sequence[Any], interpret: Any) -> Any:  # fmt: skip
     """The kernel on three warpgroups, over (batch, head, tile): tiles of one head run together and share the cache."""
-    batch, heads, tiles = grid
 
     def entry(*refs: Any) -> None:
         pl.run_scoped(lambda *given: kernel(*refs, *given), *scratch_types, collective_axes="warpgroup")
 
     entry.__name__ = name
     return plgpu.kernel(
-        entry, out_type=list(out), grid=(tiles, heads, batch), grid_names=("tile", "head", "batch"),
+        entry, out_type=list(out), grid=grid, grid_names=("batch", "head", "tile"),
         num_threads=WORKERS + 1, thread_name="warpgroup", interpret=interpret or None,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*inputs)  # fmt: skip
