@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -106,12 +107,39 @@ def divprune_select(
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
     ready = _ready(x, metric)
     alive = jnp.ones(m, bool) if valid is None else valid
-    matrix = None if (m > LARGEST_MATRIX if on_demand is None else on_demand) else _between(ready, ready, metric)
+    whole = not (m > LARGEST_MATRIX if on_demand is None else on_demand)
+    # Kept as the product of a cosine, from which rows are subtracted when they are read: a second matrix would cost more
+    # than all steps.
+    matrix = _compared(ready, ready, metric) if whole else None
 
     def row(i: Any) -> Any:
-        return _between(ready[i][None], ready, metric)[0] if matrix is None else matrix[i]
+        return _distance(_compared(ready[i][None], ready, metric)[0] if matrix is None else matrix[i], metric)
 
     start, near = _first(ready, alive, matrix, first, metric)
+    return _traverse(row, start, near, alive, k)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def farthest_first(
+    apart: Float[Array, "m m"], k: int, start: Any = 0, valid: Bool[Array, " m"] | None = None
+) -> SelectResult:
+    """The same traversal of any distances, from a first token of one's own; jit-ed, under vmap for batches.
+
+    Args:
+      apart: distances of all pairs.
+      k: how many tokens, from 1 to m.
+      start: the first of them, a valid one.
+      valid: False at padding; None: all are tokens.
+    """
+    alive = jnp.ones(len(apart), bool) if valid is None else valid
+    start = jnp.asarray(start, jnp.int32)
+    near = jnp.min(jnp.where((jnp.arange(len(apart)) != start) & alive, apart[start], jnp.inf))
+    return _traverse(lambda i: apart[i].astype(jnp.float32), start, near.astype(jnp.float32), alive, k)
+
+
+def _traverse(row: Callable[[Any], Any], start: Any, near: Any, alive: Any, k: int) -> SelectResult:
+    """k tokens from `start` on, the first at distance `near` to its nearest neighbour."""
+    m = alive.shape[0]
     # -inf: out of the question, as padding or as chosen already; a minimum leaves it so
     left = jnp.where(alive, row(start), -jnp.inf).at[start].set(-jnp.inf)
 
@@ -167,12 +195,20 @@ def _ready(x: Any, metric: str) -> Any:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def _between(a: Any, b: Any, metric: str) -> Any:
+def _compared(a: Any, b: Any, metric: str) -> Any:
+    """Cosines, or the other metrics' distances, of all pairs."""
     if metric == "cosine":
-        product = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-        return jnp.clip(1.0 - product, 0.0, 2.0)
+        return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     power = {"l1": 1, "l2": 2}[metric]
     return jax.lax.map(lambda row: jnp.linalg.norm(b - row, ord=power, axis=-1), a)  # (n, m, d) would not fit
+
+
+def _distance(compared: Any, metric: str) -> Any:
+    return jnp.clip(1.0 - compared, 0.0, 2.0) if metric == "cosine" else compared
+
+
+def _between(a: Any, b: Any, metric: str) -> Any:
+    return _distance(_compared(a, b, metric), metric)
 
 
 def _nearest(x: Any, alive: Any, matrix: Any, metric: str) -> Any:
@@ -180,14 +216,15 @@ def _nearest(x: Any, alive: Any, matrix: Any, metric: str) -> Any:
     m = x.shape[0]
 
     def of(rows: Any, i: Any) -> Any:
-        return jnp.min(jnp.where((jnp.arange(m) != i[:, None]) & alive, rows, jnp.inf), axis=1)
+        others = (jnp.arange(m) != i[:, None]) & alive
+        return jnp.min(jnp.where(others, _distance(rows, metric), jnp.inf), axis=1)
 
     if matrix is not None:
         return of(matrix, jnp.arange(m))
     blocks = -(-m // BLOCK)
     padded = jnp.pad(x, ((0, blocks * BLOCK - m), (0, 0))).reshape(blocks, BLOCK, -1)
     index = jnp.arange(blocks * BLOCK).reshape(blocks, BLOCK)
-    return jax.lax.map(lambda at: of(_between(at[0], x, metric), at[1]), (padded, index)).reshape(-1)[:m]
+    return jax.lax.map(lambda at: of(_compared(at[0], x, metric), at[1]), (padded, index)).reshape(-1)[:m]
 
 
 def _first(x: Any, alive: Any, matrix: Any, first: str, metric: str) -> tuple[Any, Any]:

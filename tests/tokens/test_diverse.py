@@ -15,6 +15,7 @@ from jprune.tokens.diverse import (
     cover_radius,
     distances,
     divprune_select,
+    farthest_first,
     mmdp_bruteforce,
     mmdp_value,
     retained_count,
@@ -110,6 +111,16 @@ def test_other_metrics(metric):
         order, trace = by_loop(x, 7, apart)
         np.testing.assert_array_equal(got.order, order)
         np.testing.assert_allclose(got.trace, trace, rtol=1e-5)
+
+
+def test_any_distances_from_any_token():
+    x = jnp.asarray(cloud(2))
+    apart = cosine_distance_matrix(x)
+    whole = divprune_select(x, 6)
+    got = farthest_first(apart, 6, whole.order[0])
+    np.testing.assert_array_equal(got.order, whole.order)
+    np.testing.assert_allclose(got.trace, whole.trace, atol=1e-6)
+    assert farthest_first(apart, 3, 4, jnp.arange(M) != 7).order[0] == 4
 
 
 def test_other_first_tokens():
