@@ -1,4 +1,4 @@
-"""The command line: `jprune prune`, `jprune eval`, `jprune explain`, `jprune list`."""
+"""The command line: `jprune prune`, `jprune eval`, `jprune chat`, `jprune explain`, `jprune list`."""
 
 from __future__ import annotations
 
@@ -175,6 +175,8 @@ def evaluate(
     flops: Text[float, arg(help="share of the blocks' multiply-adds to KEEP")] = 0.65,
     batch_size: int = 32,
     images: Text[int, arg(help="at most so many pictures, drawn by --seed; 0: all")] = 0,
+    search: Text[int, arg(help="zero_tprune: try so many schedules on a part of the pictures first")] = 0,
+    search_images: Text[int, arg(help="pictures to try them on, at most half of all")] = 512,
     pictures: Text[int, arg(help="so many of them are drawn with the patches that are left")] = 6,
     heads: Text[int | None, arg(help="attention heads, where the files do not say")] = None,
     dtype: Text[Literal["float32", "bfloat16", "float16"] | None, arg(help="to compute in, else as stored")] = None,
@@ -190,7 +192,9 @@ def evaluate(
     """
     from jprune.pipeline.tokens import TokenOptions, evaluate_tokens, rows
 
-    options = TokenOptions(model, data, tokens, flops, batch_size, images, pictures, heads, dtype, seed)
+    options = TokenOptions(
+        model, data, tokens, flops, batch_size, images, search, search_images, pictures, heads, dtype, seed
+    )
     name = Path(model).resolve().name
     out = out or Path("jprune-out") / f"{name}-{tokens}-{flops:g}"
     summary = evaluate_tokens(options, out, quiet)
@@ -199,6 +203,47 @@ def evaluate(
         if summary["note"]:
             print(summary["note"])
         Console().print(f"report: {out / 'report.html'}\npatches: {out / 'kept.png'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def chat(
+    model: Text[str, arg(help="folder of a LLaVA-1.5, with tokenizer.json")],
+    image: Text[str, arg(help="file of a picture")],
+    question: str = "What is in this picture?",
+    tokens: Text[str, arg(help="which visual tokens stay; see `jprune list`")] = "divprune",
+    keep: Text[int | None, arg(help="how many stay; else the share --ratio")] = None,
+    ratio: float = 0.098,
+    layer: Text[
+        int, arg(help="drop them behind so many layers of the decoder (fastv, vtw, divprune); 0: before it")
+    ] = 0,
+    order: Literal["raster", "selection"] = "raster",
+    positions: Literal["packed", "original"] = "packed",
+    vision: Text[str | None, arg(help="folder of CLIP, for weights without a vision tower")] = None,
+    steps: Text[int, arg(help="most tokens of an answer")] = 64,
+    dtype: Text[Literal["float32", "bfloat16", "float16"] | None, arg(help="to compute in, else as stored")] = None,
+    seed: int = 0,
+    out: Text[Path | None, arg(help="folder for the results; by default named after the options")] = None,
+) -> int:
+    """Ask a LLaVA about a picture, with all visual tokens and with few of them.
+
+    Leaves both answers, their times, and the picture with the visual tokens that were kept drawn over it.
+
+        jprune chat --model llava-1.5-7b-hf --image cat.jpg --question "What is the cat doing?" --keep 56
+    """
+    from jprune.pipeline.chat import ChatOptions, rows
+    from jprune.pipeline.chat import chat as ask
+
+    options = ChatOptions(
+        model, image, question, tokens, keep, ratio, layer, order, positions, vision, steps, dtype, seed
+    )
+    out = out or Path("jprune-out") / f"{Path(model).resolve().name}-{Path(image).stem}-{tokens}"
+    summary = ask(options, out)
+    console = Console()
+    for name in ("all", "reduced"):
+        console.print(f"[bold]{name}:[/] ", end="")
+        console.print(summary["answers"][name], markup=False, highlight=False, soft_wrap=True)
+    _show(f"{Path(model).resolve().name}, {tokens}", rows(summary))
+    console.print(f"written to {out}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -235,8 +280,10 @@ def list_() -> int:
     """Models, data sets, methods, scopes and schedules."""
     from jprune.methods import METHODS
     from jprune.models import MODELS
+    from jprune.models.llava_answer import ABOUT as VISUAL
     from jprune.pipeline import DATA
     from jprune.pipeline.language_methods import LANGUAGE_METHODS
+    from jprune.tokens.methods import ABOUT as TOKENS
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     scopes = {"global": "all units in one ranking", "uniform": "the same fraction of every group",
@@ -247,6 +294,8 @@ def list_() -> int:
         ("data", DATA),
         ("methods", {n: m.about for n, m in METHODS.items()}),
         ("methods for the folder of a language model", {n: m.about for n, m in LANGUAGE_METHODS.items()}),
+        ("tokens of a vision transformer (jprune eval)", TOKENS),
+        ("visual tokens of a LLaVA (jprune chat)", VISUAL),
         ("scopes", scopes),
         ("schedules", schedules),
     ):
@@ -260,7 +309,7 @@ def list_() -> int:
 
 def main() -> None:
     """Entry point: errors that a user can mend are one line and exit status 2."""
-    commands = {"prune": prune, "eval": evaluate, "explain": explain, "list": list_}
+    commands = {"prune": prune, "eval": evaluate, "chat": chat, "explain": explain, "list": list_}
     try:
         status = tyro.extras.subcommand_cli_from_dict(
             commands, prog="jprune", description="Prune any JAX model: trace once, score, allocate, compact."

@@ -40,6 +40,18 @@ MERGE = {
 }
 INSIDE = ("fastv", "vtw", "divprune")
 METHODS = (*BEFORE, *MERGE, "fastv", "vtw")
+ABOUT = {
+    "divprune": "those that differ most (DivPrune)",
+    "random": "drawn",
+    "uniform_grid": "evenly spaced",
+    "norm_topk": "largest norm",
+    "cls_attention": "most attended by the tower's class token",
+    "visionzip": "those, and the rest merged into a few (VisionZip)",
+    "prumerge": "those, with what is similar added to each (PruMerge)",
+    "prumerge_plus": "the same around evenly spaced ones too (PruMerge+)",
+    "fastv": "most attended by the last token, behind --layer layers of the decoder (FastV)",
+    "vtw": "none, behind --layer layers of the decoder (VTW)",
+}
 
 
 @dataclasses.dataclass(frozen=True)

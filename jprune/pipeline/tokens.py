@@ -29,6 +29,7 @@ from jprune.report.patches import Shown, kept_patches
 from jprune.tokens import flops
 from jprune.tokens.methods import reducer_for
 from jprune.tokens.reducer import TokenReducer
+from jprune.tokens.search import search_schedule
 from jprune.whole_files import whole_folder, write_json
 
 
@@ -43,6 +44,8 @@ class TokenOptions:
       flops: share of the blocks' multiply-adds to keep, in (0, 1].
       batch_size: images computed at once.
       images: at most so many, drawn by `seed`; 0: all.
+      search: so many schedules are tried on a part of the pictures, and the best is taken; 0: the ready-made one.
+      search_images: pictures for that, at most half of them; they do not count in what is reported.
       pictures: of kept.png.
       heads: attention heads, where the files do not say.
       dtype: to compute in; None: as stored.
@@ -55,6 +58,8 @@ class TokenOptions:
     flops: float = 0.65
     batch_size: int = 32
     images: int = 0
+    search: int = 0
+    search_images: int = 512
     pictures: int = 6
     heads: int | None = None
     dtype: str | None = None
@@ -63,9 +68,11 @@ class TokenOptions:
     def __post_init__(self) -> None:
         if not 0 < self.flops <= 1:
             raise ValueError(f"flops is {self.flops}: it is the share to keep, above 0 and up to 1")
-        for name, least in (("batch_size", 1), ("images", 0), ("pictures", 0)):
+        for name, least in (("batch_size", 1), ("images", 0), ("search", 0), ("search_images", 1), ("pictures", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.search and self.tokens != "zero_tprune":
+            raise ValueError(f"schedules are searched for zero_tprune only, not for {self.tokens}: leave --search out")
 
 
 class MeasuredTokens(NamedTuple):
@@ -132,9 +139,16 @@ def evaluate_tokens(options: TokenOptions, out: Path, quiet: bool = False) -> di
     side = vision.preprocess.size
     dims = flops.dims_of(vision.module.config, (side, side, 3))
     reducer = reducer_for(options.tokens, options.flops, dims)
+    rng = np.random.default_rng(options.seed)
     chosen = np.arange(len(folder))
     if options.images and options.images < len(folder):
-        chosen = np.sort(np.random.default_rng(options.seed).choice(len(folder), options.images, replace=False))
+        chosen = np.sort(rng.choice(chosen, options.images, replace=False))
+    if options.search:
+        if len(chosen) < 2:
+            raise ValueError("a search needs at least two pictures: one to try schedules on, one to report")
+        tried = np.sort(rng.choice(chosen, min(options.search_images, len(chosen) // 2), replace=False))
+        chosen = np.setdiff1d(chosen, tried)
+        reducer = _searched(options, out, vision, folder, labelled, tried, dims, quiet)
 
     size, place = _placement(min(options.batch_size, len(chosen)))
     variables = place(vision.variables, False)
@@ -194,6 +208,23 @@ def _pictures(data: str, vision: Vision) -> tuple[ImageFolder, bool, str]:
     return plain, False, note
 
 
+def _searched(options: TokenOptions, out: Path, vision: Vision, folder: ImageFolder, labelled: bool, tried: np.ndarray,
+              dims: flops.Dims, quiet: bool) -> TokenReducer:  # fmt: skip
+    """The best of many schedules on these pictures; tried ones are written beside `out`, so that a search can go on."""
+    parts = [folder.read(tried[i : i + 256])["image"] for i in range(0, len(tried), 256)]
+
+    def apply(x: Any, reducer: TokenReducer) -> Any:
+        return vision.module.apply(vision.variables, x, reducer=reducer)
+
+    found = search_schedule(
+        apply, dims, options.flops,
+        (np.concatenate(parts), folder.labels[tried] if labelled else None), trials=options.search, seed=options.seed,
+        objective="accuracy" if labelled else "kl", batch=options.batch_size, log=out.with_name(out.name + ".search.jsonl"),
+        progress=not quiet,
+    )  # fmt: skip
+    return found[0].reducer
+
+
 def _placement(wanted: int) -> tuple[int, Callable[[Any, bool], Any]]:
     """(images of a batch: a multiple of the devices, placer of trees and of batches)."""
     devices = jax.devices()
@@ -234,6 +265,7 @@ def _shown(
     places = np.linspace(0, len(chosen) - 1, n).round().astype(int)
     images, _ = next(_batches(folder, chosen[places], e.batch))
     passed, patch = passed_of(images), e.vision.module.config.patch
+    grid = images.shape[1] // patch, images.shape[2] // patch
     prefix, pre = e.dims.prefix, e.vision.preprocess
     pixels = np.clip(images[:n] * (255 * np.array(pre.std)) + 255 * np.array(pre.mean), 0, 255).round().astype(np.uint8)
     out = []
@@ -246,7 +278,7 @@ def _shown(
                 where = f"into block {block}" if block < len(passed.index) - 1 else "at the end"
                 stages.append((f"{where}: {len(patches)}", patches))
         one, two = (_class(e.vision, answer[k]) for answer in e.answers)
-        out.append(Shown(pixels[i], patch, f"{Path(e.files[int(k)]).name}\nall: {one}, reduced: {two}", tuple(stages)))
+        out.append(Shown(pixels[i], grid, f"{Path(e.files[int(k)]).name}\nall: {one}, reduced: {two}", tuple(stages)))
     return out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from matplotlib.figure import Figure
 
-FOG = (88, 128, 176)
+from jprune.tokens.picture import draw_kept
 
 
 class Shown(NamedTuple):
@@ -18,29 +18,15 @@ class Shown(NamedTuple):
 
     Attributes:
       pixels: (height, width, 3) as the model sees it.
-      patch: side of a patch in pixels.
+      grid: rows and columns of patches.
       title: of the row.
       stages: (what the stage is, numbers of the patches that are left, row by row from 0).
     """
 
     pixels: UInt8[np.ndarray, "h w 3"]
-    patch: int
+    grid: tuple[int, int]
     title: str
     stages: tuple[tuple[str, Int[np.ndarray, " _"]], ...]
-
-
-def dimmed(
-    pixels: UInt8[np.ndarray, "h w 3"], patch: int, left: Int[np.ndarray, " n"], light: float = 0.25
-) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture with all patches but those `left` fogged in blue."""
-    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
-    here = np.zeros(rows * columns, bool)
-    here[left] = True
-    mask = np.zeros(pixels.shape[:2], bool)
-    spread = here.reshape(rows, columns).repeat(patch, 0).repeat(patch, 1)
-    mask[: spread.shape[0], : spread.shape[1]] = spread
-    pale = light * pixels.astype(np.float32) + (1 - light) * np.array(FOG, np.float32)
-    return np.where(mask[..., None], pixels, pale.round()).astype(np.uint8)
 
 
 def kept_patches(path: Path, shown: Sequence[Shown]) -> None:
@@ -54,7 +40,7 @@ def kept_patches(path: Path, shown: Sequence[Shown]) -> None:
         row[0].imshow(s.pixels)
         row[0].set_title(s.title, fontsize=7)
         for ax, (what, left) in zip(row[1:], s.stages, strict=False):
-            ax.imshow(dimmed(s.pixels, s.patch, left))
+            ax.imshow(draw_kept(s.pixels, left, s.grid))
             ax.set_title(what, fontsize=7)
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, dpi=110, format="png")

@@ -25,6 +25,22 @@ METHODS: dict[str, Callable[[float, Dims], TokenReducer]] = {
 }
 
 
+ABOUT = {
+    "zero_tprune": "PageRank of the attention graph, after near-duplicates are gone (Zero-TPrune)",
+    "zero_tprune_uni": "the same, all tokens voting alike at first",
+    "tome": "similar tokens merged in every block (ToMe)",
+    "ats": "tokens sampled by their share of the class token's attention (ATS)",
+    "evit": "most attended by the class token, the others fused into one (EViT)",
+    "cls_topk": "most attended by the class token",
+    "column_mean": "most attended by all tokens",
+    "random": "drawn, after the same blocks",
+    "divprune": "those that differ most, before the first block (DivPrune)",
+    "random_entry": "drawn, before the first block",
+    "norm_entry": "largest norm, before the first block",
+    "grid_entry": "evenly spaced, before the first block",
+}
+
+
 def reducer_for(name: str, fraction: float, dims: Dims) -> TokenReducer:
     """The method that leaves this share of the unreduced blocks' multiply-adds; "random*" needs a key in the model.
 

@@ -1,4 +1,4 @@
-"""Kept tokens drawn over their image: patches that were dropped are dim."""
+"""Kept tokens drawn over their image: patches that were dropped lie in blue fog, light or dark as they are."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-GROUND = 24  # grey value that dropped patches fade to
+FOG = (88, 128, 176)  # what dropped patches fade to
 
 
 def draw_kept(
     image: UInt8[np.ndarray, "height width *channels"], index: Any, grid: tuple[int, int], dim: float = 0.2
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The image as RGB with every patch that is not kept faded to a fifth of its contrast.
+    """The image as RGB with every patch that is not kept faded into fog.
 
     Args:
       image: grey or RGB.
@@ -37,5 +37,6 @@ def draw_kept(
     kept[index[(index >= 0) & (index < rows * columns)]] = True
     inside = kept.reshape(grid)[np.arange(height) * rows // height][:, np.arange(width) * columns // width]
     colour = np.broadcast_to(image.reshape(height, width, -1), (height, width, 3)).astype(np.float32)
-    faded = GROUND + dim * (colour - GROUND)
+    fog = np.array(FOG, np.float32)
+    faded = fog + dim * (colour - fog)
     return np.where(inside[..., None], colour, faded).round().astype(np.uint8)

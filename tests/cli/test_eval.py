@@ -14,7 +14,6 @@ from PIL import Image
 from jprune.checkpoint.vision import load_vision
 from jprune.models import vit
 from jprune.pipeline.tokens import TokenOptions, evaluate_tokens, rows
-from jprune.report.patches import FOG, dimmed
 from jprune.tokens import flops
 from jprune.tokens.methods import METHODS, reducer_for
 
@@ -99,13 +98,6 @@ def test_pictures_without_labels_are_compared_with_the_whole_model(place, tmp_pa
         Image.new("RGB", (32, 32)).save(strange / name / "a.png")
     found = evaluate_tokens(TokenOptions(str(place / "model"), str(strange), pictures=0), tmp_path / "o", quiet=True)
     assert found["after"]["accuracy"] is None and "named like" in found["note"]
-
-
-def test_patches_that_are_gone_are_fogged():
-    pixels = np.full((4, 4, 3), 200, np.uint8)
-    out = dimmed(pixels, 2, np.array([0, 3]), light=0.5)
-    assert (out[:2, :2] == 200).all() and (out[2:, 2:] == 200).all()
-    assert out[0, 3].tolist() == out[3, 0].tolist() == [round(100 + c / 2) for c in FOG]
 
 
 @pytest.mark.parametrize(
