@@ -8,6 +8,7 @@ from pallas_kernels.block_sparse_attention.api import (
 )
 from pallas_kernels.block_sparse_attention.block_mask import BlockMask, BlockMaskError
 from pallas_kernels.block_sparse_attention.problem import KernelConfig
+from pallas_kernels.block_sparse_attention.tune import blocks_together, tune
 
 __all__ = [
     "AttentionError",
@@ -17,4 +18,6 @@ __all__ = [
     "KernelConfig",
     "MiscompilationError",
     "block_sparse_attention",
+    "blocks_together",
+    "tune",
 ]
