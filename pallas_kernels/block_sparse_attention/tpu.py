@@ -270,7 +270,9 @@ def key_gradients(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, d
     whole = pl.BlockSpec((None, None, shared, queries // bq, bq), lambda b, g, r: (b, g, 0, 0, 0))
     q, dout = grouped(q), grouped(dout)
     shift, delta = (grouped(x.reshape(batch, heads, -1, bq)) for x in (finite_lse(lse) * LOG2E, delta))
-    sources, resident, limit = held(static, [q, dout], 2, lambda g: g, more=16 * shared * queries)
+    sources, resident, limit = held(
+        static, [q, dout], 2, lambda g: g, more=16 * shared * queries // bq * -(-bq // 128) * 128
+    )
     blocks = [_mine(bk, k.shape[-1]), _mine(bk, v.shape[-1])]
     dk, dv = call(
         functools.partial(_key_kernel, static, tokens, group, shared, len(lists), resident), static,

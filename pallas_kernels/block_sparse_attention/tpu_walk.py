@@ -66,10 +66,18 @@ def list_specs(lists: Sequence[Any]) -> tuple[list[Any], list[pl.BlockSpec]]:
     """Lists, counts and perhaps owners as arrays and blocks in scalar memory: one list a program, or one a grouped head.
 
     Lists are (batch, heads, blocks, width), or (batch, key heads, heads that share one, blocks, width).
+
+    Raises:
+      ValueError: scalar memory has no room for the lists of two programs, one at work and the next.
     """
     idx, cnt, *owners = lists
     b, h, p = (clamped(axis, idx) for axis in (0, 1, idx.ndim - 2))
     shared = (idx.shape[2],) if idx.ndim == 5 else ()
+    need = 2 * 4 * math.prod(shared) * sum(-(-x.shape[-1] // 128) * 128 for x in (idx, *owners)) + (8 << 10)
+    if pltpu.is_tpu_device() and need > pltpu.get_tpu_info().smem_capacity_bytes:
+        raise ValueError(f"lists of {idx.shape[-1]} blocks{f' for {shared[0]} heads' if shared else ''} need {need >> 10} "
+                         f"KB of scalar memory of {pltpu.get_tpu_info().smem_capacity_bytes >> 10}: use larger blocks, "
+                         "blocks_together=1, or impl='xla'")  # fmt: skip
 
     def at(i: Any, j: Any, r: Any) -> Any:
         return b(i), h(j), *(0 for _ in shared), p(r), 0, 0
@@ -98,9 +106,15 @@ def held(static: Static, arrays: Sequence[Any], lead: int, index: Callable[[Any]
     Args:
       lead: axes in front that are one head's; the others are whole. index: second index of a program's (batch, that).
       more: bytes of VMEM that the kernel holds besides.
+
+    Raises:
+      ValueError: there is no room even for those.
     """
     size = more + sum(x.dtype.itemsize * math.prod((*x.shape[lead:-1], -(-x.shape[-1] // 128) * 128)) for x in arrays)
     room = int(0.85 * pltpu.get_tpu_info().vmem_capacity_bytes) if pltpu.is_tpu_device() else 0
+    if pltpu.is_tpu_device() and more > room:
+        raise ValueError(f"log-sum-exps of all queries need {more >> 20} MB of VMEM of {room >> 20}: use larger blocks of "
+                         "queries, fewer heads that share keys, or impl='xla'")  # fmt: skip
     resident = size <= room if static.config.resident is None else static.config.resident
     if not resident:
         return [pl.BlockSpec(memory_space=pl.ANY)] * len(arrays), False, _limit(more)

@@ -137,6 +137,41 @@ def test_a_search_that_one_pass_has_no_room_for_takes_two_or_says_so():
     assert aot.compile_kernel(search(64), "v5p:2x2x1", *shapes).kernels() == 2
 
 
+def lists(query_blocks, key_blocks, heads):
+    """Shapes of (q, k, v, mask): all blocks of 16 tokens, room for every one in every list."""
+    q, k = (jax.ShapeDtypeStruct((1, h, 16 * n, 64), jnp.bfloat16) for h, n in zip(heads, (query_blocks, key_blocks)))
+    shapes = [(query_blocks, key_blocks), (query_blocks,), (key_blocks, query_blocks), (key_blocks,)]
+    idx = [jax.ShapeDtypeStruct((1, heads[0], *s), jnp.int32) for s in shapes]
+    return q, k, k, BlockMask(*idx, 16, 16, 16 * query_blocks, 16 * key_blocks)
+
+
+def test_lists_that_scalar_memory_has_no_room_for_are_refused():
+    def forward(together):
+        config = KernelConfig(blocks_together=together, resident=False)
+        return lambda *a: block_sparse_attention(*a, impl="tpu", config=config)
+
+    def backward(*a):
+        return jax.vjp(lambda q, k, v: forward(1)(q, k, v, a[3]), *a[:3])[1](a[0])
+
+    assert aot.compile_kernel(forward(1), "v5e:2x2", *lists(16, 65536, (1, 1))).kernels() == 1
+    for run, shapes in ((forward(1), (16, 131072, (1, 1))), (forward(2), (16, 65536, (1, 1))),
+                        (backward, (1 << 14, 16, (8, 1)))):  # fmt: skip
+        with pytest.raises(ValueError, match="KB of scalar memory of 1024"):
+            aot.compile_kernel(run, "v5e:2x2", *lists(*shapes))
+
+
+def test_more_log_sum_exps_than_vmem_has_room_for_are_refused():
+    q, k, v, mask = lists(1 << 18, 16, (1, 1))
+    idx = jax.ShapeDtypeStruct((1, 1, 16, 64), jnp.int32)  # short lists of very many queries
+    mask = BlockMask(mask.kv_idx, mask.kv_cnt, idx, mask.q_cnt, 16, 16, mask.q_size, mask.kv_size)
+
+    def backward(q, k, v, mask):
+        return jax.vjp(lambda *a: block_sparse_attention(*a, mask, impl="tpu"), q, k, v)[1](q)
+
+    with pytest.raises(ValueError, match="MB of VMEM"):
+        aot.compile_kernel(backward, "v5p:2x2x1", q, k, v, mask)
+
+
 def test_no_kernel_is_compiled_for_a_machine_without_tpu():
     arrays = [jnp.zeros((1, h, 32, 16)) for h in (2, 2, 2)]
     mask = BlockMask.dense(block_q=16, block_k=16, q_size=32, kv_size=32)
