@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -21,6 +21,7 @@ from pallas_kernels.block_sparse_attention.api import (
 from pallas_kernels.block_sparse_attention.problem import KernelConfig, Static
 
 
+@no_type_check  # at run time: what it says of wrong arguments is its own
 def block_scores(
     q: Float[Array, "b m n d"],
     k: Float[Array, "b s t d"],
@@ -61,6 +62,7 @@ def block_scores(
     return _run(static, impl, q, k, None, lse, rules)[2]
 
 
+@no_type_check  # at run time: what it says of wrong arguments is its own
 def search_attention(
     q: Float[Array, "b m n d"],
     k: Float[Array, "b s t d"],

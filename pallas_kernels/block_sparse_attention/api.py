@@ -7,7 +7,7 @@ import functools
 import importlib
 import logging
 import math
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class DerivativeError(AttentionError, NotImplementedError):
     """A derivative that does not exist."""
 
 
+@no_type_check  # at run time: what it says of wrong arguments is its own
 def block_sparse_attention(
     q: Float[Array, "b m n d"],
     k: Float[Array, "b s t d"],

@@ -169,7 +169,8 @@ class Walk:
                  together: int) -> None:  # fmt: skip
         self.lists, self.count, self.group, self.block = lists, lists[1][0, 0], group, block
         self.sources, self.together = sources, together
-        self.buffers, self.semaphores = (buffers[:-1], buffers[-1]) if buffers else ((), None)
+        self.buffers: Sequence[Any] = buffers[:-1]
+        self.semaphores: Any = buffers[-1] if buffers else None
 
     def entry(self, step: Any, t: int) -> Any:
         """The t-th block of a step; behind the end the last one again, so that buffers never hold garbage."""

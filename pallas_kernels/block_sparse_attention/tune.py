@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,7 @@ def candidates(backend: str, mask: BlockMask) -> tuple[KernelConfig, ...]:
     return tuple(dict.fromkeys((default, *more)))
 
 
+@no_type_check  # at run time: what it says of wrong arguments is its own
 def tune(
     q: Float[Array, "b m n d"],
     k: Float[Array, "b s t d"],
