@@ -7,12 +7,13 @@ import pytest
 
 from experiments import adaspa, cfsp, lapp, masksparsity, precropping
 
-PROGRAMS = {"masksparsity": masksparsity, "lapp": lapp, "precropping": precropping, "cfsp": cfsp}
+PROGRAMS = {"masksparsity": masksparsity, "lapp": lapp, "precropping": precropping, "cfsp": cfsp, "adaspa": adaspa}
 BESIDE = {
     "masksparsity": [],
     "lapp": ["seeds"],
     "precropping": ["step_ms"],
     "cfsp": [],
+    "adaspa": ["seeds"],
 }  # what else their checks look at
 
 
