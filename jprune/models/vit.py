@@ -109,8 +109,8 @@ class Attention(nn.Module):
                 nn.DenseGeneral((c.heads, n), use_bias=self.bias, name=name)(x)
                 for name, n in (("query", c.head), ("key", c.head), ("value", c.value_head))
             )
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (c.scale_head or c.head) ** -0.5
-        logits = logits.astype(jnp.float32)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+        logits = logits * (c.scale_head or c.head) ** -0.5
         weights = jax.nn.softmax(logits if key_bias is None else logits + key_bias, axis=-1)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(x.dtype), v)
         y = nn.DenseGeneral(x.shape[-1], axis=(-2, -1), name="proj")(y)

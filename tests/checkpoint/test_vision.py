@@ -151,6 +151,13 @@ def test_timm(tmp_path):
     assert {x.dtype for x in jax.tree.leaves(found.variables)} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_heads_without_biases(tmp_path):
+    found = load_vision(write(tmp_path, cut(timm(), "blocks.0.attn.qkv.bias"), TIMM))
+    attention = found.variables["params"]["block1_attn"]
+    assert not found.module.config.qkv_bias and set(attention["qkv"]) == {"kernel"}
+    np.testing.assert_array_equal(attention["qkv"]["kernel"], QKV["kernel"])
+
+
 @pytest.mark.parametrize("prefix", ["vit.", ""])
 def test_transformers(prefix, tmp_path):
     labels = {"id2label": {str(i): n for i, n in enumerate("abcde")}}

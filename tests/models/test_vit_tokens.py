@@ -283,6 +283,41 @@ def test_pruned_in_widths_and_in_tokens():
     jax.tree.map(np.testing.assert_array_equal, vit.fuse(apart, split)[1], variables)
 
 
+def test_half_precision():
+    """Attention weights stay float32, and the logits those of float32 to bfloat16's digits."""
+    module, variables, x = case("class token")
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), variables)
+
+    def run(variables, x):
+        watched = module.apply(variables, x, layer=1, watch=0, method="features")
+        return module.apply(variables, x, reducer=MergeTwins()), watched.seen.weights
+
+    got, weights = jax.jit(run)(half, x.astype(jnp.bfloat16))
+    assert got.dtype == jnp.bfloat16 and weights.dtype == jnp.float32
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    assert relative(got, jax.jit(run)(variables, x)[0]) <= 4e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "pixels", "params"),
+    [
+        ({"stream": 192, "heads": 3}, 224, 5_717_416),
+        ({"stream": 384, "heads": 6, "distilled": True, "both_heads": True}, 224, 22_436_432),
+        ({"stream": 768, "heads": 12}, 384, 86_859_496),
+    ],
+)
+def test_parameters_of_published_models(options, pixels, params):
+    """DeiT-T, DeiT-S with its distillation token, SWAG's ViT-B/16 at 384 pixels."""
+    kind = {k: options.pop(k) for k in ("distilled", "both_heads") if k in options}
+    one = vit.vit(depth=1, patch=16, num_classes=1000, **options).config
+    counts = []
+    for depth in (1, 2):  # the other ten blocks are like the second
+        module = vit.ViT(dataclasses.replace(one, blocks=one.blocks * depth, **kind))
+        image = jax.ShapeDtypeStruct((1, pixels, pixels, 3), jnp.float32)
+        counts.append(sum(a.size for a in jax.tree.leaves(jax.eval_shape(module.init, jax.random.key(0), image))))
+    assert counts[0] + 11 * (counts[1] - counts[0]) == params
+
+
 # -- what is refused -----------------------------------------------------------------------------------------------
 
 
