@@ -47,6 +47,7 @@ def test_measures_of_one_draw():
     assert got["attention"] == pytest.approx((weight.argmax(1) == answers).mean(), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(divprune, "timed", lambda setting: {**stored()["cost"], "ratio": 20.0})
     divprune.main(setting=Setting(tokens=150, draws=2), seeds=(0,), out=tmp_path / "d.json")

@@ -42,7 +42,7 @@ def read(pruning, room=0):
 
 def test_visual_tokens_stand_at_the_placeholders():
     ids = prompt()[0]
-    x = run("embed", ids, visual())
+    x = jax.jit(lambda v: run("embed", ids, v))(visual())
     table = model()[1]["params"]["language"]["embed"]["embedding"]
     for b in range(2):
         flat = iter(np.asarray(visual()[b]).reshape(-1, x.shape[-1]))
@@ -88,11 +88,12 @@ def test_methods_before_the_decoder():
     assert len({tuple(sorted(row)) for row in chance.tolist()}) > 1  # every image draws for itself
 
 
-@pytest.mark.parametrize("method, added", [pytest.param("visionzip", 0, marks=pytest.mark.slow), ("prumerge", 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method, added", [("visionzip", 0), ("prumerge", 1)])
 def test_merged_tokens_are_read(method, added):
     got = read(VisualPruning(4, method))
     last = method != "visionzip"
-    features, aux = run("features_and_aux", prompt()[1], last)
+    features, aux = jax.jit(lambda p: run("features_and_aux", p, last))(prompt()[1])
     one = jax.tree.map(lambda a: a[1, 0], (features, aux))
     want = run("project", getattr(selectors, method)(*one, 4).features)
     n = 4 + added

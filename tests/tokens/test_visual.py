@@ -76,8 +76,7 @@ def prompt(seed=0, batch=2):
 START = jnp.array([[1, 8], [4, 11]])
 
 
-@pytest.mark.parametrize("order", ["raster", "selection"])
-@pytest.mark.parametrize("positions", ["packed", "original"])
+@pytest.mark.parametrize("order, positions", [("raster", "packed"), ("selection", "original")])
 def test_every_image_of_every_row_by_itself(order, positions):
     x, mask = prompt()
     prune = jax.jit(lambda x, mask: prune_visual_tokens(x, START, M, K, mask, order=order, positions=positions))
@@ -99,7 +98,7 @@ def test_every_image_of_every_row_by_itself(order, positions):
 
 def test_frames_of_a_video_together():
     x, mask = prompt()
-    got = prune_visual_tokens(x, START, M, 4, mask, scope="sample")
+    got = jax.jit(lambda x: prune_visual_tokens(x, START, M, 4, mask, scope="sample"))(x)
     for b in range(2):
         frames = jnp.concatenate([x[b, s : s + M] for s in START[b].tolist()])
         assert got.chosen[b, 0].tolist() == divprune_select(frames, 4).order.tolist()
@@ -110,7 +109,7 @@ def test_frames_of_a_video_together():
 def test_fewer_than_k_leave_masked_places():
     x, mask = prompt()
     mask = mask.at[0, 2:5].set(False)  # of the first image of the first row only two are tokens
-    got = prune_visual_tokens(x, START, M, K, mask, counts=jnp.array([[3, 1], [3, 3]]))
+    got = jax.jit(lambda x: prune_visual_tokens(x, START, M, K, mask, counts=jnp.array([[3, 1], [3, 3]])))(x)
     kept = got.source[0].tolist()
     assert [i in kept for i in range(1, 6)] == [True, False, False, False, True]
     assert kept.count(-1) == 1 + 2 and not got.mask[0, [kept.index(-1)]].any()
@@ -123,7 +122,7 @@ def test_fewer_than_k_leave_masked_places():
 
 def test_another_selector():
     x, mask = prompt()
-    got = prune_visual_tokens(x, START, M, 2, mask, select=lambda x, k, valid: jnp.arange(k)[::-1])
+    got = jax.jit(lambda x: prune_visual_tokens(x, START, M, 2, mask, select=lambda x, k, v: jnp.arange(k)[::-1]))(x)
     assert got.source[0].tolist() == [0, 1, 2, 6, 7, 8, 9, 13, 14, 15]
 
 
