@@ -24,6 +24,7 @@ from pallas_kernels.block_sparse_attention.problem import Tokens
 ROWS = 64  # of a warpgroup: what its matrix instruction multiplies
 WORKERS = 2  # warpgroups that compute
 SHARED_MEMORY = 232448 - 8192  # bytes of a program on Hopper, some left for barriers and vectors
+MOST_BUFFERS = 4  # steps that copies run ahead
 FORWARD, BACKWARD = (232, 40), (240, 24)  # registers of a thread that computes and one that copies; 2 * 240 + 24 < 512
 
 
@@ -60,7 +61,7 @@ def plan(rows_of_list: int, block: int, most: int, own: int, streamed: int) -> P
     for step in (128, 64, 32):
         if step > most or block % step:
             continue
-        buffers = min(4, (SHARED_MEMORY - own) // (step * streamed))
+        buffers = min(MOST_BUFFERS, (SHARED_MEMORY - own) // (step * streamed))
         if buffers >= 2:
             return Plan(block, step, buffers, rows_of_list, rows_of_list == ROWS)
     return None

@@ -87,16 +87,23 @@ def problem(block_q, block_k, nq, nk, features, values, heads=(2, 1), seed=0, ru
 
 # name: (block_q, block_k, query blocks, key blocks, features, values, rules, soft cap)
 CASES = {
-    "pairs with every rule": (64, 64, 3, 4, 64, 64, "lcs", 5.0),
-    "blocks of 128, values of other size": (128, 64, 1, 3, 40, 72, "lc", None),
+    "pairs with every rule": (64, 64, 3, 5, 64, 64, "lcs", 5.0),
+    "128 by 64 tokens, values of other size": (128, 64, 2, 3, 40, 72, "lc", None),
     "pairs without a rule": (64, 64, 2, 3, 64, 64, "", None),
     "long blocks, in parts": (256, 256, 1, 2, 64, 64, "c", None),
     "large heads, in parts": (64, 128, 2, 2, 128, 256, "l", None),
 }
-QUICK_CASES = ["pairs with every rule", "blocks of 128, values of other size"]
+QUICK_CASES = ["pairs with every rule", "128 by 64 tokens, values of other size"]
 SELECTED = [pytest.param(n, marks=() if n in QUICK_CASES else pytest.mark.slow) for n in CASES]
 
 
+@pytest.fixture
+def few_buffers(monkeypatch):
+    """As few as a kernel can do with: short lists fill them several times."""
+    monkeypatch.setattr(shared, "MOST_BUFFERS", 2)
+
+
+@pytest.mark.usefixtures("few_buffers")
 @pytest.mark.parametrize("name", SELECTED)
 def test_forward_is_the_definition(name):
     block_q, block_k, nq, nk, features, values, rules, cap = CASES[name]
@@ -131,6 +138,7 @@ def near(ours, wanted):
     assert np.linalg.norm(np.asarray(ours, np.float64) - wanted) <= 1e-2 * np.linalg.norm(wanted)
 
 
+@pytest.mark.usefixtures("few_buffers")
 @pytest.mark.parametrize("name", SELECTED)
 def test_gradients_are_the_definition(name):
     static, arrays, grads, ok = differentiated(name)
@@ -145,22 +153,23 @@ def test_gradients_are_the_definition(name):
 
 # passes, and bytes that one pass may keep: all key heads at once, one by one, too little for one
 @pytest.mark.parametrize(
-    ("passes", "kept", "rules"),
+    ("passes", "kept", "rules", "blocks"),
     [
-        (None, 10**9, "lcs"),
-        pytest.param(None, 4 * 192 * 4 * 2, "l", marks=pytest.mark.slow),
-        pytest.param(None, 1, "lcs", marks=pytest.mark.slow),
-        pytest.param(2, 10**9, "", marks=pytest.mark.slow),
+        (None, 10**9, "lcs", 2),
+        pytest.param(None, 4 * 192 * 4, "l", 3, marks=pytest.mark.slow),
+        pytest.param(None, 1, "lcs", 3, marks=pytest.mark.slow),
+        pytest.param(2, 10**9, "", 3, marks=pytest.mark.slow),
     ],
 )
-def test_a_search_is_dense_attention_and_its_masses(passes, kept, rules, monkeypatch):
+def test_a_search_is_dense_attention_and_its_masses(passes, kept, rules, blocks, monkeypatch):
     monkeypatch.setattr(score, "KEPT", kept)
-    q, k, v, _, tokens, _ = problem(64, 128, 3, 2, 64, 64, heads=(2, 2), rules=rules)
-    static, live = Static(0.2, None, 64, 128, KernelConfig(passes=passes), CHECKED), jnp.asarray([170], jnp.int32)
+    q, k, v, _, tokens, _ = problem(64, 128, blocks, 2, 64, 64, heads=(2, 2), rules=rules)
+    count = 64 * blocks - 22
+    static, live = Static(0.2, None, 64, 128, KernelConfig(passes=passes), CHECKED), jnp.asarray([count], jnp.int32)
     assert score._heads_at_once(q.shape, 2, k.shape[2]) == {10**9: 2, 1: None}.get(kept, 1)
     out, lse, masses = simulated(functools.partial(score.search, static), q, k, v, live, tokens)
     wanted = dense_masses.search(static, *(x.astype(jnp.float32) for x in (q, k, v)), live, tokens)
-    same(out[:, :, :170], wanted[0][:, :, :170], 2e-2)
+    same(out[:, :, :count], wanted[0][:, :, :count], 2e-2)
     same(lse, wanted[1], 1e-4)
     same(masses, wanted[2], 1e-3)
     np.testing.assert_allclose(masses.sum(), np.isfinite(lse).sum(), rtol=1e-4)
