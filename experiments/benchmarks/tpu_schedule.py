@@ -99,8 +99,7 @@ def cases(block: int, features: int) -> list[Case]:
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.block_score import search_attention, tpu_search
-    from pallas_kernels.block_score.tpu import SUB
+    from pallas_kernels.block_score import search_attention, tpu, tpu_search
     from pallas_kernels.block_sparse_attention import BlockMask, KernelConfig, block_sparse_attention
     from pallas_kernels.block_sparse_attention.problem import Static
     from pallas_kernels.block_sparse_attention.tpu_walk import group_of
@@ -136,9 +135,10 @@ def cases(block: int, features: int) -> list[Case]:
             (f"dq, {what}", "block_sparse_attention_dq", (inner, inner, outer)),
             (f"dk and dv, {what}", "block_sparse_attention_dkv", (inner, inner, outer, outer)),
         )))  # fmt: skip
-    rows, what = min(8, n) * block, f"blocks of {block}, {features} features"
+    group, step, _ = tpu.shape_of(static, x)
+    rows, what = group * block, f"blocks of {block}, {features} features"
     title = f"masses, {rows} rows, {what}"
-    out.append(Case(search(2), (x, x, x), ((title, "block_scores", ((rows, features, SUB),)),)))
+    out.append(Case(search(2), (x, x, x), ((title, "block_scores", ((rows, features, step),)),)))
     group, step, _ = tpu_search.shape_of(static, x, x)
     rows = group * block
     products = ((rows, features, step), (rows, step, features))

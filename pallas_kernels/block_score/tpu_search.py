@@ -1,9 +1,8 @@
 """Dense attention and its block masses in one pass over the keys, on TPU.
 
-One program takes neighbouring query blocks and a tile of keys that pass by. Products are transposed, keys down and queries
-along lanes: then maxima, sums of a softmax and sums over the keys of a block are sums of whole registers, and no number
-crosses lanes before the end. The log-sum-exp of every query in every key block waits in VMEM, (key blocks, queries) in
-float32, until the one over all keys is known; its exponential, summed over the queries of a block, is the mass.
+One program takes neighbouring query blocks and tiles of keys that pass by. The log-sum-exp of every query in every key
+block waits in VMEM, (key blocks, queries) in float32, until the one over all keys is known; its exponential, summed over the
+queries of a block, is the mass.
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.block_score.tpu_tiles import STEP, Passing, of_query_blocks, rows_of, rules
 from pallas_kernels.block_sparse_attention.problem import Static, Tokens
-from pallas_kernels.block_sparse_attention.tpu_walk import LOG2E, NEVER, base2, call, column, dot, padded
+from pallas_kernels.block_sparse_attention.tpu_walk import LOG2E, NEVER, call, dot, padded
 
-STEP = 1024  # keys of a turn of the loop
-ROWS = 512  # queries of a program: every fetched key serves so many
 TILE = 2048  # keys fetched at once
 
 
@@ -28,10 +26,7 @@ def shape_of(static: Static, q: Any, k: Any) -> tuple[int, int, int]:
     """(query blocks of a program, keys of a step, keys of a tile); a step has whole blocks, a multiple of eight of them."""
     eight = 8 * static.block_k
     step = max(1, (static.config.step_tokens or STEP) // eight) * eight
-    most = ROWS * STEP // max(step, STEP)
-    rows = max(1, min(8, most // static.block_q, q.shape[2] // static.block_q))
-    steps = -(-k.shape[2] // step)
-    return rows, step, min(steps, max(1, TILE // step)) * step
+    return rows_of(static, q, step), step, min(-(-k.shape[2] // step), max(1, TILE // step)) * step
 
 
 def vmem_of(static: Static, q: Any, k: Any, v: Any | None) -> int:
@@ -58,14 +53,9 @@ def _kernel(static: Static, tokens: Tokens, group: int, step: int, values: bool,
     q, k = refs.pop(0), refs.pop(0)
     v, out = (refs.pop(0), refs.pop(0)) if values else (None, None)
     lse, masses, logs, top, total, *acc = refs
-    bq, bk, rows, tile = static.block_q, static.block_k, q.shape[0], k.shape[0]
-    first_row, first_key = pl.program_id(2) * rows, pl.program_id(3) * tile
-    limit, offset, live = (numbers[0, n] for n in range(3))
-    causal = tokens.q_offset is not None
-    halves = 2 if step % (16 * bk) == 0 else 1  # the second one's product is made while the first one's softmax is
-    size = step // halves
-    parts = range(0, step, size)
-    own = first_row + jax.lax.broadcasted_iota(jnp.int32, (1, rows), 1)
+    rows, tile = q.shape[0], k.shape[0]
+    first_key = pl.program_id(3) * tile
+    passing = Passing(static, tokens, numbers, segments, q, k, pl.program_id(2) * rows, first_key, step)
 
     @pl.when(pl.program_id(3) == 0)
     def _() -> None:
@@ -74,55 +64,31 @@ def _kernel(static: Static, tokens: Tokens, group: int, step: int, values: bool,
         for x in (total, *acc):
             x[...] = jnp.zeros_like(x)
 
-    def part(n: Any, _: None) -> None:
-        start = pl.multiple_of(n * step, step)
+    def update(start: Any, pairs: Any) -> None:
+        for at, size, z, ok in passing.logits(start, pairs):
+            z = z if ok is None else jnp.where(ok, z, NEVER)
+            before = top[...]
+            new = jnp.maximum(before, z.max(0, keepdims=True))
+            e = jnp.exp2(z - new)
+            e = e if ok is None else jnp.where(ok, e, 0)
+            sums, old = passing.by_block(e), jnp.exp2(before - new)
+            top[...] = new
+            total[...] = old * total[...] + sums.sum(0, keepdims=True)
+            block = pl.multiple_of((first_key + at) // static.block_k, 8)
+            logs[pl.ds(block, size // static.block_k), :] = new + jnp.log2(sums)
+            if v is not None:
+                acc[0][...] = old * acc[0][...] + dot(v[:, pl.ds(at, size)], e.astype(v.dtype))
 
-        def update(ok: Any = None) -> None:
-            products = [dot(k[pl.ds(start + at, size), :], q[...], transpose=True) for at in parts]
-            for at, product in zip(parts, products):
-                z, _unused = base2(static, product)
-                z = z if ok is None else jnp.where(ok[at : at + size], z, NEVER)
-                before = top[...]
-                new = jnp.maximum(before, z.max(0, keepdims=True))
-                e = jnp.exp2(z - new)
-                e = e if ok is None else jnp.where(ok[at : at + size], e, 0)
-                sums = e.reshape(size // bk, bk, rows).sum(1)
-                old = jnp.exp2(before - new)
-                top[...] = new
-                total[...] = old * total[...] + sums.sum(0, keepdims=True)
-                block = pl.multiple_of((first_key + start + at) // bk, 8)
-                logs[pl.ds(block, size // bk), :] = new + jnp.log2(sums)
-                if v is not None:
-                    acc[0][...] = old * acc[0][...] + dot(v[:, pl.ds(start + at, size)], e.astype(v.dtype))
-
-        def pairs() -> Any:
-            key = first_key + start + jax.lax.broadcasted_iota(jnp.int32, (step, 1), 0)
-            ok = jnp.broadcast_to(key < limit, (step, rows))
-            if causal:
-                ok &= key <= own + offset
-            if segments:
-                ok &= column(segments[1][:, pl.ds(start, step)]) == segments[0][...]
-            return ok
-
-        if segments:
-            return update(pairs())
-        last = first_key + start + step
-        every = last <= (jnp.minimum(limit, first_row + offset + 1) if causal else limit)
-        pl.when(every)(update)
-        pl.when(jnp.logical_not(every))(lambda: update(pairs()))
-
-    seen = jnp.minimum(limit, first_row + rows + offset) if causal else limit
-    jax.lax.fori_loop(0, jnp.clip(-((first_key - seen) // step), 0, tile // step), part, None)
+    passing.each(update)
 
     @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
     def _() -> None:
-        alive = (total[...] != 0) & (own < live)  # not-a-number stays what it is
+        alive = (total[...] != 0) & (passing.own < numbers[0, 2])  # not-a-number stays what it is
         safe = jnp.where(alive, total[...], 1)
         known = top[...] + jnp.log2(safe)
         lse[...] = jnp.where(alive, known / LOG2E, -jnp.inf)
         weights = jnp.exp2(logs[...] - jnp.where(alive, known, -NEVER))  # a large number: exp2 makes 0 of the rest
-        block, row = (jax.lax.broadcasted_iota(jnp.int32, (group, rows), d) for d in (0, 1))
-        masses[...] = dot((row // bq == block).astype(jnp.float32), weights, transpose=True)
+        masses[...] = of_query_blocks(static, weights, group)
         if out is not None:
             out[...] = jnp.transpose(jnp.where(alive, acc[0][...] / safe, 0)).astype(out.dtype)
 
@@ -144,14 +110,7 @@ def search(static: Static, q: Any, k: Any, v: Any | None, live: Any, tokens: Tok
     q, k = padded(q, rows, 2), padded(k, tile, 2)
     grid = (batch, heads, q.shape[2] // rows, k.shape[2] // tile)
     blocks = k.shape[2] // static.block_k
-    limit = jnp.full(batch, keys, jnp.int32) if tokens.kv_len is None else tokens.kv_len
-    offset = jnp.zeros(batch, jnp.int32) if tokens.q_offset is None else tokens.q_offset
-    inputs = [jnp.stack([limit, offset, live.astype(jnp.int32)], -1)[:, None]]
-    specs = [pl.BlockSpec((None, 1, 3), lambda b, h, p, t: (b, 0, 0), memory_space=pltpu.SMEM)]
-    if tokens.q_segments is not None:
-        inputs += [padded(tokens.q_segments, rows, 1)[:, None], padded(tokens.kv_segments, tile, 1)[:, None]]
-        specs.append(pl.BlockSpec((None, 1, rows), lambda b, h, p, t: (b, 0, p)))
-        specs.append(pl.BlockSpec((None, 1, tile), lambda b, h, p, t: (b, 0, t)))
+    inputs, specs = rules(static, tokens, batch, keys, rows, tile, live, lambda b, h, p, t: (b, p, t))
 
     def own(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, None, *shape), lambda b, h, p, t: (b, h, p, 0, 0))

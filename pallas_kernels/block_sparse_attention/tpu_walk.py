@@ -68,12 +68,14 @@ def list_specs(lists: Sequence[Any]) -> tuple[list[Any], list[pl.BlockSpec]]:
     Lists are (batch, heads, blocks, width), or (batch, key heads, heads that share one, blocks, width).
 
     Raises:
-      ValueError: scalar memory has no room for the lists of two programs, one at work and the next.
+      ValueError: scalar memory has no room for the lists of two programs, one at work and the next, or one list for all.
     """
     idx, cnt, *owners = lists
     b, h, p = (clamped(axis, idx) for axis in (0, 1, idx.ndim - 2))
     shared = (idx.shape[2],) if idx.ndim == 5 else ()
-    need = 2 * 4 * math.prod(shared) * sum(-(-x.shape[-1] // 128) * 128 for x in (idx, *owners)) + (8 << 10)
+    copies = 1 if idx.shape[0] * idx.shape[1] * idx.shape[-2] == 1 else 2
+    words = copies * math.prod(shared) * sum(-(-x.shape[-1] // 128) * 128 for x in (idx, *owners))
+    need = 4 * words + (8 << 10)
     if pltpu.is_tpu_device() and need > pltpu.get_tpu_info().smem_capacity_bytes:
         raise ValueError(f"lists of {idx.shape[-1]} blocks{f' for {shared[0]} heads' if shared else ''} need {need >> 10} "
                          f"KB of scalar memory of {pltpu.get_tpu_info().smem_capacity_bytes >> 10}: use larger blocks, "
