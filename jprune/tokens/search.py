@@ -191,6 +191,7 @@ def search_schedule(
     trials: int = 500,
     few: int = 256,
     keep: int = 8,
+    tolerance: float = 0.01,
     seed: int = 0,
     objective: str = "accuracy",
     batch: int = 128,
@@ -209,6 +210,7 @@ def search_schedule(
       trials: schedules of stage 1.
       few: calibration images of stage 1, the first ones.
       keep: schedules that reach stage 2.
+      tolerance: how far below the budget a schedule may be, relative; small models have few tokens, and need more.
       seed: of the draws.
       objective: "accuracy", or "kl": minus the divergence from the unreduced model's answers, which needs no labels.
       batch: images at a time.
@@ -224,6 +226,7 @@ def search_schedule(
         raise ValueError("accuracies need labels: give them, or use objective='kl'")
     settings = {
         "fraction": fraction, "dims": dataclasses.asdict(dims), "space": dataclasses.asdict(space), "few": few, "seed": seed,
+        "tolerance": tolerance,
         "objective": objective, "data": _fingerprint(*calibration, *(held_out or ())),
     }  # fmt: skip
     written = _Log(log, settings)
@@ -246,7 +249,7 @@ def search_schedule(
     schedules = {}
     with bar(progress, trials, "schedules on few images") as update:
         for i in range(trials):
-            schedules[i] = one = draw(space, dims, fraction, seed, i)
+            schedules[i] = one = draw(space, dims, fraction, seed, i, tolerance)
             n = numbers(one, dims)
             value = written.score("few", i, one, lambda n=n: on_few(lambda x: hidden(x, n)))
             update(i + 1, f"{value:.4f}")

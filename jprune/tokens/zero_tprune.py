@@ -63,7 +63,7 @@ class PruneSpec:
         """(near-duplicates to drop, patches to keep) of n patches."""
         remove = clipped(self.remove, n) if self.remove else 0
         left = n - remove
-        # without the 1e-9, 0.7 of 140 would be 97
+        # without the 1e-9, 0.29 of 100 would be 28
         return remove, min(left, math.floor(left * self.rate + 1e-9) if self.keep is None else self.keep)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from laws import lively
+from quickly import quickly
 
 from jprune.models import vit
 from jprune.tokens.flops import dims_of
@@ -16,9 +17,9 @@ VARIANTS = {
     "token": {},
     "mean": {"pool": "mean"},
     "distilled": {"distilled": True, "both_heads": True},
+    "shallow": {"blocks": BASE.blocks[:2]},
     "deit": {"distilled": True, "registers": 3},
 }
-QUICKLY = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 SHAPE = (16, 20, 3)  # 20 patches
 
 
@@ -40,7 +41,7 @@ def program(reducer, name="token"):
     """(images, key) -> (logits, trace), compiled once."""
     module, variables, _ = case(name)
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @quickly
     def run(x, key):
         return module.apply(variables, x, reducer=reducer, key=key, trace=True)
 
@@ -57,7 +58,7 @@ def seen(layer, name="token"):
     """(attention of a block, the block's output) without reducer."""
     module, variables, x = case(name)
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @quickly
     def watched(x):
         return module.apply(variables, x, layer=layer + 1, select="full", watch=layer, method="features")
 

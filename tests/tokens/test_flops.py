@@ -97,7 +97,7 @@ def test_every_method_meets_its_budget(name):
     assert [n.attention for n in counts(reducer_for(name, 1.0, whole), whole)[0]] == [65, 65, 65]
 
 
-@pytest.mark.parametrize("name", ["zero_tprune", "evit", "ats"])
+@pytest.mark.parametrize("name", ["zero_tprune", "ats", pytest.param("evit", marks=pytest.mark.slow)])
 def test_a_model_has_the_tokens_that_were_counted(name):
     reducer = reducer_for(name, 0.7, dims())
     found, last = counts(reducer, dims())

@@ -8,10 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_zero_tprune import one_score, signal, votes
+from quickly import quickly
 
-from jprune.tokens.pagerank import aggregate_heads, initial_signal, living_signal, restrict, wpr_scores
+from jprune.tokens import pagerank
+from jprune.tokens.pagerank import living_signal, restrict
 
 TOKENS = 7
+wpr_scores = quickly(pagerank.wpr_scores, "iters", "temperature")
+aggregate_heads = quickly(pagerank.aggregate_heads, "mode", "var_range")
+initial_signal = quickly(pagerank.initial_signal, "tokens", "special", "boost")
+
+TRACED = quickly(pagerank.wpr_scores)
 
 
 def attention(seed, batch=1, heads=2, n=TOKENS, sharp=2.0):
@@ -41,8 +48,10 @@ def test_closed_forms(iters):
     for start in (initial_signal(4), initial_signal(4, 1, False), jnp.array([0.0, 0.0, 0.0, 1.0])):
         np.testing.assert_allclose(wpr_scores(rows, iters, start)[0, 0], [0.4, 0.8, 1.2, 1.6], rtol=1e-5)
     # each attends to its neighbour, and a little to all: nobody is more important than others
-    cycle = 0.9 * jnp.roll(jnp.eye(6), 1, axis=1) + 0.1 / 6
-    np.testing.assert_allclose(wpr_scores(cycle[None, None], iters, even(6)), np.ones((1, 1, 6)), atol=1e-5)
+    cycle = 0.9 * np.roll(np.eye(6), 1, axis=1) + 0.1 / 6
+    np.testing.assert_allclose(
+        wpr_scores(jnp.asarray(cycle[None, None], jnp.float32), iters, even(6)), np.ones((1, 1, 6)), atol=1e-5
+    )
 
 
 def test_doubly_stochastic_attention_forgets_a_boosted_start():
@@ -58,18 +67,18 @@ def test_doubly_stochastic_attention_forgets_a_boosted_start():
 
 def test_voters_vote_for_what_they_attend_to():
     # with the wrong transpose a uniform start would stay uniform
-    assert float(wpr_scores(attention(1), 1, even()).std()) > 0.1
-    one = jnp.zeros((1, 1, 3, 3)).at[..., 2].set(1.0)
+    assert np.std(wpr_scores(attention(1), 1, even())) > 0.1
+    one = jnp.asarray(np.broadcast_to([0.0, 0.0, 1.0], (1, 1, 3, 3)), jnp.float32)
     np.testing.assert_allclose(wpr_scores(one, 1, even(3))[0, 0], [0, 0, 3])
 
 
 @settings(max_examples=8)
-@given(st.integers(0, 10**6), st.integers(1, 12), st.booleans())
+@given(st.integers(0, 10**6), st.sampled_from([1, 4, 9]), st.booleans())
 def test_against_plain_loops(seed, iters, boost):
     a = attention(seed, batch=2)
     found = wpr_scores(a, iters, initial_signal(TOKENS, 1, boost))
-    np.testing.assert_allclose(found.sum(-1), TOKENS, rtol=1e-5)  # votes are neither made nor lost
-    traced = jax.jit(wpr_scores)(a, jnp.int32(iters), initial_signal(TOKENS, 1, boost))
+    np.testing.assert_allclose(np.sum(found, -1), TOKENS, rtol=1e-5)  # votes are neither made nor lost
+    traced = TRACED(a, jnp.int32(iters), initial_signal(TOKENS, 1, boost))
     np.testing.assert_allclose(traced, found, rtol=1e-5)
     for image, one in zip(a, found, strict=True):
         np.testing.assert_allclose(one, votes(image, iters, signal(TOKENS, 1, boost)), rtol=2e-5)
@@ -86,32 +95,32 @@ def test_converges_to_pagerank_whatever_the_start():
     np.testing.assert_allclose(
         wpr_scores(a, 50, even()), wpr_scores(a, 50, initial_signal(TOKENS)), rtol=1e-6, atol=1e-6
     )
-    assert float(jnp.abs(wpr_scores(a, 1, even()) - wpr_scores(a, 1, initial_signal(TOKENS))).max()) > 0.05
+    assert np.abs(np.subtract(wpr_scores(a, 1, even()), wpr_scores(a, 1, initial_signal(TOKENS)))).max() > 0.05
 
 
 def test_one_boosted_vote_mixes_column_means_and_the_class_tokens_row():
-    a = attention(4)
+    a = np.asarray(attention(4))
     blend = (a.sum(2) + (TOKENS**0.5 - 1) * a[:, :, 0]) / (TOKENS - 1 + TOKENS**0.5) * TOKENS
     np.testing.assert_allclose(wpr_scores(a, 1, initial_signal(TOKENS)), blend, rtol=1e-5)
 
 
 def test_permuted_patches_have_permuted_scores():
-    a, order = attention(5), np.array([0, 4, 2, 6, 1, 5, 3])
+    a, order = np.asarray(attention(5)), np.array([0, 4, 2, 6, 1, 5, 3])
     permuted = a[:, :, order][:, :, :, order]
     found = wpr_scores(permuted, 5, initial_signal(TOKENS))
-    np.testing.assert_allclose(found, wpr_scores(a, 5, initial_signal(TOKENS))[:, :, order], rtol=1e-5)
+    np.testing.assert_allclose(found, np.asarray(wpr_scores(a, 5, initial_signal(TOKENS)))[:, :, order], rtol=1e-5)
 
 
 def test_hidden_tokens_are_as_absent_ones():
-    a, alive = attention(6), jnp.array([[True, True, False, True, False, True, True]])
+    a, alive = np.asarray(attention(6)), np.array([[True, True, False, True, False, True, True]])
     here = np.flatnonzero(alive[0])
     small = a[:, :, here][:, :, :, here]
     small = small / small.sum(-1, keepdims=True)
-    hidden = wpr_scores(a, 4, living_signal(alive), alive=alive)
+    hidden = np.asarray(wpr_scores(a, 4, quickly(living_signal)(alive), alive=alive))
     np.testing.assert_allclose(hidden[..., here], wpr_scores(small, 4, initial_signal(len(here))), rtol=1e-5)
-    assert not hidden[0][:, ~np.asarray(alive[0])].any()
-    np.testing.assert_allclose(restrict(a, alive).sum(-1)[..., here], 1, rtol=1e-6)
-    merged = aggregate_heads(hidden, var_range=(0.3, 0.5), alive=alive)[:, here]
+    assert not hidden[0][:, ~alive[0]].any()
+    np.testing.assert_allclose(np.sum(quickly(restrict)(a, alive), -1)[..., here], 1, rtol=1e-6)
+    merged = np.asarray(aggregate_heads(hidden, var_range=(0.3, 0.5), alive=alive))[:, here]
     plain = aggregate_heads(hidden[..., here], var_range=(0.3, 0.5))
     np.testing.assert_allclose(merged, plain, rtol=1e-5)
 
@@ -140,12 +149,13 @@ def test_heads_that_vary_too_little_or_too_much_are_left_out():
     wave = 1 + 0.2**0.5 * np.where(np.arange(n) % 2, 1.0, -1.0)  # variance 0.2
     flat, single = np.ones(n), np.eye(n)[3] * n
     assert single.var() == pytest.approx(n - 1) and (single / n).var() < 0.01  # the wrong scale rejects all heads
-    passing = jnp.asarray(np.stack([flat, wave, single])[None], jnp.float32)
+    passing = np.stack([flat, wave, single])[None].astype(np.float32)
     np.testing.assert_allclose(aggregate_heads(passing, var_range=(0.01, 0.7)), wave[None], rtol=1e-5)
-    none = jnp.asarray(np.stack([flat, single])[None], jnp.float32)
+    none = np.stack([flat, single])[None].astype(np.float32)
     np.testing.assert_allclose(aggregate_heads(none, var_range=(0.01, 0.7)), aggregate_heads(none), rtol=1e-6)
-    both = aggregate_heads(jnp.concatenate([passing, jnp.concatenate([none, none[:, :1]], 1)]), var_range=(0.01, 0.7))
+    both = aggregate_heads(np.concatenate([passing, np.concatenate([none, none[:, :1]], 1)]), var_range=(0.01, 0.7))
     np.testing.assert_allclose(both[0], wave, rtol=1e-5)  # each image has its own heads
+    np.testing.assert_allclose(both[1], aggregate_heads(np.concatenate([none, none[:, :1]], 1))[0], rtol=1e-5)
     np.testing.assert_allclose(aggregate_heads(passing, "mean", (0.01, 250.0)), passing[:, 1:].mean(1), rtol=1e-5)
     random = np.random.default_rng(0).gamma(1.0, size=(4, 9))
     np.testing.assert_allclose(

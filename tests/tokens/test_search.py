@@ -6,7 +6,9 @@ import json
 import jax
 import numpy as np
 import pytest
-from small_vit import QUICKLY, case, dims
+from quickly import quickly
+from small_vit import case
+from small_vit import dims as sizes
 
 from jprune.tokens.flops import count_flops, deit
 from jprune.tokens.reducer import TokenReducer
@@ -17,12 +19,17 @@ COARSE = SearchSpace(blocks=(1, 2), iters=(1, 2), variances=(None, (0.2, 2.0)))
 FRACTION = 0.7
 
 
+def dims():
+    """Of a model of two blocks."""
+    return sizes("shallow")
+
+
 @functools.cache
 def data():
     """(calibration, held out): images with the unreduced model's answers as labels."""
-    module, variables, _ = case()
+    module, variables, _ = case("shallow")
     images = np.random.default_rng(5).normal(size=(12, 16, 20, 3)).astype(np.float32)
-    answer = jax.jit(module.apply, compiler_options=QUICKLY)
+    answer = quickly(module.apply)
     labels = np.asarray(answer(variables, images)).argmax(-1)
     return (images[:8], labels[:8]), (images[8:], labels[8:])
 
@@ -35,7 +42,7 @@ class Model:
 
     def __call__(self, images, reducer):
         self.traced.append(type(reducer).__name__)
-        module, variables, _ = case()
+        module, variables, _ = case("shallow")
         return module.apply(variables, images, reducer=reducer)
 
 
@@ -43,7 +50,16 @@ class Model:
 def searched(tmp):
     """(found, model) of a search whose log is in the folder."""
     model = Model()
-    options = {"space": COARSE, "trials": 5, "few": 4, "keep": 2, "batch": 4, "log": tmp / "log.jsonl", "seed": 3}
+    options = {
+        "space": COARSE,
+        "trials": 5,
+        "few": 4,
+        "keep": 2,
+        "batch": 4,
+        "tolerance": 0.06,
+        "log": tmp / "log.jsonl",
+        "seed": 3,
+    }
     found = search_schedule(model, dims(), FRACTION, *data(), objective="kl", **options)
     return found, model, options
 
@@ -76,9 +92,9 @@ def test_search(folder):
     few = {e["trial"]: e["score"] for e in lines[1:] if e["stage"] == "few"}
     assert sorted(few) == list(range(5)) and len(lines) == 1 + 5 + 2 * 2
     assert {f.trial for f in found} == set(sorted(few, key=lambda i: -few[i])[:2])
-    module, variables, _ = case()
+    module, variables, _ = case("shallow")
     (images, _), (held, _) = data()
-    apply = jax.jit(module.apply, static_argnames="reducer", compiler_options=QUICKLY)
+    apply = quickly(module.apply, "reducer")
 
     def divergence(x, reducer):
         p, q = (
@@ -88,11 +104,11 @@ def test_search(folder):
         return (np.exp(p) * (p - q)).sum(-1)
 
     best = found[0]
-    kl = divergence(images, best.reducer)
+    kl = np.concatenate([divergence(images[i : i + 4], best.reducer) for i in (0, 4)])
     assert best.few == pytest.approx(-kl[:4].mean(), rel=1e-3)  # hidden or dropped, it is the same
     assert best.calibration == pytest.approx(-kl.mean(), rel=1e-3)
     assert best.held_out == pytest.approx(-divergence(held, best.reducer).mean(), rel=1e-3)
-    assert 0.68 < best.flops["fraction"] <= FRACTION
+    assert 0.65 < best.flops["fraction"] <= FRACTION
 
 
 def test_a_stopped_search_goes_on(folder):
@@ -113,8 +129,8 @@ def test_accuracy(folder):
     _, _, options = searched(folder)
     found = search_schedule(Model(), dims(), 0.9, *data(), **options | {"log": None, "trials": 2, "keep": 1})
     (images, labels), _ = data()
-    module, variables, _ = case()
-    apply = jax.jit(module.apply, static_argnames="reducer", compiler_options=QUICKLY)
+    module, variables, _ = case("shallow")
+    apply = quickly(module.apply, "reducer")
     answers = np.asarray(apply(variables, images, reducer=found[0].reducer)).argmax(-1)
     assert found[0].calibration == np.mean(answers == labels) and isinstance(found[0].reducer, ZeroTPrune)
 

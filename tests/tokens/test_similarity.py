@@ -7,18 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_zero_tprune import duplicates, order_of
+from quickly import quickly
 
+from jprune.tokens import similarity as of
 from jprune.tokens.reducer import Seen
-from jprune.tokens.similarity import (
-    PARTITIONS,
-    features,
-    partition_tokens,
-    similar_alive,
-    similarity,
-    similarity_prune,
-)
+from jprune.tokens.similarity import PARTITIONS, features
 
 N, WIDTH = 10, 4
+partition_tokens = quickly(of.partition_tokens, "mode", "special")
+similarity = quickly(of.similarity, "metric")
+similarity_prune = quickly(of.similarity_prune, "r", "partition", "metric", "special")
+similar_alive = quickly(of.similar_alive, "partition", "metric", "special")
 
 
 def example(seed, batch=2, n=N):
@@ -50,16 +49,17 @@ def test_planted_duplicates_go_first_and_scale_does_not_matter():
     score, feats = example(0, 1)
     order = order_of(np.asarray(score[0]), 1)
     twins = order[-1], order[-3]  # of the less important half
-    feats = feats.at[0, twins[0]].set(7 * feats[0, order[0]]).at[0, twins[1]].set(0.1 * feats[0, order[1]])
+    feats = np.array(feats)
+    feats[0, twins[0]], feats[0, twins[1]] = 7 * feats[0, order[0]], 0.1 * feats[0, order[1]]
     kept = similarity_prune(score, feats, 2)
     assert sorted(set(range(N)) - set(kept[0].tolist())) == sorted(twins)
-    scale = jnp.linspace(0.1, 9, N)[None, :, None]
-    for r in (1, 2, 3, 4):
+    scale = np.linspace(0.1, 9, N, dtype=np.float32)[None, :, None]
+    for r in (1, 2, 4):
         assert similarity_prune(score, scale * feats, r).tolist() == similarity_prune(score, feats, r).tolist()
 
 
 @settings(max_examples=10)
-@given(st.integers(0, 10**6), st.integers(0, 4), st.integers(0, 2))
+@given(st.integers(0, 10**6), st.sampled_from([1, 4]), st.sampled_from([0, 1]))
 def test_against_plain_loops_and_masked(seed, r, special):
     score, feats = example(seed)
     kept = similarity_prune(score, feats, r, special=special)
@@ -77,12 +77,13 @@ def test_masked_form_drops_the_same(partition):
     key, everyone = jax.random.key(1), jnp.ones((2, N), bool)
     for r in (0, 3):
         kept = similarity_prune(score, feats, r, partition, key=key)
-        alive = jax.jit(similar_alive, static_argnums=(4,))(score, feats, r, everyone, partition, key=key)
+        alive = similar_alive(score, feats, r, everyone, partition, key=key)
         assert [np.flatnonzero(a).tolist() for a in alive] == kept.tolist()
     if partition == "random":
         return  # what is drawn depends on how many there are
     # the dead are as absent ones: the third image has six patches, and half of them at most go
-    alive = jnp.array([[True] * 3 + [False] * 3 + [True] * 4])
+    score, feats = np.asarray(score), np.asarray(feats)
+    alive = np.array([[True] * 3 + [False] * 3 + [True] * 4])
     here = np.flatnonzero(alive[0])
     for r in (2, 5):
         left = similar_alive(score[:1], feats[:1], r, alive, partition)

@@ -1,14 +1,13 @@
 """Zero-TPrune: counts, its layer against plain loops, and in a model: gathered or hidden, adaptive, one image or many."""
 
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from plain_zero_tprune import layer
-from small_vit import QUICKLY, case, run, seen
+from quickly import quickly
+from small_vit import case, run, seen
 
 from jprune.tokens.reducer import Seen, TokenReducer, all_tokens
 from jprune.tokens.zero_tprune import PAPER_VARIANCES, PRESETS, PruneSpec, ZeroTPrune, importance, preset
@@ -21,7 +20,7 @@ def after_block(spec, name="token", key=None):
     attention, x = seen(spec.layer, name)
     prefix = case(name)[0].config.prefix
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @quickly
     def program(x, parts):
         return ZeroTPrune((spec,)).after(spec.layer, all_tokens(x, key), Seen(*parts, prefix=prefix))
 
@@ -38,7 +37,8 @@ def test_counts():
     for spec in rates:
         n = spec.numbers(n)[1]
         found.append(n)
-    assert found == [176, 140, 98]  # 98: 0.7 of 140 in floating point is a little less
+    assert found == [176, 140, 98]
+    assert PruneSpec(0, rate=0.29).numbers(100) == (0, 29)  # in floating point the product is a little less
     assert PruneSpec(0, 10, rate=0.9).numbers(187) == (10, 159)
     assert PruneSpec(0, 3, keep=50).numbers(20) == (3, 17)
     with pytest.warns(UserWarning, match="12 becomes 10"):
@@ -57,7 +57,9 @@ def test_one_layer_against_plain_loops(name, vhf):
         np.testing.assert_array_equal(found.x[i], x[i, np.array(kept)])
 
 
-@pytest.mark.parametrize("name", ["token", "distilled", "mean"])
+@pytest.mark.parametrize(
+    "name", ["token", *(pytest.param(name, marks=pytest.mark.slow) for name in ("distilled", "mean"))]
+)
 def test_hidden_tokens_change_nothing(name):
     short, passed = run(SCHEDULE, name)
     hidden, marked = run(dataclasses.replace(SCHEDULE, masked=True), name)
@@ -111,9 +113,9 @@ def test_a_boosted_start_matters_where_votes_are_few():
     weights = seen(0)[0].weights
 
     def score(iters, boost):
-        return importance(weights, PruneSpec(0, iters=iters, boost=boost), 1)
+        return quickly(lambda w: importance(w, PruneSpec(0, iters=iters, boost=boost), 1))(weights)
 
-    assert float(jnp.abs(score(1, True) - score(1, False)).max()) > 0.01
+    assert np.abs(np.subtract(score(1, True), score(1, False))).max() > 0.01
     np.testing.assert_allclose(score(50, True), score(50, False), rtol=1e-5)
 
 
