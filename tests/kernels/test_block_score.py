@@ -118,22 +118,23 @@ def test_what_lies_behind_the_lengths_reaches_nothing(way):
 
 
 @pytest.mark.parametrize("queries", [40, pytest.param(200, marks=pytest.mark.slow)])
-def test_one_pass_over_several_tiles_of_keys(queries, monkeypatch):
+def test_several_tiles_of_keys(queries, monkeypatch):
     monkeypatch.setattr(tpu_search, "TILE", 128)
     rng = np.random.default_rng(queries)
     q, k, v = (rng.normal(size=(1, 1, n, 8)).astype(np.float32) for n in (queries, 300, 300))
-    rules = {
-        "block_q": 16,
-        "block_k": 16,
-        "causal": True,
-        "q_offset": 70,
-    }  # the last tiles are seen by few or by nobody
-    one = KernelConfig(passes=1, step_tokens=256)  # a step in two halves
-    ours = jax.jit(
-        lambda *a: search_attention(*a, impl="tpu", interpret=True, config=one, **rules), compiler_options=QUICK
-    )
-    dense = search_attention(q, k, v, impl="reference", **rules)
-    for a, b in zip(ours(q, k, v), dense):
+    rules = BLOCKS | {"causal": True, "q_offset": 70}  # the last tiles are seen by few or by nobody
+    ways = rules | {
+        "impl": "tpu",
+        "interpret": True,
+        "config": KernelConfig(passes=1, step_tokens=256),
+    }  # in two halves
+
+    def ours(q, k, v):
+        out, lse, masses = search_attention(q, k, v, **ways)
+        return out, lse, masses, block_scores(q, k, lse, **ways)
+
+    out, lse, masses = search_attention(q, k, v, impl="reference", **rules)
+    for a, b in zip(jax.jit(ours, compiler_options=QUICK)(q, k, v), (out, lse, masses, masses)):
         same(a, b, 2e-5)
 
 
