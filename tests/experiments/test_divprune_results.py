@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import divprune
+from experiments.benchmarks import divprune_cost
 from experiments.divprune import METHODS, RESULTS, Setting, checks, digits, measured, summary
 
 
@@ -54,3 +55,29 @@ def test_it_runs(tmp_path, monkeypatch):
     r = json.loads((tmp_path / "d.json").read_text())
     assert set(r["results"]["8"]) == set(METHODS) and (tmp_path / "divprune-digits.png").stat().st_size > 5000
     divprune.main(out=tmp_path / "d.json", redraw=True)
+
+
+def test_the_committed_costs_are_judged_as_the_program_does():
+    r = json.loads((RESULTS / "divprune-cost.json").read_text())
+    found = r["results"]
+    assert r["checks"] == divprune_cost.checks(found) and "shared" in r["note"]
+    assert found["counted"] == divprune_cost.counted(divprune_cost.Setting())
+    assert all(t["equal"] == t["kept"] for t in found["torch"])  # the same tokens in the same order
+    slow = copy.deepcopy(found)
+    slow["layer"]["share"] = 0.03
+    for p in slow["prefill"]:
+        p["pruned"] = p["whole"]
+    for c in slow["counted"]:
+        c["share"] = 0.02
+    for t in slow["torch"]:
+        t["times_faster"] = 0.9
+    assert not any(divprune_cost.checks(slow).values())
+
+
+def test_what_is_counted():
+    """A choice of 56 of 576 tokens: products of all pairs and one pass a token, beside the 7B model's own products."""
+    row = next(c for c in divprune_cost.counted(divprune_cost.Setting()) if c["kept"] == 56)
+    assert row["choose"] == 2 * 576**2 * 4096 + 2 * 56 * 576
+    layer = 4 * 4096**2 + 3 * 4096 * 11008
+    attention = 4 * 4096 * ((40 + 576) ** 2 - (40 + 56) ** 2)
+    assert row["saved"] == 32 * (2 * 520 * layer + attention)

@@ -14,7 +14,7 @@ from jprune.tokens.diverse import divprune_select
 from jprune.tokens.inside_llm import divprune_inside, fastv, vtw
 
 TOKENS, LENGTH, LAYERS = 9, 4, 2
-START = jnp.array([[1], [4]])  # the second row is padded on the left by three tokens
+START = jnp.array([[4], [3]])  # the second row is padded on the left by three tokens
 
 
 @functools.cache
@@ -121,9 +121,13 @@ def kept_of(chosen):
 
 
 def test_fastv_keeps_what_the_last_token_looks_at():
-    _, module, v, _, mask, x = ready()
+    config, module, v, _, mask, x = ready()
     seen = last_attention(x, mask, 0)
+    told = jax.jit(lambda x: Block(config, 0, tells=True).apply(
+        {"params": v["params"]["layer0"]}, x, context(config, TOKENS, mask)[0])[2])(x)  # fmt: skip
+    np.testing.assert_allclose(told.mean(1), seen, atol=1e-5)
     chosen = [np.argsort(-seen[b, s : s + LENGTH])[:2].tolist() for b, s in enumerate(START[:, 0].tolist())]
+    assert all(sorted(c) != [0, 1] for c in chosen)  # what equal scores would give
     _, want = by_blocks(x, mask, 1, kept_of(chosen))
     got = jax.jit(
         lambda x: module.apply(v, None, mask, embeddings=x, drops=[fastv(START, LENGTH, 2, TOKENS, layer=1)])
