@@ -66,6 +66,13 @@ def test_tome_against_plain_loops(n, special, r):
     assert found.size.sum(1).tolist() == size.sum(1).tolist()  # nobody is lost
 
 
+def test_half_precision_tokens_are_merged_in_full_precision():
+    x = jnp.full((1, 2, 3), 1.0, jnp.bfloat16)
+    tokens = all_tokens(x)._replace(size=jnp.array([[1.0, 512.0]]))  # 513 is no bfloat16
+    found = quickly(merge, "r", "special")(tokens, jnp.ones((1, 2, 3)), 1, 0)
+    assert found.x.dtype == jnp.bfloat16 and found.size.tolist() == [[513.0]] and (found.x == 1).all()
+
+
 def test_merged_tokens_weigh_in_attention():
     r = (4, 3)
     by_size, passed = run(ToMe(r))

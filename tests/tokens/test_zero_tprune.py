@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from plain_zero_tprune import layer
+from plain_zero_tprune import layer, one_score, votes
 from quickly import quickly
 from small_vit import case, run, seen
 
@@ -117,6 +117,18 @@ def test_a_boosted_start_matters_where_votes_are_few():
 
     assert np.abs(np.subtract(score(1, True), score(1, False))).max() > 0.01
     np.testing.assert_allclose(score(50, True), score(50, False), rtol=1e-5)
+
+
+@pytest.mark.parametrize("iters", [1, 5])
+def test_the_authors_earlier_code_is_a_setting(iters):
+    # softmax(logits / 0.5) of queries and keys, all tokens alike at first, root mean square over heads
+    found, _ = seen(0)
+    q, k = (np.moveaxis(np.asarray(a[0], np.float64), 1, 0) for a in (found.query, found.key))
+    e = np.exp(q @ np.moveaxis(k, 1, 2) / q.shape[-1] ** 0.5 / 0.5)
+    expected = one_score(votes(e / e.sum(-1, keepdims=True), iters, np.full(21, 1 / 21)))
+    spec = dataclasses.replace(preset("proto-S").specs[0], iters=iters)
+    score = quickly(lambda w: importance(w, spec, 1))(found.weights)[0]
+    np.testing.assert_allclose(score, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("partition", ["random", "full"])
