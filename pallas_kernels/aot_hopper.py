@@ -44,8 +44,8 @@ class Kernel(NamedTuple):
 
     grid, threads, shared_memory: of its launch (bytes; all of it is dynamic), from the host code that XLA would run.
     registers: a thread's at the launch, which warpgroups then shift among each other; stack, spill_stores, spill_loads: bytes
-    a thread; serialized: whether matrix instructions wait for each other. These are ptxas' words. matrix_instructions,
-    copies: how many wgmma and bulk tensor copies its PTX holds.
+    a thread; serialized: whether matrix instructions wait for each other; fixed_registers: whether warpgroups cannot shift
+    any. These are ptxas' words. matrix_instructions, copies: how many wgmma and bulk tensor copies its PTX holds.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Kernel(NamedTuple):
     spill_stores: int
     spill_loads: int
     serialized: bool
+    fixed_registers: bool
     matrix_instructions: int
     copies: int
 
@@ -128,11 +129,12 @@ def read(ptxas: str, host: str, ptx: str) -> Kernel:
     name = re.search(r"entry function '(\w+?)_mosaic_gpu_kernel'", ptxas)
     if name is None:
         raise ValueError(f"no kernel's name in what the compiler wrote: {ptxas[:200]!r}")
-    launch = r"@mosaic_gpu_launch_kernel\(ptr [^,]+" + r", i32 (\d+)" * 10
+    launch = r"call void @mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(ptr [^,]+" + r", i32 (\d+)" * 10
     x, y, z, *_, threads, _ny, _nz, shared = numbers(launch, host, "launch")
     stack, stores, loads = numbers(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", ptxas, "spills"
     )
     (registers,) = numbers(r"Used (\d+) registers", ptxas, "registers")
     counts = (ptx.count(s) for s in ("wgmma.mma_async.sync", "cp.async.bulk.tensor"))
-    return Kernel(name[1], (x, y, z), threads, shared, registers, stack, stores, loads, "serialized" in ptxas, *counts)
+    said = ("are serialized" in ptxas, "'setmaxnreg' ignored" in ptxas)
+    return Kernel(name[1], (x, y, z), threads, shared, registers, stack, stores, loads, *said, *counts)

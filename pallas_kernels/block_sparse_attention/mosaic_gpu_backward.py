@@ -207,6 +207,7 @@ def _key_kernel(
                     return dk, dv
 
                 grads = add(grads) if mine is None else jax.lax.cond(mine, add, lambda g: g, grads)
+                plgpu.commit_smem()  # the next copies come after the plain reads of shifts and deltas
                 for empty in emptied:
                     plgpu.barrier_arrive(empty.at[slot])
                 return grads

@@ -6,6 +6,7 @@ name a layout or a matrix instruction take a plain path; everything else is the 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from pallas_kernels.block_sparse_attention.problem import LOG2E, Static, Tokens
 
 NEVER = -1e30  # a logit that does not count
 FLOOR = -1e29  # where a running maximum starts: exp2(NEVER - FLOOR) is 0, so masked logits need no second mask
+_WHOLE = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # of `load`, before jax 0.11
 row_layout, column_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -30,7 +32,7 @@ def positions(shape: tuple[int, int], axis: int, interpret: Any) -> Any:
 
 def load(ref: Any, layout: Any, interpret: Any) -> Any:
     """A vector, one number a row (or column) of a product."""
-    return ref[...] if interpret else plgpu.load(ref, (), layout=layout, optimized=False)
+    return ref[...] if interpret else plgpu.load(ref, *_WHOLE, layout=layout, optimized=False)
 
 
 def full_of(shape: tuple[int, ...], value: float, interpret: Any) -> Any:
@@ -44,13 +46,20 @@ def over(x: Any, shape: tuple[int, int], axis: int = 0) -> Any:
     return jax.lax.broadcast_in_dim(x, shape, [axis])
 
 
+def _read(x: Any) -> Any:
+    """Interpreted only: shared memory, read as copies see it. Matrix instructions do; for plain reads that takes a fence."""
+    value = x[...].astype(jnp.float32)
+    plgpu.commit_smem()
+    return value
+
+
 def product(a: Any, b: Any, interpret: Any) -> Any:
     """a @ b.T of shared memory, in float32."""
     if interpret:
-        return jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32).T)
+        return jnp.dot(_read(a), _read(b).T)
 
     def multiply(out: Any) -> Any:
-        plgpu.wgmma(out, a, plgpu.transpose_ref(b, (1, 0)))
+        plgpu.wgmma(out, a, b.transpose((1, 0)))
         return out[...]
 
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[0]), jnp.float32))
@@ -59,7 +68,7 @@ def product(a: Any, b: Any, interpret: Any) -> Any:
 def add_product(acc: Any, a: Any, b: Any, interpret: Any) -> Any:
     """acc + a @ b for a in registers, b in shared memory; `acc` stays where it is."""
     if interpret:
-        return acc + jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
+        return acc + jnp.dot(a.astype(jnp.float32), _read(b))
     return pl.run_state(lambda out: plgpu.wgmma(out, a, b))(plgpu.WGMMAAccumulatorRef.init(acc))
 
 

@@ -21,9 +21,12 @@ PTX = "wgmma.mma_async.sync.aligned.m64n64k16 {}\n" * 3 + "cp.async.bulk.tensor.
 
 def test_what_the_compiler_writes_is_read():
     kernel = aot_hopper.read(PTXAS, HOST, PTX)
-    assert kernel == ("some_kernel", (8, 4, 2), 384, 166992, 168, 16, 8, 12, False, 3, 2)
+    assert kernel == ("some_kernel", (8, 4, 2), 384, 166992, 168, 16, 8, 12, False, False, 3, 2)
     warned = PTXAS + "Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
-    assert aot_hopper.read(warned, HOST, PTX).serialized
+    assert aot_hopper.read(warned, HOST, PTX) == kernel._replace(serialized=True)
+    warned = PTXAS + "ptxas info    : (C7504) Potential Performance Loss: 'setmaxnreg' ignored to maintain ..."
+    other = HOST.replace("launch_kernel", "build_kernel_spec")  # as from jax 0.12 on
+    assert aot_hopper.read(warned, other, PTX) == kernel._replace(fixed_registers=True)
 
 
 @pytest.mark.parametrize(("spoiled", "words"), [(0, "kernel's name"), (1, "launch")])
