@@ -9,7 +9,8 @@ import pytest
 from small_llava import IMAGE, config, model, prompt
 
 from jprune.models.llava import check_prompt, image_places
-from jprune.models.llava_answer import VisualPruning, answer, read_prompt
+from jprune.models.llava_answer import VisualPruning, _answer, answer, read_prompt
+from jprune.models.vit import ViT
 from jprune.tokens import selectors
 from jprune.tokens.diverse import divprune_select
 
@@ -41,7 +42,12 @@ def read(pruning, room=0):
 
 
 def test_visual_tokens_stand_at_the_placeholders():
-    ids = prompt()[0]
+    ids, module = prompt()[0], model()[0]
+    tower = ViT(module.config.vision)  # the output of the last block but one, without class token
+    read = jax.jit(lambda p, v: tower.apply({"params": v}, p, -2, method="features").x)
+    want = read(prompt()[1].reshape(4, 12, 12, 3), model()[1]["params"]["vision"])
+    got = jax.jit(lambda p: run("features", p))(prompt()[1])
+    np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-5)
     x = jax.jit(lambda v: run("embed", ids, v))(visual())
     table = model()[1]["params"]["language"]["embed"]["embedding"]
     for b in range(2):
@@ -109,6 +115,9 @@ def test_answers_are_repeated_reading():
     module, v = model()
     steps, pruning = 4, VisualPruning(3, positions="original")
     got = answer(module, v, ids, pixels, steps, mask, pruning=pruning)
+    compilations = _answer._cache_size()
+    answer(module, v, ids, pixels + 1, steps, mask, pruning=pruning)
+    assert _answer._cache_size() == compilations
     source = read(pruning).prompt.source
     there = jnp.zeros(ids.shape, bool).at[jnp.arange(2)[:, None], source].set(True) & mask
     n = steps - 1
