@@ -112,6 +112,9 @@ def lists(*rows):
 def test_blocks_are_taken_together_where_their_lists_are_alike():
     alike, apart = lists(*[[0]] * 8), lists(*[[n] for n in range(8)])
     assert module.blocks_together(alike) == 8
+    tried = module.candidates("tpu", alike)
+    assert tried[0] == KernelConfig() and {c.blocks_together for c in tried[1:]} == {4, 8}  # the two best of the model
+    assert module.candidates("mosaic_gpu", alike) == (KernelConfig(),)
     assert module.blocks_together(apart) == 1  # a union of n costs n * (overhead + 64 n), alone n * (overhead + 64)
     pairs = lists(
         [0], [0], [1], [1], [2], [2], [3], [3]
