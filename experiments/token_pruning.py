@@ -31,7 +31,7 @@ from experiments import record
 from experiments.digit_canvas import Canvases, Recipe, calibration_set, model, sizes, test_set, trained
 from jprune.tokens.entry import AtEntry, two_pass
 from jprune.tokens.flops import count_flops
-from jprune.tokens.methods import METHODS, reducer_for
+from jprune.tokens.methods import reducer_for
 from jprune.tokens.pagerank import aggregate_heads, initial_signal, wpr_scores
 from jprune.tokens.reducer import Seen, TokenReducer, Tokens, take
 from jprune.tokens.schedules import ats_for, tome_for, topk_for
@@ -46,6 +46,11 @@ BATCH = 250
 SHARE = 0.4  # of what a layer drops, by similarity
 
 
+# of `jprune.tokens.methods`, those that work between blocks
+COLORS = {"zero_tprune": "#c1121f", "zero_tprune_uni": "#e07a5f", "tome": "#2a6f97", "ats": "#61a5c2", "evit": "#588157",
+          "cls_topk": "#a3b18a", "column_mean": "#9d4edd", "random": "#8d99a6"}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """Model, numbers of tokens and budgets."""
@@ -53,7 +58,7 @@ class Setting:
     recipe: Recipe = Recipe()
     kept: tuple[int, ...] = (32, 20, 12, 8)
     schedules: tuple[tuple[int, ...], ...] = ((44, 32, 24, 16), (24, 12, 8, 6))
-    fractions: tuple[float, ...] = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3)
+    fractions: tuple[float, ...] = (0.9, 0.75, 0.6, 0.45, 0.3)
     searched: tuple[float, ...] = (0.3,)
     trials: int = 60
     few: int = 256
@@ -214,7 +219,7 @@ def measure(setting: Setting, seed: int, progress: Progress) -> dict[str, Any]:
         canvases = Canvases(*(a[: setting.images] for a in canvases))
     keeps = {str(k): at_entry(k) for k in setting.kept}
     networks = {"-".join(map(str, s)): in_network(s) for s in setting.schedules}
-    total = sum(map(len, keeps.values())) + sum(map(len, networks.values())) + len(METHODS) * len(setting.fractions) + 2
+    total = sum(map(len, keeps.values())) + sum(map(len, networks.values())) + len(COLORS) * len(setting.fractions) + 2
     task = progress.add_task(f"model {seed}", total=total)
 
     def score(reducer: TokenReducer, twice: bool = False) -> float:
@@ -226,7 +231,7 @@ def measure(setting: Setting, seed: int, progress: Progress) -> dict[str, Any]:
     out["entry"] = {k: {name: score(*one) for name, one in row.items()} for k, row in keeps.items()}
     out["network"] = {s: {name: score(one) for name, one in row.items()} for s, row in networks.items()}
     out["curves"] = {
-        name: {f"{f:g}": score(reducer_for(name, f, sizes())) for f in setting.fractions} for name in METHODS
+        name: {f"{f:g}": score(reducer_for(name, f, sizes())) for f in setting.fractions} for name in COLORS
     }
     gathered = by_stages(setting.schedules[-1], SHARE)
     both = (logits(r, variables, canvases, seed) for r in (gathered, dataclasses.replace(gathered, masked=True)))
@@ -252,7 +257,7 @@ def costs(setting: Setting) -> dict[str, Any]:
         found, whole = count_flops(reducer, sizes()), count_flops(TokenReducer(), sizes())["blocks"]
         return {"fraction": found["fraction"], "choosing": found["overhead"] / whole}
 
-    curves = {n: {f"{f:g}": of(reducer_for(n, f, sizes())) for f in setting.fractions} for n in METHODS}
+    curves = {n: {f"{f:g}": of(reducer_for(n, f, sizes())) for f in setting.fractions} for n in COLORS}
     networks = {"-".join(map(str, s)): {n: of(r) for n, r in in_network(s).items()} for s in setting.schedules}
     return {"network": networks, "curves": curves}
 
@@ -314,10 +319,6 @@ def tables(results: dict[str, Any]) -> list[Table]:
             shown = [percent(r[method]) if view is not where else f"{r[method]['mean']:.3f}" for r in rows.values()]
             view.add_row(method, *shown)
     return [entry, networks, where]
-
-
-COLORS = {"zero_tprune": "#c1121f", "zero_tprune_uni": "#e07a5f", "tome": "#2a6f97", "ats": "#61a5c2", "evit": "#588157",
-          "cls_topk": "#a3b18a", "column_mean": "#9d4edd", "random": "#8d99a6"}  # fmt: skip
 
 
 def draw(stored: dict[str, Any], path: Path) -> None:

@@ -104,7 +104,6 @@ def test_at_its_smallest(tmp_path, monkeypatch):
     monkeypatch.setattr(
         token_pruning, "at_entry", lambda k: {n: r for n, r in entry(k).items() if k == 20 or n not in thin}
     )
-    monkeypatch.setattr(token_pruning, "METHODS", {n: m for n, m in token_pruning.METHODS.items() if n in few})
     monkeypatch.setattr(token_pruning, "COLORS", {n: c for n, c in token_pruning.COLORS.items() if n in few})
     monkeypatch.setattr(token_pruning, "in_network", lambda k: {n: r for n, r in whole(k).items() if n in named})
     monkeypatch.setattr(token_pruning, "Setting", functools.partial(token_pruning.Setting, kept=(32, 20)))
