@@ -228,7 +228,7 @@ def _nearest(x: Any, alive: Any, matrix: Any, metric: str) -> Any:
 
 
 def _first(x: Any, alive: Any, matrix: Any, first: str, metric: str) -> tuple[Any, Any]:
-    """(index of the first choice, distance to its nearest neighbour or to the mean's token)."""
+    """(index of the first choice, distance to its nearest neighbour)."""
     m = x.shape[0]
     if first == "max_nn":
         near = jnp.where(alive, _nearest(x, alive, matrix, metric), -jnp.inf)
