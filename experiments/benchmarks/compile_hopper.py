@@ -98,9 +98,7 @@ def checks(rows: list[dict[str, Any]]) -> dict[str, bool]:
         "every kernel fits a program's shared memory": all(r["shared_memory"] <= 232448 for r in rows),
         "no matrix instruction waits for the one before": not any(r["serialized"] for r in rows),
         "warpgroups that compute take registers from the one that copies": not any(r["fixed_registers"] for r in rows),
-        "up to 128 features without rules at most 16 bytes a thread leave the registers": all(
-            r["spill_stores"] <= 16 for r in common
-        ),
+        "up to 128 features without rules nothing leaves the registers": not any(r["spill_stores"] for r in common),
     }
 
 

@@ -1,9 +1,14 @@
 """What ptxas, the host code and the PTX say of a kernel is read as it stands; without the wheels there is a reason."""
 
+import itertools
+import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 
+from experiments.benchmarks import compile_hopper
 from pallas_kernels import aot_hopper
 
 PTXAS = """ptxas info    : 0 bytes gmem
@@ -45,3 +50,42 @@ def test_without_wheels_or_with_an_unknown_chip_there_is_a_reason(monkeypatch):
     with pytest.raises(ValueError, match="jax\\[cuda13\\]"):
         aot_hopper.compile_kernels(abs, "H100")
     assert dict(os.environ) == before
+
+
+NAMES = {
+    "attention": "block_sparse_attention",
+    "gradient of queries": "block_sparse_attention_dq",
+    "gradients of keys and values": "block_sparse_attention_dkdv",
+    "gradient of keys": "block_sparse_attention_dk",
+    "gradient of values": "block_sparse_attention_dv",
+    "masses": "block_scores",
+}
+
+
+def test_the_compiled_sizes_are_complete_and_the_page_tells_of_them():
+    stored = json.loads((compile_hopper.RESULTS / "compile-hopper.json").read_text())
+    rows = stored["results"]
+    assert stored["checks"] == compile_hopper.checks(rows) and all(stored["checks"].values())
+    sizes = {(r["dtype"], r["features"], r["block"], r["rules"]) for r in rows}
+    assert sizes == set(itertools.product(("bfloat16", "float16"), compile_hopper.WORKLOADS, (64, 128), (False, True)))
+    page = (Path(__file__).parents[2] / "docs" / "block_sparse_attention.md").read_text()
+    assert f"all {len(rows)} of them" in page and f"by jax {stored['machine']['jax']}" in page
+    told = re.findall(r"^\| ([a-z ]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.M)
+    assert len(told) == 13  # gradients of keys and values are two kernels at 256 features
+    for name, features, *numbers in told:
+        plain, ruled = (
+            next(
+                r
+                for r in rows
+                if (r["name"], r["features"], r["rules"]) == (NAMES[name], int(features), rules)
+                and (r["dtype"], r["block"]) == ("bfloat16", 128)
+                and r["program"] != "search"
+            )
+            for rules in (False, True)
+        )
+        assert [plain["shared_memory"], plain["spill_stores"], ruled["spill_stores"]] == [int(n) for n in numbers]
+
+
+def test_checks_of_compiled_kernels_can_fail():
+    bad = {"shared_memory": 232449, "serialized": True, "fixed_registers": True, "features": 64, "rules": False}
+    assert not any(compile_hopper.checks([bad | {"spill_stores": 4}]).values())
