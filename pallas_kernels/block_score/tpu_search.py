@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_score.tpu_tiles import STEP, Passing, of_query_blocks, rows_of, rules
 from pallas_kernels.block_sparse_attention.problem import Static, Tokens
-from pallas_kernels.block_sparse_attention.tpu_walk import HIDDEN, LOG2E, NEVER, call, dot, padded
+from pallas_kernels.block_sparse_attention.tpu_walk import LOG2E, NEVER, call, dot, padded
 
 TILE = 2048  # keys fetched at once
 
@@ -66,10 +66,11 @@ def _kernel(static: Static, tokens: Tokens, group: int, step: int, values: bool,
 
     def update(start: Any, pairs: Any) -> None:
         for at, size, z, ok in passing.logits(start, pairs):
-            z = z if ok is None else jnp.where(ok, z, HIDDEN)
+            z = z if ok is None else jnp.where(ok, z, NEVER)
             before = top[...]
             new = jnp.maximum(before, z.max(0, keepdims=True))
             e = jnp.exp2(z - new)
+            e = e if ok is None else jnp.where(ok, e, 0)
             sums, old = passing.by_block(e), jnp.exp2(before - new)
             top[...] = new
             total[...] = old * total[...] + sums.sum(0, keepdims=True)

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_attention.problem import Static, Tokens
-from pallas_kernels.block_sparse_attention.tpu_walk import ABSENT, base2, column, dot, padded
+from pallas_kernels.block_sparse_attention.tpu_walk import base2, column, dot, padded
 
 STEP = 1024  # keys of a step
 ROWS = 512  # queries of a program: every fetched key serves so many
@@ -78,10 +78,9 @@ class Passing:
 
     def _pairs(self, start: Any) -> Any:
         key = self.first_key + start + jax.lax.broadcasted_iota(jnp.int32, (self.step, 1), 0)
+        ok = jnp.broadcast_to(key < self.limit, (self.step, self.rows))
         if self.causal:
-            ok = jnp.where(key < self.limit, key, ABSENT) <= self.own + self.offset
-        else:
-            ok = jnp.broadcast_to(key < self.limit, (self.step, self.rows))
+            ok &= key <= self.own + self.offset
         if self.segments:
             ok &= column(self.segments[1][:, pl.ds(start, self.step)]) == self.segments[0][...]
         return ok

@@ -23,7 +23,6 @@ from pallas_kernels.block_sparse_attention.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention.problem import Static, Tokens, finite_lse
 from pallas_kernels.block_sparse_attention.tpu_walk import (
     ABSENT,
-    HIDDEN,
     LOG2E,
     NEVER,
     Rules,
@@ -98,9 +97,10 @@ def _forward_kernel(static: Static, tokens: Tokens, group: int, shared: int, lis
         def update(carry: Any, ok: Any = None) -> Any:
             top, total, acc = carry
             z, _ = base2(static, dot(query, walk.fetched(0, step, slot), transpose=True))
-            z = z if ok is None else jnp.where(ok, z, HIDDEN)
+            z = z if ok is None else jnp.where(ok, z, NEVER)
             new = jnp.maximum(top, z.max(1, keepdims=True))
             e = jnp.exp2(z - new)
+            e = e if ok is None else jnp.where(ok, e, 0)
             old = jnp.exp2(top - new)
             if v is not None:
                 acc = old * acc + dot(e.astype(v.dtype), walk.fetched(1, step, slot))
@@ -231,10 +231,10 @@ def _key_kernel(static: Static, tokens: Tokens, group: int, shared: int, lists: 
             def pairs() -> Any:
                 ok = jnp.broadcast_to(own < limit, (bk, at.shape[1]))
                 if causal:
-                    ok = jnp.where(own < limit, own, 2 * ABSENT - 1) <= at + offset
+                    ok &= own <= at + offset
                 if segments:
                     ok &= column(segments[1][...]) == along_lanes(segments[0], step)
-                return ok & walk.owned(step, bk, at < ABSENT) if walk.together > 1 else ok
+                return ok & walk.owned(step, bk) if walk.together > 1 else ok
 
             if segments:
                 return update(carry, pairs())

@@ -15,10 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.block_sparse_attention.block_mask import union_lists
 from pallas_kernels.block_sparse_attention.problem import LOG2E, Static, Tokens
 
-NEVER = -1e30  # a maximum of nothing: -inf would make not-a-number of itself
-HIDDEN = (
-    2 * NEVER
-)  # a logit that does not count: so far below any maximum that its exponential is 0, needing no second mask
+NEVER = -1e30  # a logit that does not count: -inf would make not-a-number of itself
 ABSENT = 1 << 30  # the position of a token that is not in the list
 STEP = 512  # tokens of a step: several times the matrix unit's width,
 LONG = 4096  # and twice as many where lists have at least so many, of which a last step half empty is a small part
@@ -230,13 +227,10 @@ class Walk:
             return True
         return functools.reduce(jnp.bitwise_and, self._owners(step)) == (1 << self.together) - 1
 
-    def owned(self, step: Any, rows: int, among: Any) -> Any:
-        """bool (rows, group * block): whether a token's block is in the list of the block that the row belongs to.
-
-        `among`, (1, group * block), are the tokens that count at all: cheaper here than a mask of their own.
-        """
+    def owned(self, step: Any, rows: int) -> Any:
+        """bool (rows, group * block): whether a token's block is in the list of the block that the row belongs to."""
         bit = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0) // (rows // self.together)
-        return (jnp.where(among, self._along_lanes(self._owners(step)), 0) & (1 << bit)) != 0
+        return (self._along_lanes(self._owners(step)) & (1 << bit)) != 0
 
     def all_below(self, step: Any, limit: Any) -> Any:
         """Whether the step is full and every token's position is below a limit."""
@@ -287,20 +281,15 @@ class Rules:
 
     def _pairs(self, walk: Walk, step: Any) -> Any:
         at = walk.positions(step)
-        counts = at < self.limit
-        wanted = []
+        ok = jnp.broadcast_to(at < self.limit, (self.rows, at.shape[1]))
         if self.causal:
             row = self.first + jax.lax.broadcasted_iota(jnp.int32, (self.rows, 1), 0)
-            wanted.append(jnp.where(counts, at, ABSENT) <= row + self.offset)
-        if walk.together > 1:
-            wanted.append(walk.owned(step, self.rows, counts))
-        if not wanted:
-            wanted.append(jnp.broadcast_to(counts, (self.rows, at.shape[1])))
+            ok &= at <= row + self.offset
         if self.segments:
             queries, keys = self.segments
             own = jnp.concatenate([keys[pl.ds(walk.entry(step, t), 1), :] for t in range(walk.group)], axis=1)
-            wanted.append(column(queries[...]) == own)
-        return functools.reduce(jnp.logical_and, wanted)
+            ok &= column(queries[...]) == own
+        return ok & walk.owned(step, self.rows) if walk.together > 1 else ok
 
 
 def buffers_of(arrays: Sequence[Any], rows: int, resident: bool) -> list[Any]:
