@@ -55,7 +55,13 @@ COUNTS = {  # name: (module, image, MACs of one image, parameters)
 }
 
 
-@pytest.mark.parametrize("name", COUNTS)
+def quick_first(names):
+    """The names, the deepest networks' tests as slow ones."""
+    deep = ("densenet121", "resnet110")
+    return [pytest.param(n, marks=pytest.mark.slow) if n in deep else n for n in names]
+
+
+@pytest.mark.parametrize("name", quick_first(COUNTS))
 def test_counts_are_the_networks(name):
     module, image, macs, params = COUNTS[name]
     cost = graph_of(module, image).cost()
@@ -117,7 +123,7 @@ GROUPS = {  # name: (module, image, groups, units)
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("name", quick_first(GROUPS))
 def test_groups_are_those_found_by_hand(name):
     module, image, groups, units = GROUPS[name]
     graph = graph_of(module, image)
@@ -152,7 +158,7 @@ def primitives(jaxpr):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick_first(MODELS))
 def test_every_group_is_exact_and_every_primitive_known(name):
     graph = graph_of(build(name), MODELS[name].image)
     assert graph.groups and all(g.exact for g in graph.groups.values()), graph.summary()

@@ -65,7 +65,10 @@ def check_rebuilt(module, image, groups=None):
     return rebuilt, small, keep
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = {"resnet18", "resnet50", "mobilenet", "mobilenet_projection", "shufflenet", "densenet", "vgg16"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in CASES])
 def test_rebuilt_module_is_the_replayed_function(name):
     check_rebuilt(*CASES[name])
 
