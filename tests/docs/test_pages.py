@@ -22,7 +22,11 @@ def run_page(text):
     return out
 
 
-@pytest.mark.parametrize("page", sorted(p.name for p in PAGES.glob("*.md") if "```python" in p.read_text()))
+LONG = {"adaspa.md", "algebra.md", "loraprune.md", "models.md", "zero_tprune.md", "divprune.md"}
+NAMES = sorted(p.name for p in PAGES.glob("*.md") if "```python" in p.read_text())
+
+
+@pytest.mark.parametrize("page", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NAMES])
 def test_the_page_runs_and_prints_what_it_says(page):
     blocks = run_page((PAGES / page).read_text())
     assert blocks
