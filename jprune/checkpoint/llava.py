@@ -168,13 +168,13 @@ def load_llava(folder: str | Path, *, vision: str | Path | None = None, dtype: A
     folder = Path(folder)
     hf = read_json(folder / "config.json")
     files = TensorFiles(folder)
-    parts = _parts(files)
     own = "text_config" not in hf  # the original authors' config.json is that of the decoder, with mm_* added
-    if str(hf.get("model_type")) not in ("llava", "llava_llama") or not parts["projector"]:
-        raise ValueError(
-            f"{folder} holds a {hf.get('model_type')!r} {'with' if parts['projector'] else 'without'} projector: only "
-            "LLaVA-1.5 is read (model_type llava or llava_llama)"
-        )
+    kind = hf.get("model_type", hf.get("architecture"))
+    if kind not in ("llava", "llava_llama"):
+        raise ValueError(f"{folder} holds a {kind!r}: only LLaVA-1.5 is read (model_type llava or llava_llama)")
+    parts = _parts(files)
+    if not parts["projector"]:
+        raise ValueError(f"{folder} has no projector between images and text: it is no LLaVA-1.5, or not all of one")
     _check_options(hf, own)
     text = {**LLAMA, **({**hf, "model_type": "llama"} if own else hf["text_config"])}
     text.setdefault("tie_word_embeddings", "lm_head.weight" not in parts["language"])
