@@ -135,7 +135,7 @@ def evaluate_tokens(options: TokenOptions, out: Path, quiet: bool = False) -> di
     vision = load_vision(options.model, heads=options.heads, dtype=options.dtype)
     if not vision.module.config.num_classes:
         raise ValueError(f"{options.model} has no classifier, so its answers cannot be compared: give one that has")
-    folder, labelled, note = _pictures(options.data, vision)
+    folder, labelled, note = pictures_of(options.data, vision)
     side = vision.preprocess.size
     dims = flops.dims_of(vision.module.config, (side, side, 3))
     reducer = reducer_for(options.tokens, options.flops, dims)
@@ -162,14 +162,14 @@ def evaluate_tokens(options: TokenOptions, out: Path, quiet: bool = False) -> di
     answers: list[list[Any]] = [[], []]
     with Progress(*columns, disable=quiet) as progress:
         bar = progress.add_task("images", total=len(chosen))
-        for images, n in _batches(folder, chosen, size):
+        for images, n in batches(folder, chosen, size):
             x = place(images, True)
             for kept, run in zip(answers, (whole, fewer), strict=True):
                 kept.append(np.asarray(run(variables, x).argmax(-1))[:n])
             progress.update(bar, advance=n)
         both = [np.concatenate(a) for a in answers]
         task = progress.add_task("timing", total=1)
-        batch = place(next(_batches(folder, chosen, size))[0], True)
+        batch = place(next(batches(folder, chosen, size))[0], True)
         ms = measure.interleaved({"before": (whole, (variables, batch)), "after": (fewer, (variables, batch))}, 9)
         progress.update(task, advance=1)
 
@@ -188,7 +188,7 @@ def evaluate_tokens(options: TokenOptions, out: Path, quiet: bool = False) -> di
         return _write(unfinished, options, found)
 
 
-def _pictures(data: str, vision: Vision) -> tuple[ImageFolder, bool, str]:
+def pictures_of(data: str, vision: Vision) -> tuple[ImageFolder, bool, str]:
     """(pictures, whether their labels are the model's classes, a note on that)."""
     plain = vision.preprocess.folder(data)
     if not plain.labelled:
@@ -239,7 +239,7 @@ def _placement(wanted: int) -> tuple[int, Callable[[Any, bool], Any]]:
     return size, place
 
 
-def _batches(folder: ImageFolder, chosen: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+def batches(folder: ImageFolder, chosen: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
     """(images, how many of them count); the last batch is filled up with its first image."""
     for start in range(0, len(chosen), size):
         part = chosen[start : start + size]
@@ -263,7 +263,7 @@ def _shown(
     if not n:
         return []
     places = np.linspace(0, len(chosen) - 1, n).round().astype(int)
-    images, _ = next(_batches(folder, chosen[places], e.batch))
+    images, _ = next(batches(folder, chosen[places], e.batch))
     passed, patch = passed_of(images), e.vision.module.config.patch
     grid = images.shape[1] // patch, images.shape[2] // patch
     prefix, pre = e.dims.prefix, e.vision.preprocess
