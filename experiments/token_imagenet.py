@@ -61,19 +61,24 @@ def measure(model: str, data: str, fractions: tuple[float, ...], methods: tuple[
     if images and images < len(folder):
         chosen = np.sort(np.random.default_rng(0).choice(chosen, images, replace=False))
     key, programs = jax.random.key(0), {}
+
+    def program(reducer: TokenReducer | None) -> Any:
+        def top(v: Any, x: Any) -> Any:
+            logits: Any = vision.module.apply(v, x, reducer=reducer, key=key)
+            return logits.argmax(-1)
+
+        return jax.jit(top)
+
     for name, reducer in reducers(size, fractions, methods, dims).items():
-        programs[name] = (
-            reducer,
-            jax.jit(lambda v, x, r=reducer: vision.module.apply(v, x, reducer=r, key=key).argmax(-1)),
-        )
+        programs[name] = reducer, program(reducer)
     right = dict.fromkeys(programs, 0)
     labels = folder.labels[chosen]
     for k, (x, n) in enumerate(
         track(batches(folder, chosen, batch), "batches", -(-len(chosen) // batch), transient=True)
     ):
         wanted = labels[k * batch : k * batch + n]
-        for name, (_, program) in programs.items():
-            right[name] += int((np.asarray(program(vision.variables, jnp.asarray(x)))[:n] == wanted).sum())
+        for name, (_, run) in programs.items():
+            right[name] += int((np.asarray(run(vision.variables, jnp.asarray(x)))[:n] == wanted).sum())
     rows = {}
     for name, (reducer, _) in programs.items():
         cost = count_flops(reducer or TokenReducer(), dims)
