@@ -64,6 +64,7 @@ def done(place):
     return place / "out", evaluate_tokens(options(place), place / "out", quiet=True)
 
 
+@pytest.mark.smoke
 def test_the_answers_are_those_of_the_model(done, place):
     out, summary = done
     assert {p.name for p in out.iterdir()} == {"summary.json", "report.html", "kept.png", "predictions.jsonl"}

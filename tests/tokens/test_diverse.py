@@ -57,6 +57,7 @@ def test_counts_round_halves_to_even():
         retained_count(0, 0.5)
 
 
+@pytest.mark.smoke
 def test_five_directions_in_the_plane():
     angle = np.array([0, 0.1, np.pi / 2, np.pi, 2.0])
     x = jnp.asarray(np.stack([np.cos(angle), np.sin(angle)], 1), jnp.float32)
@@ -69,6 +70,7 @@ def test_among_equals_the_lowest_index():
     assert divprune_select(jnp.eye(6), 3).order.tolist() == [0, 1, 2]
 
 
+@pytest.mark.smoke
 def test_duplicates_are_chosen_once():
     five = np.eye(5, dtype=np.float32)
     order, trace = divprune_select(jnp.asarray(np.concatenate([five] * 3)), 9)

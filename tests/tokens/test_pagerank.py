@@ -31,6 +31,7 @@ def even(n=TOKENS):
     return initial_signal(n, 1, False)
 
 
+@pytest.mark.smoke
 def test_what_votes_weigh_at_first():
     np.testing.assert_allclose(initial_signal(9, 1), [3 / 11] + [1 / 11] * 8, rtol=1e-6)
     np.testing.assert_allclose(initial_signal(9, 2), [3 / 13] * 2 + [1 / 13] * 7, rtol=1e-6)
@@ -65,6 +66,7 @@ def test_doubly_stochastic_attention_forgets_a_boosted_start():
     np.testing.assert_allclose(found, np.ones((1, 1, 6)), atol=1e-4)
 
 
+@pytest.mark.smoke
 def test_voters_vote_for_what_they_attend_to():
     # with the wrong transpose a uniform start would stay uniform
     assert np.std(wpr_scores(attention(1), 1, even())) > 0.1
