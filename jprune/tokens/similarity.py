@@ -8,6 +8,7 @@ marks tokens among those alive and takes traced numbers.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,8 @@ def exponent(metric: str | float) -> float | None:
     Raises:
       ValueError: a metric that is none.
     """
-    p = {"cosine": None, "dot": None, "l1": 1.0, "l2": 2.0, "linf": float("inf")}.get(metric, metric)  # type: ignore[call-overload]
+    named: dict[Any, float | None] = {"cosine": None, "dot": None, "l1": 1.0, "l2": 2.0, "linf": float("inf")}
+    p = named.get(metric, metric)
     if isinstance(p, str) or (p is not None and not p >= 1):
         raise ValueError(f"metric must be cosine, dot, l1, l2, linf or Minkowski's p >= 1, not {metric!r}")
     return p

@@ -20,7 +20,10 @@ def scene(seed=0):
     """(features, aux) as numpy float32."""
     rng = np.random.default_rng(seed)
     attention = rng.dirichlet(np.full(M + 1, 0.3), HEADS)[:, 1:]
-    draw = lambda *s: rng.normal(size=s).astype(np.float32)  # noqa: E731
+
+    def draw(*s):
+        return rng.normal(size=s).astype(np.float32)
+
     aux = Aux(attention.astype(np.float32), draw(D), draw(HEADS, M, HEAD), 3 * draw(6), draw(6), draw(M, 6))
     return draw(M, D), aux
 
