@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from jprune.surgery.decision import check_names
 from jprune.surgery.graft import evaluated
+from jprune.surgery.mask import gated
 from jprune.trace import layout as L
 from jprune.trace import moves
 from jprune.trace.errors import suggest
@@ -135,10 +136,10 @@ def gates(tap: Tap, values: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def gate(tap: Tap, x: Any, vectors: Sequence[Any]) -> Any:
-    """The tap's input times its gates."""
+    """The tap's input times its gates; a gate of 0 also removes NaN and infinity."""
     for axis, v in zip(tap.use.data_features, vectors, strict=True):
         if v is not None:
-            x = x * v.astype(x.dtype).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+            x = gated(x, v.astype(x.dtype).reshape([-1 if i == axis else 1 for i in range(x.ndim)]))
     return x
 
 

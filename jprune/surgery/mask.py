@@ -35,11 +35,37 @@ def leaf_mask(leaf: Leaf, keep: Keep, dtype: Any) -> Any:
     return mask
 
 
+def _masked(leaf: Leaf, x: Any, keep: Keep) -> Any:
+    """One leaf that `keep` touches, in its dtype."""
+    x = jnp.asarray(x)
+    own = {g for layout in leaf.layouts for g in L.groups_in(layout) if g in keep}
+    if all(jnp.asarray(keep[g]).dtype == jnp.bool_ for g in own):
+        return jnp.where(leaf_mask(leaf, keep, jnp.bool_), x, jnp.zeros((), x.dtype))
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        gates = leaf_mask(leaf, keep, jnp.float32)
+        if x.dtype == jnp.bool_:
+            return x & (gates != 0)
+        scaled = jnp.round(x.astype(jnp.float32) * gates).astype(x.dtype)
+        return jnp.where(gates == 1, x, scaled)  # float32 does not hold every integer
+    wide = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.dtype(jnp.float32)
+    return gated(x.astype(wide), leaf_mask(leaf, keep, wide)).astype(x.dtype)
+
+
+def gated(x: Any, gates: Any) -> Any:
+    """x times gates of its dtype, where a gate of 0 also removes NaN and infinity; differentiable in both."""
+    # Only what is not finite is replaced: for the rest a gate of 0 still has its gradient x.
+    gone = (gates == 0) & ~jnp.isfinite(x)
+    return jnp.where(gone, jnp.zeros((), x.dtype), x) * gates
+
+
 def mask(structure: Structure, params: Any, keep: Keep) -> Any:
-    """Multiply every member slice by its unit's keep value (bool, 0/1, or a soft gate in [0, 1]); shapes unchanged.
+    """Multiply every member slice by its unit's keep value (bool, 0/1, or a soft gate in [0, 1]); shapes and dtypes
+    unchanged.
 
     The gates may be traced: changing a decision costs no recompilation and gradients flow to soft gates. Groups absent
     from `keep` are untouched; inexact groups are allowed, because a mask is a statement about weights, not about sizes.
+    What a gate of 0 or False removes is zero even where it was NaN or infinite, and what a gate of 1 or True keeps is the
+    same to the bit, in every dtype. Products of soft gates and integers are rounded.
 
     Raises:
       KeepError: unknown group, or a keep set or leaf of the wrong shape.
@@ -58,7 +84,6 @@ def mask(structure: Structure, params: Any, keep: Keep) -> Any:
             raise KeepError(f"leaf {leaf.path!r} has shape {np.shape(x)}, but {leaf.shape} was traced")
         if not any(touched(lay, keep) for lay in leaf.layouts):  # also random keys, which have no numeric type
             return x
-        m = leaf_mask(leaf, keep, jnp.promote_types(x.dtype, jnp.float32))
-        return x if m is None else (x * m).astype(x.dtype)
+        return _masked(leaf, x, keep)
 
     return jax.tree_util.tree_map_with_path(one, params)

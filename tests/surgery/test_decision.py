@@ -223,6 +223,71 @@ def test_masks_keep_half_precision():
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(got))
 
 
+@pytest.mark.parametrize("kind", [bool, np.float32])
+def test_what_a_mask_removes_is_zero_even_if_it_was_not_finite(kind):
+    keep = {g: k.astype(kind) for g, k in gates(0, False).items()}
+    fates = (jnp.nan, jnp.inf, -jnp.inf)
+    masked = jax.jit(GRAPH.mask)
+    whole = masked(PARAMS, keep)
+    broken = {n: jnp.where((whole[n] == 0) & (x != 0), fates[i % 3], x) for i, (n, x) in enumerate(PARAMS.items())}
+    assert not all(bool(jnp.isfinite(x).all()) for x in broken.values())
+    jax.tree.map(np.testing.assert_array_equal, masked(broken, keep), whole)
+
+    def loss(p, k):
+        return sum((x**2).sum() for x in GRAPH.mask(p, k).values())
+
+    if kind is bool:
+        gradient = jax.jit(jax.grad(loss))
+        found, want = (gradient(p, keep) for p in (broken, PARAMS))
+    else:  # and in the gates, where a gate of 0 keeps the gradient of the finite
+        gradient = jax.jit(jax.grad(lambda k, p: loss(p, k) + sum(x.sum() for x in GRAPH.mask(p, k).values())))
+        found, want = (gradient(keep, p) for p in (broken, PARAMS))
+        assert all(float(jnp.abs(w[k == 0]).max()) > 0 for w, k in zip(want.values(), keep.values(), strict=True))
+        want = {g: jnp.where(keep[g] == 0, found[g], w) for g, w in want.items()}
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
+EXACT = ["int32", "int8", "int4", "uint32", "bool", "float8_e4m3fn", "float8_e5m2", "bfloat16", "complex64"]
+
+
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+def test_masks_and_slices_keep_every_bit_of_every_dtype(promotion):
+    bits = jnp.asarray(np.random.default_rng(0).integers(0, 2**31 - 1, (3, 6, 4)), jnp.int32)
+    p = {d: (bits if d in ("int32", "uint32") else bits % 7).astype(d) for d in EXACT}  # float32 holds not all of those
+    p |= {"o": jnp.ones((3, 4, 6), jnp.float32), "e": jnp.ones((6, 2), jnp.float32)}
+
+    def f(p, x):
+        def layer(h, w):
+            made = sum(h @ w[d].real.astype(jnp.float32) for d in EXACT)
+            return h + jnp.tanh(made) @ w["o"], None
+
+        return jax.lax.scan(layer, x, {k: v for k, v in p.items() if k != "e"})[0] @ p["e"]
+
+    rows = np.array([[1, 0, 1, 1], [1, 1, 1, 0], [0, 0, 1, 1]], bool)
+    with jax.numpy_dtype_promotion(promotion):
+        graph = jprune.trace(f, p, jnp.ones((2, 6)))
+        (name,) = (g for g, info in graph.groups.items() if info.layers is not None)
+
+        def check(got):
+            for d in EXACT:
+                assert got[d].dtype == p[d].dtype
+                np.testing.assert_array_equal(got[d], np.where(rows[:, None], p[d], np.zeros((), p[d].dtype)), d)
+
+        for kind in (bool, np.float32, np.int32):
+            check(jax.jit(graph.mask)(p, {name: rows.astype(kind)}))
+        for how in ("pad", "unstack"):
+            small = graph.compact(p, {name: rows}, stacked=how, verify=None)
+            check(jax.jit(lambda t, how=how: graph.expand(t, {name: rows}, stacked=how))(small))
+
+
+def test_soft_gates_of_whole_numbers_round():
+    p = {"w": jnp.array([7, -7, 100, 3], jnp.int8), "o": jnp.ones((4, 2))}
+    graph = jprune.trace(lambda p, x: (x * p["w"].astype(jnp.float32)) @ p["o"], p, jnp.ones((2, 1)))
+    got = graph.mask(p, {"w:0": jnp.array([0.5, 0.9, 1.0, 0.0])})["w"]
+    assert got.tolist() == [4, -6, 100, 0] and got.dtype == jnp.int8
+
+
 def test_masks_of_other_trees_are_refused_by_name():
     keep = gates(0, False)
     with pytest.raises(jprune.KeepError, match="leaf 'extra' was not among the traced parameters"):
