@@ -23,6 +23,7 @@ from jprune.graph import trace
 from jprune.language.blocks import Block, BlockError, Layer, blocks, layers
 from jprune.trace.probes import Point, Probe, probed
 from jprune.trace.structure import Structure, Tap
+from jprune.trace.taps import is_empty
 
 METRICS = ("angular", "cosine", "mse", "mae")
 
@@ -134,6 +135,8 @@ def step_of(
 def _change(b: Block) -> Probe:
     def update(state: Any, before: Any, after: Any) -> Any:
         count, sums = state
+        if not before.size:
+            return state
         new = turned(*(_features_last(x, b.features) for x in (before, after)))
         count = count + int(np.prod(new["mae"].shape))
         return count, {name: sums[name] + jnp.sum(v) for name, v in new.items()}
@@ -150,6 +153,8 @@ def _moments(tap: Tap) -> Probe:
 
     def update(state: Any, value: Any) -> Any:
         count, squares, mean, deviations = state
+        if not value.size:  # the mean of nothing is undefined
+            return state
         x = _features_last(value, axes).astype(jnp.float32)
         rest = tuple(range(x.ndim - 1))
         k = int(np.prod(x.shape[:-1]))
@@ -224,15 +229,13 @@ def block_stats(
       progress: show a bar.
 
     Raises:
-      ValueError: no batches.
+      ValueError: no batches, or only empty ones.
       BlockError: the blocks cannot be told.
     """
     found = blocks(graph) if found is None else found
     step = _compiled(graph, tuple(found))
-    sums = (
-        step(params, b if isinstance(b, tuple) else (b,)) for b in track(batches, "calibrating", disable=not progress)
-    )
-    return _total(graph, sums, found)
+    inputs = (b if isinstance(b, tuple) else (b,) for b in track(batches, "calibrating", disable=not progress))
+    return _total(graph, (step(params, b) for b in inputs if not is_empty(graph, b)), found)
 
 
 @functools.lru_cache(maxsize=4)
@@ -252,7 +255,7 @@ def _total(graph: Structure, sums: Iterable[Any], found: Sequence[Block]) -> Blo
             total = new if total is None else total + new
         waiting = states
     if total is None:
-        raise ValueError("calibration got no batches; pass at least one")
+        raise ValueError("calibration got no batches, or only empty ones; pass at least one with tokens")
     return total
 
 
@@ -283,15 +286,15 @@ def layerwise_stats(
       progress: show a bar.
 
     Raises:
-      ValueError: no batches, or another place to hold.
+      ValueError: no batches, only empty ones, or another place to hold.
       BlockError: a function that is not one block.
     """
     if hold not in ("device", "host"):
         raise ValueError(f"hold is 'device' or 'host', not {hold!r}")
     keep: Any = np.asarray if hold == "host" else jnp.asarray
-    streams = [keep(embed(b)) for b in batches]
+    streams = [keep(embed(b)) for b in batches if 0 not in np.shape(b)]
     if not streams:
-        raise ValueError("calibration got no batches; pass at least one")
+        raise ValueError("calibration got no batches, or only empty ones; pass at least one with tokens")
     made: dict[Any, tuple[Structure, tuple[Block, ...], Any, Any]] = {}
     rows = []
     for i, host in enumerate(track(params, "calibrating", disable=not progress)):

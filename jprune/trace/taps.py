@@ -30,7 +30,7 @@ class Reducer:
 
     Attributes:
       init: number of features -> state (a pytree of arrays).
-      update: (state, activation (samples, features) float32) -> state.
+      update: (state, activation (samples, features) float32) -> state; there is at least one sample.
       finish: state -> result; of a parameter stacked over a scan the states of all layers, on a leading axis.
     """
 
@@ -128,7 +128,7 @@ def calibrate(
 ) -> dict[str, dict[str, Any]]:
     """Stream batches through the traced function and reduce the activations at each tap.
 
-    NaN activations are not skipped: the statistics of the features they meet become NaN.
+    NaN activations are not skipped: the statistics of the features they meet become NaN. Empty batches are skipped.
 
     Args:
       structure: the graph.
@@ -143,17 +143,29 @@ def calibrate(
       {tap id: {reducer name: result}}; results have a leading layer axis for parameters stacked over a scan.
 
     Raises:
-      TraceError: unknown taps, no batches, or batches that do not fit.
+      TraceError: unknown taps, no batches or only empty ones, or batches that do not fit.
     """
     step, states = step_of(structure, reducers, taps, side)
-    seen = 0
+    seen = skipped = 0
     for batch in track(batches, "calibrating", disable=not progress):
         inputs = batch if isinstance(batch, tuple) else (batch,)
+        if is_empty(structure, inputs):
+            skipped += 1
+            continue
         states = step(states, params, inputs)
         seen += 1
     if not seen:
-        raise TraceError("calibration got no batches; pass at least one")
+        all_empty = f": all {skipped} are empty" if skipped else ""
+        raise TraceError(f"calibration got no batches{all_empty}; pass at least one with samples")
     return {t: {r: reducers[r].finish(s[r]) for r in s} for t, s in states.items()}
+
+
+def is_empty(structure: Structure, inputs: tuple[Any, ...]) -> bool:
+    """Whether an input has no entries that had some when it was traced."""
+    given = [np.shape(x) for x in jax.tree.leaves(inputs)]
+    if len(given) != len(structure.input_shapes):
+        return False  # the step says what does not fit
+    return any(0 in new and 0 not in old for new, old in zip(given, structure.input_shapes, strict=True))
 
 
 def step_of(
@@ -183,6 +195,8 @@ def _probe(tap: Tap, reducers: Mapping[str, Reducer], side: str) -> Probe:
 
     def update(states: Any, value: Any) -> Any:
         x = _as_samples(value, axes)
+        if not x.shape[0]:  # means and maxima of nothing are undefined
+            return states
         return {r: reducers[r].update(states[r], x) for r in reducers}
 
     point = Point(use.path, use.data_operand if entering else 0, not entering)

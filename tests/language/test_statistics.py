@@ -149,9 +149,16 @@ def test_seeing_the_text_twice_changes_only_the_sums():
         np.testing.assert_allclose(a.var, b.var, rtol=1e-6)
 
 
+def test_empty_batches_are_skipped():
+    assert apart(S.block_stats(GRAPH, PARAMS, [IDS[:0], IDS, IDS[8:]]), whole()) == 0
+    with pytest.raises(ValueError, match="only empty ones"):
+        S.block_stats(GRAPH, PARAMS, [IDS[:0]])
+
+
 def test_states_of_the_step_add_up_too():
     """What is compiled ahead of time carries its sums along."""
     run, states = S.step_of(GRAPH)
+    jax.tree.map(np.testing.assert_array_equal, run(states, PARAMS, IDS[:0])[1], states)
     step = jax.jit(lambda states, ids: run(states, PARAMS, ids)[1])
     for part in np.split(IDS, 4):
         states = step(states, part)
@@ -258,6 +265,8 @@ def test_no_text_and_no_block():
     embed = PARAMS["table"].__getitem__
     with pytest.raises(ValueError, match="no batches"):
         S.layerwise_stats(embed, layer, PARAMS["layers"], [])
+    with pytest.raises(ValueError, match="only empty ones"):
+        S.layerwise_stats(embed, layer, PARAMS["layers"], [IDS[:0]])
     with pytest.raises(ValueError, match="'device' or 'host'"):
         S.layerwise_stats(embed, layer, PARAMS["layers"], [IDS], hold="disk")
 

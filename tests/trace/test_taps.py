@@ -133,6 +133,17 @@ def test_a_stream_of_different_batches_is_one_large_batch():
     assert_statistics(GRAPH.calibrate(PARAMS, iter([(x,) for x in pieces]), REDUCERS), "in")  # tuples of inputs
 
 
+def test_empty_batches_of_a_stream_change_nothing():
+    reducers = {**REDUCERS, "median": taps.quantiles((0.5,))}
+    found = GRAPH.calibrate(PARAMS, [X[:0], X[:6], X[6:6], X[6:], X[12:]], reducers)
+    want = GRAPH.calibrate(PARAMS, [X[:6], X[6:]], reducers)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    step, states = taps.step_of(GRAPH, reducers)  # and where the steps are the caller's own
+    jax.tree.map(np.testing.assert_array_equal, step(states, PARAMS, (X[:0],)), states)
+    with pytest.raises(jprune.TraceError, match="no batches: all 2 are empty; pass at least one with samples"):
+        GRAPH.calibrate(PARAMS, [X[:0], X[:0]], reducers)
+
+
 def test_one_compilation_per_batch_shape():
     traces = []
 
