@@ -3,60 +3,94 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
+import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from jprune_command import obey_ctrl_c, stop
+
 Text = Annotated
+
+
+def _option(name: str, metavar: str, about: str = "") -> Any:
+    """An option that is not given as long as it is None; the help says what each kind of model then does."""
+    return arg(help=about, metavar=metavar, help_behavior_hint=lambda _: _defaults(name))
 
 
 def prune(
     model: Text[
         str, arg(help="a classifier of the zoo (see `jprune list`), or the folder of a language model")
     ] = "resnet20",
-    data: Text[str, arg(help="digits, cifar10, cifar100 or imagenet-folder")] = "digits",
-    data_dir: Text[str | None, arg(help="where the data lies (all but digits)")] = None,
-    method: Text[str | None, arg(help="how the small network comes about; see `jprune list`")] = None,
-    target: Text[float, arg(help="fraction to KEEP of --quantity")] = 0.5,
-    quantity: Literal["macs", "params", "bytes"] = "macs",
-    scope: Text[Literal["global", "uniform", "isomorphic"], arg(help="which units compete")] = "global",
-    steps: Text[int, arg(help="prune in so many steps, fine-tuning after each")] = 1,
-    schedule: Text[Literal["one_shot", "linear", "cubic"], arg(help="the way there, over --steps")] = "linear",
-    multiple_of: Text[int, arg(help="kept widths are multiples of this (8 or 128 suit accelerators)")] = 1,
-    min_keep: Text[int, arg(help="units every group keeps")] = 1,
-    epochs: Text[int, arg(help="of the baseline, of each sparse phase, and of a network trained from scratch")] = 20,
-    finetune_epochs: Text[int, arg(help="after pruning, over all steps")] = 15,
-    learning_rate: float = 0.05,
-    finetune_learning_rate: float = 0.02,
-    batch_size: int = 64,
-    weight_decay: float = 5e-4,
-    strength: Text[float, arg(help="penalty of slimming and masksparsity; 0: what the schedule needs")] = 0.0,
-    sparsity: Text[float, arg(help="folder: fraction of channels (and heads) to REMOVE")] = 0.3,
+    data: Text[str | None, _option("data", "STR", "digits, cifar10, cifar100 or imagenet-folder")] = None,
+    data_dir: Text[str | None, _option("data_dir", "DIR", "where the data lies (all but digits)")] = None,
+    method: Text[str | None, _option("method", "STR", "how the small network comes about; see `jprune list`")] = None,
+    target: Text[float | None, _option("target", "FLOAT", "fraction to KEEP of --quantity")] = None,
+    quantity: Text[
+        Literal["macs", "params", "bytes"] | None, _option("quantity", "{macs,params,bytes}", "what --target counts")
+    ] = None,
+    scope: Text[
+        Literal["global", "uniform", "isomorphic"] | None,
+        _option("scope", "{global,uniform,isomorphic}", "which units compete (language models: not isomorphic)"),
+    ] = None,
+    steps: Text[int | None, _option("steps", "INT", "prune in so many steps, fine-tuning after each")] = None,
+    schedule: Text[
+        Literal["one_shot", "linear", "cubic"] | None,
+        _option("schedule", "{one_shot,linear,cubic}", "the way there, over --steps"),
+    ] = None,
+    multiple_of: Text[
+        int | None, _option("multiple_of", "INT", "kept widths are multiples of this (8 or 128 suit accelerators)")
+    ] = None,
+    min_keep: Text[int | None, _option("min_keep", "INT", "units every group keeps")] = None,
+    epochs: Text[
+        int | None,
+        _option("epochs", "INT", "of the baseline, of each sparse phase, and of a network trained from scratch"),
+    ] = None,
+    finetune_epochs: Text[int | None, _option("finetune_epochs", "INT", "after pruning, over all steps")] = None,
+    learning_rate: Text[float | None, _option("learning_rate", "FLOAT", "of training, or of --recover")] = None,
+    finetune_learning_rate: Text[float | None, _option("finetune_learning_rate", "FLOAT", "after pruning")] = None,
+    batch_size: Text[int | None, _option("batch_size", "INT", "images, or windows of text, at a time")] = None,
+    weight_decay: Text[float | None, _option("weight_decay", "FLOAT", "of all training")] = None,
+    strength: Text[
+        float | None,
+        _option("strength", "FLOAT", "penalty of slimming and masksparsity; 0: what the schedule needs"),
+    ] = None,
+    sparsity: Text[float | None, _option("sparsity", "FLOAT", "fraction of channels (and heads) to REMOVE")] = None,
     calibration: Text[
-        str | None, arg(help="folder: text file, or a folder of them, to look at and to recover on")
+        str | None, _option("calibration", "PATH", "text file, or a folder of them, to look at and to recover on")
     ] = None,
-    evaluation: Text[str | None, arg(help="folder: text to measure perplexity on; else a tenth is held back")] = None,
-    sequences: Text[int, arg(help="folder: windows of calibration text")] = 128,
-    length: Text[int, arg(help="folder: tokens of a window")] = 1024,
-    recover: Text[int, arg(help="folder: steps of low-rank training")] = 0,
-    rank: Text[int, arg(help="folder: mean rank of that training")] = 8,
-    form: Text[Literal["auto", "uniform", "padded", "hetero"], arg(help="folder: how to write it")] = "auto",
+    evaluation: Text[
+        str | None, _option("evaluation", "PATH", "text to measure perplexity on; else a tenth is held back")
+    ] = None,
+    text_key: Text[
+        str | None, _option("text_key", "STR", "entry of a .jsonl line that holds its text, or its chat messages")
+    ] = None,
+    sequences: Text[int | None, _option("sequences", "INT", "windows of calibration text")] = None,
+    length: Text[int | None, _option("length", "INT", "tokens of a window")] = None,
+    recover: Text[int | None, _option("recover", "INT", "steps of low-rank training")] = None,
+    rank: Text[int | None, _option("rank", "INT", "mean rank of that training")] = None,
+    form: Text[
+        Literal["auto", "uniform", "padded", "hetero"] | None,
+        _option("form", "{auto,uniform,padded,hetero}", "how the folder is written"),
+    ] = None,
     dtype: Text[
-        Literal["float32", "bfloat16", "float16"] | None, arg(help="folder: to compute in, else as stored")
+        Literal["float32", "bfloat16", "float16"] | None,
+        _option("dtype", "{float32,bfloat16,float16}", "to compute in, else as stored"),
     ] = None,
-    mesh: Text[tuple[int, int], arg(help="folder: devices for data and for the model")] = (1, 1),
+    mesh: Text[tuple[int, int] | None, _option("mesh", "INT INT", "devices for data and for the model")] = None,
     seed: int = 0,
     out: Text[Path | None, arg(help="folder for the results; by default named after the options")] = None,
     resume: Text[bool, arg(help="go on with the interrupted run in --out")] = False,
-    quiet: Text[bool, arg(help="no progress bar, no table")] = False,
+    quiet: Text[bool, arg(help="no progress, no table")] = False,
 ) -> int:
     """Train, prune, fine-tune, measure; leaves a pruned checkpoint and a report.
 
@@ -64,7 +98,7 @@ def prune(
 
         jprune prune --model vgg16_bn --data cifar10 --data-dir ~/cifar-10-batches-bin --method taylor --target 0.3
 
-        jprune prune --method masksparsity --steps 1 --seed 3 --out runs/ms3
+        jprune prune --method masksparsity --seed 3 --out runs/ms3
 
         jprune prune --method precrop --quantity params --target 0.2
 
@@ -72,100 +106,102 @@ def prune(
 
         jprune prune --model ./Llama-3.2-1B --method cfsp --sparsity 0.3 --calibration wiki.txt --recover 500
     """
-    asked = dict(locals())
-    if (Path(model) / "config.json").is_file():
-        return _prune_folder(asked)
-    _refuse(asked, LANGUAGE_ONLY, "means nothing to a classifier of the zoo: leave it out, or give a model's folder")
+    given = {k: v for k, v in locals().items() if v is not None and k not in ("out", "resume", "quiet")}
+    from jprune.pipeline.which import is_language_model
+
+    if is_language_model(model):
+        return _prune_folder(given, out, resume, quiet)
     from jprune.pipeline import Options, Run, rows
 
-    method = method or "magnitude-l2"
-    options = Options(
-        model=model, data=data, data_dir=data_dir, method=method, target=target, quantity=quantity, scope=scope, steps=steps,
-        schedule=schedule, multiple_of=multiple_of, min_keep=min_keep, epochs=epochs, finetune_epochs=finetune_epochs,
-        learning_rate=learning_rate, finetune_learning_rate=finetune_learning_rate, batch_size=batch_size,
-        weight_decay=weight_decay, strength=strength, seed=seed)  # fmt: skip
-    out = out or Path("jprune-out") / f"{model}-{data}-{method}-{target:g}-seed{seed}"
-    summary = _interruptible(Run(options, out, resume, quiet))
+    options = _made(
+        Options, given, f"{model!r} is a classifier of the zoo: leave it out, or give the folder of a language model"
+    )
+    if out is None:
+        out = Path("jprune-out") / f"{model}-{options.data}-{options.method}-{options.target:g}-seed{seed}"
+    summary = _interruptible(lambda: Run(options, out, resume, quiet), resumable=True)
     if not quiet:
         from jprune.report.measure import Measured
 
-        title = f"{model} on {data}, {method}, {quantity} to {summary['achieved_fraction']:.2%}"
+        title = f"{model} on {options.data}, {options.method}, {options.quantity} to {summary['achieved_fraction']:.2%}"
         _show(title, rows(Measured(**summary["before"]), Measured(**summary["after"])))
-        Console().print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+        _say(f"report: {out / 'report.html'}")
     return 0
 
 
-LANGUAGE_ONLY = (
-    "sparsity",
-    "calibration",
-    "evaluation",
-    "sequences",
-    "length",
-    "recover",
-    "rank",
-    "form",
-    "dtype",
-    "mesh",
-)
-ZOO_ONLY = ("data", "data_dir", "target", "quantity", "steps", "schedule", "min_keep", "epochs", "finetune_epochs",
-            "finetune_learning_rate", "weight_decay", "strength")  # fmt: skip
+def _made(options: type, given: dict[str, Any], otherwise: str) -> Any:
+    """The options of one kind of model, from those that were given; one that it does not have is refused."""
+    known = {f.name for f in dataclasses.fields(options)}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"--{name.replace('_', '-')} means nothing here: {otherwise}")
+    return options(**given)
 
 
-def _refuse(asked: dict[str, Any], names: Iterable[str], why: str) -> None:
-    """Raise ValueError for options that were given and mean nothing here."""
-    defaults = {p.name: p.default for p in inspect.signature(prune).parameters.values()}
-    for name in names:
-        if asked[name] != defaults[name]:
-            raise ValueError(f"--{name.replace('_', '-')} {why}")
+def _defaults(name: str) -> str:
+    """What the help says of an option that is not given: the default of every kind of model that has it."""
+    from jprune.pipeline.language_options import LanguageOptions
+    from jprune.pipeline.options import Options
+
+    found = {
+        kind: f.default
+        for kind, options in (("classifiers", Options), ("language models", LanguageOptions))
+        for f in dataclasses.fields(options)
+        if f.name == name
+    }
+    one = len(set(map(str, found.values()))) == 1
+    said = {kind: "optional" if v is None else f"default: {v}" for kind, v in found.items()}
+    if len(found) == 1:
+        return "({}; {} only)".format(*next((v, k) for k, v in said.items()))
+    return f"({said['classifiers']})" if one else "({classifiers}; language models: {})".format(
+        said["language models"].removeprefix("default: "), **said)  # fmt: skip
 
 
-def _prune_folder(asked: dict[str, Any]) -> int:
+def _prune_folder(given: dict[str, Any], out: Path | None, resume: bool, quiet: bool) -> int:
     """`prune` for the folder of a language model."""
-    from jprune.pipeline.language import LanguageRun, rows
+    from jprune.pipeline.language import LanguageRun, MeasuredDecoder, rows
     from jprune.pipeline.language_options import LanguageOptions
 
-    _refuse(asked, ZOO_ONLY, "means nothing to a language model's folder: leave it out")
-    own = {f.name: f.default for f in dataclasses.fields(LanguageOptions) if f.name in asked}
-    given = {name: asked[name] for name in own}
-    for name in ("method", "batch_size", "learning_rate"):  # where the zoo has another default
-        if asked[name] == inspect.signature(prune).parameters[name].default:
-            given[name] = own[name]
-    if given["scope"] == "isomorphic":
-        raise ValueError("scope is 'isomorphic': it must be global or uniform")
-    options = LanguageOptions(**given)
+    options = _made(LanguageOptions, given, f"{given['model']} is the folder of a language model: leave it out")
     name = Path(options.model).resolve().name
-    out = asked["out"] or Path("jprune-out") / f"{name}-{options.method}-{options.sparsity:g}-seed{options.seed}"
-    summary = _interruptible(LanguageRun(options, out, asked["resume"], asked["quiet"]))
-    if not asked["quiet"]:
-        from jprune.pipeline.language import MeasuredDecoder
-
+    if out is None:
+        out = Path("jprune-out") / f"{name}-{options.method}-{options.sparsity:g}-seed{options.seed}"
+    summary = _interruptible(lambda: LanguageRun(options, out, resume, quiet), resumable=True)
+    if not quiet:
         removed = summary["removed"]
         title = f"{name}, {options.method}: {removed['parameters']:.1%} of the parameters removed"
         _show(title, rows(MeasuredDecoder(**summary["before"]), MeasuredDecoder(**summary["after"])))
-        Console().print(f"model: {out / 'model'} ({summary['form']})\nreport: {out / 'report.html'}", highlight=False,
-                        soft_wrap=True)  # fmt: skip
+        _say(f"model: {out / 'model'} ({summary['form']})\nreport: {out / 'report.html'}")
     return 0
 
 
-def _interruptible(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run it; Ctrl-C says how to go on."""
+def _interruptible(prepare: Callable[[], Callable[[], dict[str, Any]]], resumable: bool = False) -> dict[str, Any]:
+    """Get ready, then run; Ctrl-C ends it with one line, which says how to go on where that can be."""
+    run = prepare()  # until here nothing is lost, and Ctrl-C calls `stop`
+    if signal.getsignal(signal.SIGINT) is stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return run()
     except KeyboardInterrupt:
-        command = " ".join(a for a in sys.argv[1:] if a != "--resume")
-        print(f"interrupted; go on with: jprune {command} --resume", file=sys.stderr, flush=True)
+        command = shlex.join(a for a in sys.argv[1:] if a != "--resume")
+        end = f"; go on with: jprune {command} --resume" if resumable else ""
+        print(f"interrupted{end}", file=sys.stderr, flush=True)
         os._exit(130)  # compilers and writers in the background do not survive the interpreter's orderly end
 
 
 def _show(title: str, rows: Sequence[Sequence[str]]) -> None:
     """A table whose first row is the header."""
     head, *body = rows
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for i, column in enumerate(head):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(escape(column), justify="left" if i == 0 else "right")
     for row in body:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print(table)
+
+
+def _say(text: str) -> None:
+    """Lines as they are."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def evaluate(
@@ -182,7 +218,7 @@ def evaluate(
     dtype: Text[Literal["float32", "bfloat16", "float16"] | None, arg(help="to compute in, else as stored")] = None,
     seed: int = 0,
     out: Text[Path | None, arg(help="folder for the results; by default named after the options")] = None,
-    quiet: Text[bool, arg(help="no progress bar, no table")] = False,
+    quiet: Text[bool, arg(help="no progress, no table")] = False,
 ) -> int:
     """Run a trained vision transformer on fewer tokens: accuracy, multiply-adds and speed, before and after.
 
@@ -197,12 +233,12 @@ def evaluate(
     )
     name = Path(model).resolve().name
     out = out or Path("jprune-out") / f"{name}-{tokens}-{flops:g}"
-    summary = evaluate_tokens(options, out, quiet)
+    summary = _interruptible(lambda: lambda: evaluate_tokens(options, out, quiet))
     if not quiet:
         _show(f"{name}, {tokens}, {summary['images']} pictures", rows(summary))
         if summary["note"]:
             print(summary["note"])
-        Console().print(f"report: {out / 'report.html'}\npatches: {out / 'kept.png'}", highlight=False, soft_wrap=True)
+        _say(f"report: {out / 'report.html'}\npatches: {out / 'kept.png'}")
     return 0
 
 
@@ -223,6 +259,7 @@ def chat(
     dtype: Text[Literal["float32", "bfloat16", "float16"] | None, arg(help="to compute in, else as stored")] = None,
     seed: int = 0,
     out: Text[Path | None, arg(help="folder for the results; by default named after the options")] = None,
+    quiet: Text[bool, arg(help="no progress")] = False,
 ) -> int:
     """Ask a LLaVA about a picture, with all visual tokens and with few of them.
 
@@ -237,13 +274,11 @@ def chat(
         model, image, question, tokens, keep, ratio, layer, order, positions, vision, steps, dtype, seed
     )
     out = out or Path("jprune-out") / f"{Path(model).resolve().name}-{Path(image).stem}-{tokens}"
-    summary = ask(options, out)
-    console = Console()
+    summary = _interruptible(lambda: lambda: ask(options, out, quiet=quiet))
     for name in ("all", "reduced"):
-        console.print(f"[bold]{name}:[/] ", end="")
-        console.print(summary["answers"][name], markup=False, highlight=False, soft_wrap=True)
+        _say(f"{name}: {summary['answers'][name]}")
     _show(f"{Path(model).resolve().name}, {tokens}", rows(summary))
-    console.print(f"written to {out}", highlight=False, soft_wrap=True)
+    _say(f"written to {out}")
     return 0
 
 
@@ -253,23 +288,21 @@ def explain(
     axis: Text[int | None, arg(help="only this axis of the leaf")] = None,
     num_classes: int | None = None,
     image: Text[tuple[int, int, int] | None, arg(help="height width channels; by default the model's own")] = None,
+    length: Text[int, arg(help="language models: tokens of a window, which the costs are of")] = 1024,
     costs: Text[bool, arg(help="also the cost of every layer")] = True,
 ) -> int:
-    """The dependency groups of a zoo model: what has to be cut together, what cannot be cut and why.
+    """The dependency groups of a zoo model, or of a model in a folder: what is cut together, what cannot be cut and why.
 
     jprune explain resnet20
 
     jprune explain vit_small --path params/block1_attn/qkv/kernel
+
+    jprune explain ./Llama-3.2-1B
     """
-    import jax
-    import jax.numpy as jnp
-
     from jprune.graph import trace
-    from jprune.models import MODELS, build
+    from jprune.pipeline.which import to_explain
 
-    module = build(model, num_classes)
-    x = jax.ShapeDtypeStruct((2, *(image or MODELS[model].image)), jnp.float32)
-    graph = trace(module.apply, jax.eval_shape(module.init, jax.random.key(0), x), x)
+    graph = trace(*to_explain(model, num_classes, image, length))
     print(graph.explain(path, axis))
     if costs and path is None:
         Console(width=None if sys.stdout.isatty() else 120).print(graph.cost_table())
@@ -301,7 +334,7 @@ def list_() -> int:
     ):
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 3, 0, 0))
         for name, about in entries.items():
-            table.add_row(f"[bold]{name}[/]", about)
+            table.add_row(f"[bold]{escape(name)}[/]", escape(about))
         console.print(table)
         console.print()
     return 0
@@ -309,6 +342,7 @@ def list_() -> int:
 
 def main() -> None:
     """Entry point: errors that a user can mend are one line and exit status 2."""
+    obey_ctrl_c()
     commands = {"prune": prune, "eval": evaluate, "chat": chat, "explain": explain, "list": list_}
     try:
         status = tyro.extras.subcommand_cli_from_dict(
@@ -317,7 +351,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("JPRUNE_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True, markup=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         status = 2
     sys.exit(status)
 

@@ -85,6 +85,7 @@ def allocate(
     frozen: Sequence[str] = (),
     allow_inexact: bool = False,
     per_layer: str = "equal",
+    even: bool = False,
 ) -> Allocation:
     """Choose the units to keep.
 
@@ -99,6 +100,8 @@ def allocate(
       frozen: patterns of group ids to leave whole.
       allow_inexact: also prune groups whose removal is not the same as zeroing them.
       per_layer: for stacked groups, "equal" keeps the same number in every layer, "free" lets layers compete.
+      even: with scope "uniform": groups and layers of one size, use and limits keep the same number. Units then come
+        back to all of them or to none, and the gap is below the cost of such a step instead of a single unit's.
 
     Raises:
       ValueError: NaN scores, options out of range, or a target that cannot be reached (with the reachable range).
@@ -115,6 +118,8 @@ def allocate(
                 f"group {g!r} is inexact ({'; '.join(graph.groups[g].notes)}); "
                 "leave its scores out, freeze it, or pass allow_inexact=True"
             )
+    if even and scope != "uniform":
+        raise ValueError(f"even=True goes with scope 'uniform', not {scope!r}")
     if per_layer not in ("equal", "free"):
         raise ValueError(f"per_layer must be 'equal' or 'free', not {per_layer!r}")
     queues = [
@@ -165,7 +170,11 @@ def allocate(
         else:
             lo = mid + 1
     counts(breaks[lo])
-    achieved, next_unit = _give_back(list(classes.values()), price, limit)
+    steps: dict[Any, list[_Queue]] = {}  # what gains a unit together
+    for i, q in enumerate(queues):
+        alike = (isomorphism_class(graph, q.group), q.group.size, q.most, q.multiple)
+        steps.setdefault(alike if even else i, []).append(q)
+    achieved, next_unit = _give_back(list(classes.values()), list(steps.values()), price, limit)
     keep = {g: np.ones(graph.groups[g].shape, bool) for g in checked}
     for q in queues:
         q.write(keep[q.group.id])
@@ -249,45 +258,56 @@ def _widths(graph: Structure, queues: Sequence[_Queue]) -> dict[str, Any]:
     return out
 
 
-def _give_back(classes: Sequence[list[_Queue]], price: Callable[[], float], limit: float) -> tuple[float, float | None]:
-    """Return units while any fits; (cost, cheapest unit that does not fit).
+def _give_back(
+    classes: Sequence[list[_Queue]], steps: Sequence[list[_Queue]], price: Callable[[], float], limit: float
+) -> tuple[float, float | None]:
+    """Return units while any fits; (cost, cheapest unit that does not fit). Queues of one step gain a unit together.
 
     The class that lost the largest fraction comes first, so that classes stay even and never see each other's scores;
     inside it, the most important unit.
     """
     achieved = price()
-    queues = [q for qs in classes for q in qs]
-    waiting = [(c, q) for c, qs in enumerate(classes) for q in qs if q.kept() < q.group.size]
+    class_of = {id(q): c for c, qs in enumerate(classes) for q in qs}
+    waiting = [(class_of[id(qs[0])], qs) for qs in steps if qs[0].kept() < qs[0].group.size]
     cheapest: float | None = None
 
     def lost(q: _Queue) -> int:  # rounding to multiples keeps some of what the queue removed
         return q.group.size - q.kept()
 
+    def gain(qs: list[_Queue]) -> Callable[[], None]:
+        before = [q.removed for q in qs]
+        for q in qs:
+            now = q.kept()
+            while q.kept() == now:
+                q.removed -= 1
+
+        def undo() -> None:
+            for q, n in zip(qs, before, strict=True):
+                q.removed = n
+
+        return undo
+
     while waiting:
         fraction = [sum(map(lost, qs)) / max(sum(q.most for q in qs), 1) for qs in classes]
-        waiting.sort(key=lambda cq: (fraction[cq[0]], -cq[0], cq[1].values[lost(cq[1]) - 1]))
-        c, q = waiting.pop()
-        before, now = q.removed, q.kept()
-        while q.kept() == now:
-            q.removed -= 1
+        waiting.sort(key=lambda cq: (fraction[cq[0]], -cq[0], cq[1][0].values[lost(cq[1][0]) - 1]))
+        c, qs = waiting.pop()
+        undo = gain(qs)
         cost = price()
         if cost <= limit:
             achieved = cost
-            if q.kept() < q.group.size:
-                waiting.append((c, q))
+            if qs[0].kept() < qs[0].group.size:
+                waiting.append((c, qs))
         else:
-            q.removed = before
+            undo()
             # the cost of a unit only grows while others come back, so this queue need not be tried again
             cheapest = cost - achieved if cheapest is None else min(cheapest, cost - achieved)
     if cheapest is not None:  # what did not fit, priced at the final widths
         prices = []
-        for q in queues:
-            if q.kept() < q.group.size:
-                before, now = q.removed, q.kept()
-                while q.kept() == now:
-                    q.removed -= 1
+        for qs in steps:
+            if qs[0].kept() < qs[0].group.size:
+                undo = gain(qs)
                 prices.append(price() - achieved)
-                q.removed = before
+                undo()
         cheapest = min(prices) if prices else None
     return achieved, cheapest
 

@@ -26,7 +26,8 @@ def channel_counts(
       widths: channels per layer, or of every layer.
       multiple_of: counts are multiples of this, or the whole width; None or 1: any count.
       official_counts: without multiples, one channel more per layer, as the threshold of CFSP's authors keeps.
-      exact_budget: move multiples between layers until the total is as near to sum(keep widths) as it can be.
+      exact_budget: move multiples between layers until the total is as near to sum(keep widths) as it can be with
+        layers that ask for the same treated alike.
 
     Raises:
       ValueError: a multiple larger than a width, or the authors' counts together with an exact budget.
@@ -51,18 +52,26 @@ def channel_counts(
 
 
 def _balanced(counts: np.ndarray, asked: np.ndarray, full: np.ndarray, step: int) -> np.ndarray:
-    """Steps given to the layers rounded down most, or taken from those rounded up most, while the total comes nearer."""
+    """Steps given to the layers rounded down most, or taken from those rounded up most, while the total comes nearer.
+
+    Layers of one width that ask for the same move together: only rounding would set them apart, and a model whose layers
+    are alike is worth more than its last few channels.
+    """
     counts = counts.copy()
+    _, alike = np.unique(np.stack([asked, full], axis=1), axis=0, return_inverse=True)
+    members = np.bincount(alike.ravel())[alike.ravel()]
     while True:
         off = counts.sum() - asked.sum()
         higher = np.where(counts + step > full, full, counts + step)
         lower = np.maximum(np.where(counts % step, counts - counts % step, counts - step), step)
         new = higher if off < 0 else lower
-        residual = np.where(new == counts, -np.inf, (asked - counts) * -np.sign(off))
-        i = int(np.argmax(residual))
-        if new[i] == counts[i] or abs(off + new[i] - counts[i]) >= abs(off) - 1e-9:
+        moved = members * (new - counts)
+        nearer = (moved != 0) & (abs(off + moved) < abs(off) - 1e-9)
+        if not nearer.any():
             return counts
-        counts[i] = new[i]
+        i = int(np.argmax(np.where(nearer, (asked - counts) * -np.sign(off), -np.inf)))
+        together = alike.ravel() == alike.ravel()[i]
+        counts[together] = new[together]
 
 
 def proportional_ranks(

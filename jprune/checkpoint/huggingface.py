@@ -103,6 +103,17 @@ def load_hf(
     return config, variables, {"hf_config": hf, "record": record}
 
 
+def read_config(folder: str | Path) -> LlamaConfig:
+    """The config that `load_hf` gives for a folder, without a look at its weights: their dtype is what config.json says.
+
+    Raises:
+      ValueError: a missing or damaged config.json, an unsupported type.
+    """
+    folder = Path(folder)
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+    return _widths(config_from_hf(read_json(folder / "config.json")), record, keep_padding=False)
+
+
 def read_decoder(
     files: Any,
     stored: LlamaConfig,

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Int32, Integer
+
+Chat: TypeAlias = Callable[[Sequence[Mapping[str, str]]], str]  # messages of a chat -> one text
 
 ENDINGS = (".txt", ".md", ".py", ".jsonl")
 BYTES = 256  # a vocabulary of this size needs no tokenizer: its ids are the bytes of UTF-8
 
 
-def read_text(path: str | Path, *, field: str = "text", separator: str = "\n") -> str:
+def read_text(path: str | Path, *, field: str | None = None, separator: str = "\n", chat: Chat | None = None) -> str:
     """The text of a .txt, .md, .py or .jsonl file, or of all of them in a folder and its subfolders, sorted by path.
 
     Args:
       path: file or folder; hidden files and folders are left out.
-      field: the entry of a .jsonl line that holds its text, where lines are objects and not strings.
+      field: the entry of a .jsonl line that holds its text or the messages of a chat, where lines are objects and not
+        strings; None: "text", or else "messages".
+      chat: what makes one text of a chat's messages (`jprune.checkpoint.chat_template`); None: "role: content" lines.
       separator: put between files, and between the lines of a .jsonl file.
 
     Raises:
@@ -44,13 +49,13 @@ def read_text(path: str | Path, *, field: str = "text", separator: str = "\n") -
         files = [path]
     else:
         raise ValueError(f"there is no file or folder {path}: check the path")
-    text = separator.join(_one_file(file, field, separator) for file in files)
+    text = separator.join(_one_file(file, field, separator, chat or plain_chat) for file in files)
     if not text.strip():
         raise ValueError(f"{path} holds no text, only white space: give another file")
     return text
 
 
-def _one_file(file: Path, field: str, separator: str) -> str:
+def _one_file(file: Path, field: str | None, separator: str, chat: Chat) -> str:
     try:
         text = file.read_bytes().decode("utf-8")  # not read_text: it would rewrite line ends
     except UnicodeDecodeError as error:
@@ -67,11 +72,43 @@ def _one_file(file: Path, field: str, separator: str) -> str:
             raise ValueError(
                 f"line {number} of {file} is not JSON ({error}): write one object or string a line"
             ) from error
-        entry = entry.get(field) if isinstance(entry, dict) else entry
-        if not isinstance(entry, str):
-            raise ValueError(f"line {number} of {file} has no text under {field!r}: name its entry with field=")
-        parts.append(entry)
+        try:
+            parts.append(_text_of(entry, field, chat))
+        except ValueError as error:
+            raise ValueError(f"line {number} of {file} {error}") from error
     return separator.join(parts)
+
+
+def _text_of(entry: Any, field: str | None, chat: Chat) -> str:
+    """The text of a .jsonl line."""
+    if isinstance(entry, dict):
+        name = field or next((n for n in ("text", "messages") if n in entry), "text")
+        if name not in entry:
+            has = ", ".join(map(repr, entry)) or "nothing"
+            raise ValueError(f"has no {name!r}, but {has}: name the entry that holds its text (--text-key, or field=)")
+        entry = entry[name]
+    if isinstance(entry, list) and entry and all(isinstance(m, dict) for m in entry):
+        return chat([_message(m) for m in entry])
+    if not isinstance(entry, str):
+        raise ValueError(f"has no text, but {type(entry).__name__}: write strings, or objects with text or messages")
+    return entry
+
+
+def _message(said: dict[str, Any]) -> dict[str, str]:
+    """One message of a chat as {"role", "content"}; of a content in parts, the parts that are text."""
+    role, content = said.get("role"), said.get("content")
+    if isinstance(content, list):
+        content = "".join(p["text"] for p in content if isinstance(p, dict) and isinstance(p.get("text"), str))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError(
+            f"has a message with {', '.join(map(repr, said))}: each needs the strings 'role' and 'content'"
+        )
+    return {"role": role, "content": content}
+
+
+def plain_chat(messages: Sequence[Mapping[str, str]]) -> str:
+    """The messages of a chat as one text without a template: "role: content", a line each."""
+    return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
 def tokenize(text: str, vocab: int, tokenizer: Any = None) -> Int32[np.ndarray, " n"]:
@@ -114,10 +151,16 @@ def check_ids(ids: Integer[np.ndarray, ...], vocab: int) -> Int32[np.ndarray, ..
 
 
 def token_stream(
-    path: str | Path, vocab: int, tokenizer: Any = None, *, field: str = "text", separator: str = "\n"
+    path: str | Path,
+    vocab: int,
+    tokenizer: Any = None,
+    *,
+    field: str | None = None,
+    separator: str = "\n",
+    chat: Chat | None = None,
 ) -> Int32[np.ndarray, " n"]:
     """`tokenize` of `read_text`; raises what they raise."""
-    return tokenize(read_text(path, field=field, separator=separator), vocab, tokenizer)
+    return tokenize(read_text(path, field=field, separator=separator, chat=chat), vocab, tokenizer)
 
 
 def sample_windows(

@@ -144,7 +144,7 @@ def flap(
             _put(scores, graph, b.kv, row, sums.reshape(-1) * graph.groups[b.kv].size / len(features))
     target = budget.Target.params(_left(graph, found, sparsity))
     multiples = {b.ffn: multiple_of for b in found}
-    return budget.ranked(graph, scores, target, per_layer="free", multiple_of=multiples).keep
+    return budget.ranked(graph, scores, target, per_layer="free", multiple_of=multiples, even=True).keep
 
 
 def flap_biases(graph: Structure, params: Any, stats: BlockStats, keep: Keep) -> Compensated:
@@ -179,7 +179,7 @@ def taylor(
         return _even(graph, scores, sparsity, multiple_of)
     target = budget.Target.params(_left(graph, found, sparsity))
     multiples = {b.ffn: multiple_of for b in found}
-    return budget.uniform(graph, scores, target, per_layer="free", multiple_of=multiples).keep
+    return budget.uniform(graph, scores, target, per_layer="free", multiple_of=multiples, even=True).keep
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

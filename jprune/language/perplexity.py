@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, Float32, Int, Integer
+from rich.progress import Progress
 
 from jprune.models.decoding import Cache, new_cache
 from jprune.training import as_forward
+from jprune.training.progress import bar
 
 
 def next_token_loss(logits: Float[Array, "b t v"], ids: Integer[Array, "b t"]) -> Float32[Array, " b"]:
@@ -37,6 +39,7 @@ def window_losses(
     batch_size: int = 8,
     *,
     sharding: Sharding | None = None,
+    progress: bool | Progress = False,
 ) -> Float32[np.ndarray, " n"]:
     """The mean next-token loss of every window, in batches of one compiled program.
 
@@ -46,6 +49,7 @@ def window_losses(
       windows: token ids, at least two a window.
       batch_size: windows at a time.
       sharding: of a batch of ids, where the parameters lie on a mesh; None: wherever the parameters are.
+      progress: show it, or a rich Progress to draw on.
 
     Raises:
       ValueError: no windows or windows of one token.
@@ -55,11 +59,13 @@ def window_losses(
         raise ValueError(f"{n} windows of {t} tokens, {batch_size} at a time: one window, two tokens, one at least")
     batch_size = min(batch_size, n)
     step, out = _compiled(as_forward(model).evaluate), []
-    for start in range(0, n, batch_size):
-        rows = np.minimum(np.arange(start, start + batch_size), n - 1)  # the last batch repeats the last window
-        ids = windows[rows] if sharding is None else jax.device_put(windows[rows], sharding)
-        out.append(step(params, ids))
-        jax.block_until_ready(out[-3:-2])  # else a slow device would collect the batches of a fast host
+    with bar(progress, n, "windows") as update:
+        for start in range(0, n, batch_size):
+            rows = np.minimum(np.arange(start, start + batch_size), n - 1)  # the last batch repeats the last window
+            ids = windows[rows] if sharding is None else jax.device_put(windows[rows], sharding)
+            out.append(step(params, ids))
+            jax.block_until_ready(out[-3:-2])  # else a slow device would collect the batches of a fast host
+            update(min(start + batch_size, n), "")
     return np.concatenate([np.asarray(x) for x in out])[:n]
 
 
@@ -75,9 +81,10 @@ def perplexity(
     batch_size: int = 8,
     *,
     sharding: Sharding | None = None,
+    progress: bool | Progress = False,
 ) -> float:
     """exp of the mean of `window_losses`; raises what that raises."""
-    losses = window_losses(model, params, windows, batch_size, sharding=sharding)
+    losses = window_losses(model, params, windows, batch_size, sharding=sharding, progress=progress)
     return float(np.exp(losses.astype(np.float64).mean()))
 
 
@@ -111,19 +118,43 @@ def speed(
     Raises:
       ValueError: nothing to time.
     """
-    run = Runs(module, variables, batch, prompt, steps)
+    one = {"": (module, variables)}
+    return speeds(one, batch=batch, prompt=prompt, steps=steps, rounds=rounds, clock=clock)[""]
+
+
+def speeds(
+    models: Mapping[str, tuple[Any, Any]],
+    *,
+    batch: int = 1,
+    prompt: int = 128,
+    steps: int = 32,
+    rounds: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Speed]:
+    """`speed` of several models whose rounds take turns, so that a busy machine hits all alike; all are held at once.
+
+    Args:
+      models: {name: (module, variables)}.
+      batch, prompt, steps, rounds, clock: as for `speed`.
+
+    Raises:
+      ValueError: nothing to time.
+    """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: a median needs at least one")
-    seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
+    runs = {name: Runs(module, variables, batch, prompt, steps) for name, (module, variables) in models.items()}
+    jobs = [(name, job) for job in ("prefill", "decode") for name in runs]
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
     for k in range(1 + rounds):
-        for name in seconds:
+        for name, job in jobs:
             began = clock()
-            jax.block_until_ready(getattr(run, name)())
+            jax.block_until_ready(getattr(runs[name], job)())
             if k:
-                seconds[name].append(clock() - began)
-    return Speed(
-        batch * prompt / statistics.median(seconds["prefill"]), batch * steps / statistics.median(seconds["decode"])
-    )
+                seconds[name, job].append(clock() - began)
+    return {
+        name: Speed(*(run.tokens[job] / statistics.median(seconds[name, job]) for job in ("prefill", "decode")))
+        for name, run in runs.items()
+    }
 
 
 class Runs:

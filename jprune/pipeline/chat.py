@@ -17,14 +17,17 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image
+from rich.progress import Progress
 
 from jprune.checkpoint.llava import load_llava
 from jprune.models.llava import Llava
 from jprune.models.llava_answer import BEFORE, MERGE, VisualPruning, answer, read_prompt
+from jprune.pipeline.lock import FolderLock
 from jprune.report import measure
 from jprune.report.patches import Shown, kept_patches
 from jprune.tokens.diverse import retained_count
 from jprune.tokens.llm_flops import true_flops
+from jprune.training.progress import display
 from jprune.whole_files import whole_folder, write_json
 
 
@@ -59,21 +62,27 @@ class ChatOptions:
     seed: int = 0
 
 
-def chat(options: ChatOptions, out: Path, rounds: int = 5) -> dict[str, Any]:
+def chat(options: ChatOptions, out: Path, rounds: int = 5, quiet: bool = False) -> dict[str, Any]:
     """Answer with all and with few visual tokens, write what came out, return what answer.json says.
 
     Raises:
       ValueError: a model, picture or options that do not go together; `out` holds something else.
     """
-    o = options
     if out.exists() and not (out / "answer.json").is_file():
         raise ValueError(f"{out} exists and holds no answer: choose another --out")
+    with FolderLock(out), display(not quiet) as progress:
+        return _chat(options, out, rounds, progress)
+
+
+def _chat(o: ChatOptions, out: Path, rounds: int, progress: Progress) -> dict[str, Any]:
     try:
         with Image.open(o.image) as opened:
             picture = opened.convert("RGB")
     except OSError as error:  # Pillow's for everything from a missing file to a torn one
         raise ValueError(f"cannot decode {o.image} ({error}): give a picture's file") from error
+    task = progress.add_task("loading", total=1)
     module, variables, processor = load_llava(o.model, vision=o.vision, dtype=o.dtype)
+    progress.update(task, advance=1)
     m = module.config.visual_tokens
     k = 0 if o.tokens == "vtw" else retained_count(m, o.ratio) if o.keep is None else o.keep
     if k > m:
@@ -85,12 +94,16 @@ def chat(options: ChatOptions, out: Path, rounds: int = 5) -> dict[str, Any]:
     stop = processor.tokenizer.token_to_id("</s>")
 
     texts, programs = [], {}
+    task = progress.add_task("answering", total=2)
     for name, p in (("all", None), ("reduced", pruning)):
         made = np.asarray(answer(module, variables, ids, images, o.steps, mask, pruning=p, stop=stop, key=key))[0]
         texts.append(processor.tokenizer.decode(made.tolist(), skip_special_tokens=True).strip())
         read = jax.jit(lambda v, i, x, a, p=p: read_prompt(module, v, i, x, a, pruning=p, key=key))
         programs[name] = (read, (variables, ids, images, mask))
+        progress.update(task, advance=1)
+    task = progress.add_task("timing", total=1)
     ms = measure.interleaved(programs, rounds)
+    progress.update(task, advance=1)
     text = ids.shape[1] - m
     language = module.config.language
     kept = _kept(module, variables, images, programs["reduced"], pruning, key)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from rich.progress import Progress
 
 from jprune.checkpoint import PruningRecord, load_hf, save_hf
 from jprune.checkpoint.hf_export import removed
+from jprune.checkpoint.huggingface import read_config
 from jprune.data.text import sample_windows
 from jprune.graph import Graph, trace
 from jprune.language.finetune import Tuning, recover
 from jprune.language.lora import LoraConfig, layer_ranks, merge
-from jprune.language.perplexity import perplexity, speed
+from jprune.language.perplexity import Speed, perplexity, speeds
 from jprune.models import rebuild
 from jprune.models.layouts import LINEN, kept_of_plan
 from jprune.models.llama import Llama
@@ -38,6 +40,7 @@ from jprune.pipeline.language_methods import Found, LanguageMethod, language_met
 from jprune.pipeline.language_options import LanguageOptions, Texts, load_texts
 from jprune.pipeline.workspace import Workspace
 from jprune.report import measure, page, plots
+from jprune.training.progress import display
 from jprune.whole_files import whole_folder, write_json
 
 
@@ -67,33 +70,60 @@ class LanguageRun(Workspace):
         super().__init__(out, quiet)
         self.o = options
         self.method: LanguageMethod = language_method(options.method)
+        self.method.check(options, read_config(options.model))
         self.mesh = _mesh(options.mesh)
-        self.config, self.params, self.source = load_hf(
-            options.model, dtype=options.dtype, sharding=None if self.mesh is None else placement(self.mesh)
-        )
-        self.method.check(options, self.config)
-        self.texts: Texts = load_texts(options, self.config)
+        self.warnings: list[str] = []
+        with (
+            self.claim({**dataclasses.asdict(options), "mesh": list(options.mesh)}, resume),
+            display(not quiet) as progress,
+        ):
+            with self.phase("reading text", progress):
+                self.texts: Texts = load_texts(options, read_config(options.model))
+            with self.phase("loading", progress):
+                self.config, self.params, self.source = load_hf(
+                    options.model, dtype=options.dtype, sharding=None if self.mesh is None else placement(self.mesh)
+                )
         self.model = Llama(self.config)
-        self.claim({**dataclasses.asdict(options), "mesh": list(options.mesh)}, resume)
 
     def __call__(self) -> dict[str, Any]:
         """All phases; returns what summary.json says."""
+        try:
+            return self._run()
+        finally:
+            self.release()
+
+    def _run(self) -> dict[str, Any]:
         o = self.o
         ids = self._example()
         graph = trace(self.model.apply, self.params, ids)
         with self.progress(max(o.recover, 1)) as progress:
             with self.phase("measure before", progress):
-                before = self._measure(self.model, self.params)
+                before = self._perplexity(self.model, self.params, progress)
             with self.phase("decide", progress):
                 found = self._decide(graph, progress)
             graph = found.graph or graph
+            for text in found.warnings:
+                self.warn(text)
+            if o.sparsity and all(np.asarray(k).all() for k in found.keep.values()):
+                self.warn(f"nothing is removed: --sparsity {o.sparsity:g} is less than one unit of a layer is worth")
             small = graph.compact(found.params, found.keep)
             module: Any = rebuild(found.model or self.model, small)
             if o.recover and not self.method.trains:
                 small = self._recover(module, small, found, progress)
             with self.phase("measure after", progress):
-                after = self._measure(module, small)
-        return self._write(graph, found, module, small, before, after)
+                after = self._perplexity(module, small, progress)
+            with self.phase("timing", progress):
+                fast = speeds(
+                    {"before": (self.model, self.params), "after": (module, small)}, prompt=min(o.length, 128)
+                )
+                one = self._measured(self.model, self.params, before, fast["before"])
+                two = self._measured(module, small, after, fast["after"])
+        return self._write(graph, found, module, small, one, two)
+
+    def warn(self, text: str) -> None:
+        """Say what a user would not expect: at once, in summary.json and in the report."""
+        self.warnings.append(text)
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def _example(self) -> jax.ShapeDtypeStruct:
         """Ids to trace with: two rows, so that the number of rows stays free."""
@@ -131,7 +161,8 @@ class LanguageRun(Workspace):
             said = json.loads((folder / "notes.json").read_text())
             with np.load(folder / "keep.npz") as arrays:
                 keep = {g: arrays[str(k)] for k, g in enumerate(said["groups"])}
-            return Found(keep, self.params, said["notes"], said["ranks"] and tuple(said["ranks"]))
+            return Found(keep, self.params, said["notes"], said["ranks"] and tuple(said["ranks"]),
+                         warnings=tuple(said.get("warnings", ())))  # fmt: skip
         found = self.method.find(self, graph, progress)
         if found.params is not self.params:  # it made weights too, of which nothing is kept: it is found again
             return found
@@ -141,7 +172,12 @@ class LanguageRun(Workspace):
             )
             write_json(
                 unfinished / "notes.json",
-                {"groups": list(found.keep), "notes": dict(found.notes), "ranks": found.ranks},
+                {
+                    "groups": list(found.keep),
+                    "notes": dict(found.notes),
+                    "ranks": found.ranks,
+                    "warnings": list(found.warnings),
+                },
             )
         return found
 
@@ -157,15 +193,15 @@ class LanguageRun(Workspace):
                               resume=True, save_every=self.save_every, on_step=on_step)  # fmt: skip
         return jax.jit(lambda params, lora: merge(graph, params, lora, config))(small, lora)
 
-    def _measure(self, module: Llama, params: Any) -> MeasuredDecoder:
-        o, batch = self.o, self.placed(self.texts.calibration[: self.o.batch_size])
+    def _perplexity(self, module: Llama, params: Any, progress: Progress) -> float:
         sharding = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec("data"))
-        found = perplexity(module, params, self.texts.evaluation, o.batch_size, sharding=sharding)
-        _, peak = measure.compiled(module.apply, params, batch)
-        prompt = min(o.length, 128)
-        fast = speed(module, params, batch=1, prompt=prompt, steps=32, rounds=3)
+        windows = self.texts.evaluation
+        return perplexity(module, params, windows, self.o.batch_size, sharding=sharding, progress=progress)
+
+    def _measured(self, module: Llama, params: Any, perplexity: float, fast: Speed) -> MeasuredDecoder:
+        _, peak = measure.compiled(module.apply, params, self.placed(self.texts.calibration[: self.o.batch_size]))
         count = sum(int(x.size) for x in jax.tree.leaves(params))
-        return MeasuredDecoder(found, count, measure.tree_bytes(params), peak, fast.prefill, fast.decode)
+        return MeasuredDecoder(perplexity, count, measure.tree_bytes(params), peak, fast.prefill, fast.decode)
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -198,6 +234,7 @@ class LanguageRun(Workspace):
             "removed": gone,
             "widths": {name: list(getattr(config, name)) for name in ("ffn", "q_heads", "kv_heads")},
             **found.notes,
+            "warnings": self.warnings,
             "seconds": {k: round(v, 1) for k, v in self.seconds.items()},
             "device": jax.devices()[0].device_kind,
         }
@@ -207,7 +244,7 @@ class LanguageRun(Workspace):
         page.write(self.out / "report.html", f"{Path(o.model).name}: before and after", rows(before, after),
                    dataclasses.asdict(o), [("Widths before and after", self.out / "widths.png")],
                    [f"{o.method} removed {said}. Written as {form}; timed on {summary['device']}.",
-                    f"Perplexity on {len(self.texts.evaluation)} windows of {o.length} tokens."],
+                    f"Perplexity on {len(self.texts.evaluation)} windows of {o.length} tokens.", *self.warnings],
                    _layers(self.config, config))  # fmt: skip
         write_json(self.out / "summary.json", summary)
         return summary

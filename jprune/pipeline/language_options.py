@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jprune.checkpoint import load_tokenizer
+from jprune.checkpoint.chat_template import load_chat_template
 from jprune.data.text import BYTES, sample_windows, token_stream, windows
 from jprune.models.llama_config import LlamaConfig
 
@@ -27,6 +28,7 @@ class LanguageOptions:
         both.
       calibration: a text file or a folder of them; the method looks at windows of it, recovery trains on it.
       evaluation: text to measure perplexity on; None: the last tenth of the calibration text, which is held back.
+      text_key: the entry of a .jsonl line that holds its text or its chat messages; None: "text", else "messages".
       scope: "global": layers share the budget as the method says; "uniform": the same number in every layer.
       multiple_of: kept channels are multiples of this (128 suits accelerators).
       sequences, length: how many windows of how many tokens are looked at.
@@ -44,6 +46,7 @@ class LanguageOptions:
     sparsity: float = 0.3
     calibration: str | None = None
     evaluation: str | None = None
+    text_key: str | None = None
     scope: str = "global"
     multiple_of: int = 1
     sequences: int = 128
@@ -77,8 +80,6 @@ class LanguageOptions:
         for name, holds, allowed in rules:
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {allowed}")
-        if self.form == "uniform" and self.scope != "uniform":
-            raise ValueError("form 'uniform' needs layers of equal width: give scope 'uniform' too, or form 'padded'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +104,37 @@ def load_texts(o: LanguageOptions, config: LlamaConfig) -> Texts:
     tokenizer: Any = None
     if config.vocab != BYTES or (Path(o.model) / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(o.model)
+    chat = load_chat_template(o.model)
+
+    def read(path: str) -> np.ndarray:
+        return token_stream(path, config.vocab, tokenizer, field=o.text_key, chat=chat)
+
     assert o.calibration is not None
-    stream = token_stream(o.calibration, config.vocab, tokenizer)
+    stream = read(o.calibration)
     if o.evaluation is None:
         cut = int(len(stream) * (1 - HELD_BACK))
         stream, other = stream[:cut], stream[cut:]
     else:
-        other = token_stream(o.evaluation, config.vocab, tokenizer)
-    try:
-        return Texts(stream, sample_windows(stream, o.sequences, o.length, o.seed), windows(other, o.length, MEASURED))
-    except ValueError as error:
+        other = read(o.evaluation)
+    _check_enough(o, len(stream), len(other))
+    return Texts(stream, sample_windows(stream, o.sequences, o.length, o.seed), windows(other, o.length, MEASURED))
+
+
+def _check_enough(o: LanguageOptions, calibrate: int, measure: int) -> None:
+    """Raise ValueError for less text than one window, in the words of the options that help."""
+    if calibrate > o.length and measure >= o.length:
+        return
+    fits = min(calibrate - 1, measure)
+    shorter = f", or windows of at most --length {fits}" if fits >= 2 else ""
+    if o.evaluation is None:
         raise ValueError(
-            f"{error} (of {len(stream)} tokens to calibrate with and {len(other)} to measure on)"
-        ) from error
+            f"{o.calibration} has {calibrate + measure:,} tokens, of which {measure:,} are held back to measure on: too "
+            f"few of one or the other for windows of {o.length} tokens. Give more text, other text to measure on with "
+            f"--evaluation{shorter}"
+        )
+    few, n, wanted = (
+        (o.calibration, calibrate, o.length + 1) if calibrate <= o.length else (o.evaluation, measure, o.length)
+    )
+    raise ValueError(
+        f"{few} has {n:,} tokens, and windows of {o.length} tokens need {wanted:,}: give more text{shorter}"
+    )

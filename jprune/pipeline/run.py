@@ -36,15 +36,21 @@ class Run(Workspace):
         self.o = options
         self.method: Method = method(options.method)
         self.way: Any = WAYS[self.method.way]
-        self.data = load_data(options)
-        self.model = build(options.model, self.data.num_classes)
         options.recipe(options.epochs, options.learning_rate)  # says what is wrong with it before a folder is made
-        self.way.check_reachable(self)
-        self.claim(dataclasses.asdict(options), resume)
+        with self.claim(dataclasses.asdict(options), resume):
+            self.data = load_data(options)
+            self.model = build(options.model, self.data.num_classes)
+            self.way.check_reachable(self)
         self.phases: list[tuple[str, list[dict[str, Any]]]] = []
 
     def __call__(self) -> dict[str, Any]:
         """All phases; returns what summary.json says."""
+        try:
+            return self._run()
+        finally:
+            self.release()
+
+    def _run(self) -> dict[str, Any]:
         o = self.o
         x = jnp.zeros((2, *self.data.image_shape), jnp.float32)
         variables = jax.jit(self.model.init)(jax.random.key(o.seed), x)

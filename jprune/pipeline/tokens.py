@@ -20,16 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from jprune.checkpoint.vision import Vision, load_vision
 from jprune.data.images import ImageFolder
+from jprune.pipeline.lock import FolderLock
 from jprune.report import measure, page
 from jprune.report.patches import Shown, kept_patches
 from jprune.tokens import flops
 from jprune.tokens.methods import reducer_for
 from jprune.tokens.reducer import TokenReducer
 from jprune.tokens.search import search_schedule
+from jprune.training.progress import display
 from jprune.whole_files import whole_folder, write_json
 
 
@@ -132,6 +134,12 @@ def evaluate_tokens(options: TokenOptions, out: Path, quiet: bool = False) -> di
     """
     if out.exists() and not (out / "predictions.jsonl").is_file():
         raise ValueError(f"{out} exists and holds no evaluation: choose another --out")
+    with FolderLock(out), display(not quiet) as progress:
+        return _evaluate(options, out, progress)
+
+
+def _evaluate(options: TokenOptions, out: Path, progress: Progress) -> dict[str, Any]:
+    task = progress.add_task("loading", total=1)
     vision = load_vision(options.model, heads=options.heads, dtype=options.dtype)
     if not vision.module.config.num_classes:
         raise ValueError(f"{options.model} has no classifier, so its answers cannot be compared: give one that has")
@@ -139,6 +147,7 @@ def evaluate_tokens(options: TokenOptions, out: Path, quiet: bool = False) -> di
     side = vision.preprocess.size
     dims = flops.dims_of(vision.module.config, (side, side, 3))
     reducer = reducer_for(options.tokens, options.flops, dims)
+    progress.update(task, advance=1)
     rng = np.random.default_rng(options.seed)
     chosen = np.arange(len(folder))
     if options.images and options.images < len(folder):
@@ -148,7 +157,7 @@ def evaluate_tokens(options: TokenOptions, out: Path, quiet: bool = False) -> di
             raise ValueError("a search needs at least two pictures: one to try schedules on, one to report")
         tried = np.sort(rng.choice(chosen, min(options.search_images, len(chosen) // 2), replace=False))
         chosen = np.setdiff1d(chosen, tried)
-        reducer = _searched(options, out, vision, folder, labelled, tried, dims, quiet)
+        reducer = _searched(options, out, vision, folder, labelled, tried, dims, progress)
 
     size, place = _placement(min(options.batch_size, len(chosen)))
     variables = place(vision.variables, False)
@@ -158,20 +167,18 @@ def evaluate_tokens(options: TokenOptions, out: Path, quiet: bool = False) -> di
         return jax.jit(lambda v, x: vision.module.apply(v, x, reducer=reducer, key=key, trace=trace))
 
     whole, fewer, traced = program(None), program(reducer), program(reducer, trace=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     answers: list[list[Any]] = [[], []]
-    with Progress(*columns, disable=quiet) as progress:
-        bar = progress.add_task("images", total=len(chosen))
-        for images, n in batches(folder, chosen, size):
-            x = place(images, True)
-            for kept, run in zip(answers, (whole, fewer), strict=True):
-                kept.append(np.asarray(run(variables, x).argmax(-1))[:n])
-            progress.update(bar, advance=n)
-        both = [np.concatenate(a) for a in answers]
-        task = progress.add_task("timing", total=1)
-        batch = place(next(batches(folder, chosen, size))[0], True)
-        ms = measure.interleaved({"before": (whole, (variables, batch)), "after": (fewer, (variables, batch))}, 9)
-        progress.update(task, advance=1)
+    bar = progress.add_task("images", total=len(chosen))
+    for images, n in batches(folder, chosen, size):
+        x = place(images, True)
+        for kept, run in zip(answers, (whole, fewer), strict=True):
+            kept.append(np.asarray(run(variables, x).argmax(-1))[:n])
+        progress.update(bar, advance=n)
+    both = [np.concatenate(a) for a in answers]
+    task = progress.add_task("timing", total=1)
+    batch = place(next(batches(folder, chosen, size))[0], True)
+    ms = measure.interleaved({"before": (whole, (variables, batch)), "after": (fewer, (variables, batch))}, 9)
+    progress.update(task, advance=1)
 
     labels = folder.labels[chosen] if labelled else None
     before, after = (
@@ -209,7 +216,7 @@ def pictures_of(data: str, vision: Vision) -> tuple[ImageFolder, bool, str]:
 
 
 def _searched(options: TokenOptions, out: Path, vision: Vision, folder: ImageFolder, labelled: bool, tried: np.ndarray,
-              dims: flops.Dims, quiet: bool) -> TokenReducer:  # fmt: skip
+              dims: flops.Dims, progress: Progress) -> TokenReducer:  # fmt: skip
     """The best of many schedules on these pictures; tried ones are written beside `out`, so that a search can go on."""
     parts = [folder.read(tried[i : i + 256])["image"] for i in range(0, len(tried), 256)]
 
@@ -220,7 +227,7 @@ def _searched(options: TokenOptions, out: Path, vision: Vision, folder: ImageFol
         apply, dims, options.flops,
         (np.concatenate(parts), folder.labels[tried] if labelled else None), trials=options.search, seed=options.seed,
         objective="accuracy" if labelled else "kl", batch=options.batch_size, log=out.with_name(out.name + ".search.jsonl"),
-        progress=not quiet,
+        progress=progress,
     )  # fmt: skip
     return found[0].reducer
 

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
+from jprune.pipeline.lock import FolderLock
+from jprune.training.progress import display
 from jprune.whole_files import write_json
 
 
@@ -26,33 +28,53 @@ class Workspace:
     def __init__(self, out: Path, quiet: bool = False):
         self.out, self.quiet = out, quiet
         self.seconds: dict[str, float] = {}
+        self._lock = FolderLock(out)
 
-    def claim(self, options: Mapping[str, Any], resume: bool) -> None:
+    @contextlib.contextmanager
+    def claim(self, options: Mapping[str, Any], resume: bool) -> Iterator[None]:
         """Take the folder for a run with these options, or go on with the run that has it.
 
+        What can be refused is refused before the block, in which the run gets ready; the folder is made behind it. From
+        here until `release` no other process can take the folder.
+
         Raises:
-          ValueError: it holds another run, one with other options, or something else; or its options are damaged.
+          ValueError: it holds another run, one with other options, or something else; its options are damaged; or
+            another process is at work in it.
         """
-        file = self.out / "options.json"
         mine = json.loads(json.dumps(options))
-        if file.is_file():
-            if not resume:
-                raise ValueError(f"{self.out} already holds a run: give --resume to go on with it, or another --out")
-            try:
-                theirs = json.loads(file.read_text())
-            except ValueError as error:
-                raise ValueError(f"{file} is damaged ({error}): choose another --out") from error
-            for k in mine:
-                if theirs.get(k) != mine[k]:
-                    raise ValueError(
-                        f"{self.out} was started with {k} = {theirs.get(k)!r}, now it is {mine[k]!r}: "
-                        "resume with the same options, or choose another --out"
-                    )
+        self._lock.acquire()
+        try:
+            self._check(mine, resume)
+            yield
+            if not (self.out / "options.json").is_file():
+                self.out.mkdir(parents=True, exist_ok=True)
+                write_json(self.out / "options.json", mine)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        self._lock.release()
+
+    def _check(self, mine: Mapping[str, Any], resume: bool) -> None:
+        file = self.out / "options.json"
+        if not file.is_file():
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise ValueError(f"{self.out} exists and is not a pruning run: choose another --out")
             return
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(f"{self.out} exists and is not a pruning run: choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(file, mine)
+        if not resume:
+            raise ValueError(f"{self.out} already holds a run: give --resume to go on with it, or another --out")
+        try:
+            theirs = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): choose another --out") from error
+        for k in mine:
+            if theirs.get(k) != mine[k]:
+                raise ValueError(
+                    f"{self.out} was started with {k} = {theirs.get(k)!r}, now it is {mine[k]!r}: "
+                    "resume with the same options, or choose another --out"
+                )
 
     def folder(self, phase: str) -> Path:
         """Where a phase keeps its checkpoints and metrics."""
@@ -69,11 +91,9 @@ class Workspace:
 
     @contextlib.contextmanager
     def progress(self, steps: int) -> Iterator[Progress]:
-        """Bars of the run, one over all its steps."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                   TimeRemainingColumn())  # fmt: skip
-        with Progress(*columns, disable=self.quiet) as progress:
-            self._whole = progress.add_task("[bold]all of it", total=steps)
+        """Bars (lines in a log) of the run, one over all its steps."""
+        with display(not self.quiet) as progress:
+            self._whole = progress.add_task("all of it", total=steps, visible=steps > 1)
             yield progress
             progress.update(self._whole, completed=steps)
 

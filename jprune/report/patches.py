@@ -38,10 +38,10 @@ def kept_patches(path: Path, shown: Sequence[Shown]) -> None:
         ax.set_axis_off()
     for row, s in zip(axes, shown, strict=True):
         row[0].imshow(s.pixels)
-        row[0].set_title(s.title, fontsize=7)
+        row[0].set_title(s.title, fontsize=7, parse_math=False)
         for ax, (what, left) in zip(row[1:], s.stages, strict=False):
             ax.imshow(draw_kept(s.pixels, left, s.grid))
-            ax.set_title(what, fontsize=7)
+            ax.set_title(what, fontsize=7, parse_math=False)
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, dpi=110, format="png")
     temporary.replace(path)

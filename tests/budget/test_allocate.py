@@ -393,3 +393,24 @@ def test_targets_say_what_is_wrong():
             make()
     assert Target.macs(10**9).is_absolute and not Target.macs(1.0).is_absolute
     assert Target.latency(lambda w: 3.0, 2.5, absolute=True).limit(9.0) == 2.5
+
+
+def test_even_layers_keep_the_same_number_and_no_further_step_of_all_fits():
+    """Six alike matrices: half of the parameters could be met more closely with widths that differ by one."""
+    graph = mlp(7, 10, 10, 10, 10, 10, 10, 3)
+    alike = [g for g, i in graph.groups.items() if i.size == 10]
+    scores = scores_of(graph, 0)
+    target = Target.params(0.5)
+    apart = uniform(graph, scores, target)
+    found = uniform(graph, scores, target, even=True)
+    inner = {found.widths[g] for g in alike[1:-1]}
+    assert len({apart.widths[g] for g in alike[1:-1]}) == 2 and len(inner) == 1
+    assert found.achieved == price(graph, target, found.widths) <= found.limit
+    one = {g: found.widths[g] + 1 for g in alike}
+    steps = [[alike[0]], alike[1:-1], [alike[-1]]]
+    if isomorphism_class(graph, graph.groups[alike[0]]) == isomorphism_class(graph, graph.groups[alike[1]]):
+        steps = [alike]
+    more = [price(graph, target, found.widths | {g: one[g] for g in step}) - found.achieved for step in steps]
+    assert min(more) > found.gap and found.next_unit == pytest.approx(min(more))
+    with pytest.raises(ValueError, match="even=True goes with scope 'uniform'"):
+        ranked(graph, scores, target, even=True)

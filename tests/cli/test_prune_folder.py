@@ -1,6 +1,10 @@
 """A language model's folder, pruned by the command: what is written is true, runs go on, mistakes are one line."""
 
+import contextlib
+import html
+import io
 import json
+import re
 import subprocess
 import sys
 
@@ -8,12 +12,17 @@ import jax
 import numpy as np
 import pytest
 
+import jprune
 from jprune.checkpoint import load_hf, save_hf
-from jprune.language.perplexity import perplexity
+from jprune.language import baselines
+from jprune.language.blocks import blocks
+from jprune.language.perplexity import Speed, perplexity
 from jprune.models.llama import Llama, llama_config
+from jprune.pipeline import language
 from jprune.pipeline.language import LanguageRun
 from jprune.pipeline.language_methods import LANGUAGE_METHODS
 from jprune.pipeline.language_options import LanguageOptions
+from jprune.pipeline.lock import FolderLock
 
 CONFIG = llama_config(256, 32, 48, 3, 4, kv_heads=2)
 
@@ -131,7 +140,7 @@ def test_the_command(place, whole):
     models = [(at / "model" / "model.safetensors").read_bytes() for at in (place / "command", whole[0])]
     assert models[0] == models[1]
     status, _, err = prune("--out", place / "command", "--epochs", 3)
-    assert (status, err.count("\n")) == (2, 1) and "--epochs means nothing to a language model's folder" in err
+    assert (status, err.count("\n")) == (2, 1) and "--epochs means nothing here" in err
 
 
 @pytest.mark.parametrize(
@@ -141,10 +150,17 @@ def test_the_command(place, whole):
         ({"calibration": "/nowhere.txt"}, "no file or folder /nowhere.txt"),
         ({"sparsity": 1.0}, "sparsity is 1.0"),
         ({"method": "cspf"}, "did you mean cfsp"),
-        ({"length": 5000}, "of 1.* tokens to calibrate with"),
+        (
+            {"length": 5000},
+            r"has 21,817 tokens, of which 2,182 are held back.*--evaluation, or .* at most --length 2182",
+        ),
         ({"method": "loraprune"}, "give --recover STEPS"),
         ({"method": "loraprune", "recover": 1}, "pruning step"),
-        ({"method": "loraprune", "recover": 20, "scope": "uniform"}, "knows only global"),
+        (
+            {"method": "loraprune", "recover": 20, "scope": "uniform"},
+            "knows only global; leave --scope out.*cfsp",
+        ),
+        ({"method": "flap", "scope": "uniform"}, "knows only global"),
         ({"form": "uniform"}, "needs layers of equal width"),
         ({"mesh": (1, 64)}, "needs 64 devices"),
         ({"mesh": (3, 1)}, "divides the batch"),
@@ -153,7 +169,65 @@ def test_the_command(place, whole):
         ({"sparsity": 0.99, "method": "loraprune", "recover": 20}, "sparsity can be at most 0.5"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_made(place, more, what):
+def test_mistakes_are_named_before_anything_is_loaded(place, more, what, monkeypatch):
+    monkeypatch.setattr(language, "load_hf", lambda *a, **k: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match=what):
-        LanguageRun(options(place, **more), place / "never", quiet=True)
+        LanguageRun(options(place, **more), place / "never" / "run", quiet=True)
     assert not (place / "never").exists()
+
+
+def test_a_folder_that_is_taken_is_refused_before_anything_is_loaded(place, whole, monkeypatch):
+    monkeypatch.setattr(language, "load_hf", lambda *a, **k: pytest.fail("the weights were read"))
+    monkeypatch.setattr(language, "load_texts", lambda *a: pytest.fail("the text was read"))
+    with pytest.raises(ValueError, match="already holds a run: give --resume"):
+        LanguageRun(options(place), whole[0], quiet=True)
+    with FolderLock(whole[0]), pytest.raises(ValueError, match="is in use by process"):
+        LanguageRun(options(place, sparsity=0.25, recover=4, learning_rate=1e-2), whole[0], resume=True, quiet=True)
+    (place / "thesis").mkdir(exist_ok=True)
+    (place / "thesis" / "a.tex").write_text("precious")
+    with pytest.raises(ValueError, match="not a pruning run"):
+        LanguageRun(options(place), place / "thesis", quiet=True)
+
+
+@pytest.fixture(scope="module")
+def alike(place):
+    """A run of a method for heads and channels that treats all layers alike, with made-up speeds: (summary, said, timed)."""
+    timed, said = [], io.StringIO()
+
+    def speeds(models, **more):
+        timed.append({name: sum(x.size for x in jax.tree.leaves(v)) for name, (_, v) in models.items()})
+        return {name: Speed(float(k), float(10 + k)) for k, name in enumerate(models, 1)}
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(language, "speeds", speeds)
+        return run(place, "alike", method="taylor", sparsity=0.3), said.getvalue(), timed
+
+
+def test_both_models_are_timed_together_at_the_end(alike):
+    summary, _, timed = alike
+    before, after = summary["before"], summary["after"]
+    assert timed == [{"before": before["params"], "after": after["params"]}] and after["params"] < before["params"]
+    assert [before["prefill"], before["decode"], after["prefill"], after["decode"]] == [1, 11, 2, 12]
+
+
+def test_methods_that_treat_all_layers_alike_leave_a_plain_folder(alike, place):
+    """48 channels at 0.3 are 33.6 a layer: the total of three layers could only be met unevenly."""
+    summary, *_ = alike
+    assert summary["form"] == "uniform" and summary["widths"]["ffn"] in ([33] * 3, [34] * 3)
+    assert load_hf(place / "alike" / "model")[0].uniform
+
+
+def test_a_method_for_heads_that_removes_none_says_so(alike, place):
+    """Of two heads at 0.3 none goes; the least sparsity at which one does, as it is said, is tried out."""
+    summary, err, _ = alike
+    (text,) = summary["warnings"]
+    assert summary["widths"]["kv_heads"] == [2, 2, 2]
+    assert f"warning: {text}\n" in err
+    assert html.escape(text) in (place / "alike" / "report.html").read_text()
+    least = float(re.search(r"first goes at --sparsity (\S+)", text)[1])
+    model = Llama(CONFIG)
+    params = jax.tree.map(np.ones_like, model.init(jax.random.key(0), np.zeros((1, 4), np.int32)))
+    graph = jprune.trace(model.apply, params, np.zeros((2, 4), np.int32))
+    for sparsity, gone in ((least, 1), (round(least - 0.001, 3), 0)):
+        keep = baselines.taylor(graph, params, params, sparsity, heads=True)
+        assert [int((~keep[b.kv]).sum()) for b in blocks(graph)] == [gone] * 3

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jprune.checkpoint.chat_template import load_chat_template
 from jprune.data.text import check_ids, read_text, sample_windows, token_stream, tokenize, windows
 
 
@@ -75,6 +76,30 @@ def test_files_and_folders_are_read_in_the_order_of_their_paths(tmp_path):
     assert read_text(tmp_path / "d.jsonl", field="content") == "sechs"
 
 
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [{"type": "text", "text": "Yes?"}]}]
+
+
+def test_chats_are_joined_by_the_models_template_or_plainly(tmp_path):
+    lines = [json.dumps({"messages": CHAT}), json.dumps({"id": 1, "messages": CHAT[:1]})]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"turns": CHAT, "text": "ignored"}))
+    assert read_text(tmp_path / "chat.jsonl") == "user: Hi\nassistant: Yes?\nuser: Hi"
+    assert read_text(tmp_path / "other.jsonl", field="turns") == "user: Hi\nassistant: Yes?"
+    assert load_chat_template(tmp_path) is None
+    source = "{% for m in messages %}<{{ m.role }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    config = {"chat_template": source, "eos_token": {"content": "</s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    chat = load_chat_template(tmp_path)
+    want = "<user>Hi</s><assistant>Yes?</s>"
+    assert read_text(tmp_path / "other.jsonl", field="turns", chat=chat) == want
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no roles but mine') }}")  # goes first
+    with pytest.raises(ValueError, match=r"line 1 of .*chat.jsonl is a chat that .* refuses \(no roles but mine"):
+        read_text(tmp_path / "chat.jsonl", chat=load_chat_template(tmp_path))
+    (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(ValueError, match="unsafe"):
+        read_text(tmp_path / "chat.jsonl", chat=load_chat_template(tmp_path))
+
+
 def test_tokens_are_bytes_or_the_tokenizers(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("aé")
@@ -103,7 +128,9 @@ MISTAKES = {
     "only white space": lambda d: read_text(d / "blank.txt"),
     "latin.txt is not UTF-8": lambda d: read_text(d / "latin.txt"),
     "line 2 of .*torn.jsonl is not JSON": lambda d: read_text(d / "torn.jsonl"),
-    "line 1 of .*other.jsonl has no text under 'text'": lambda d: read_text(d / "other.jsonl"),
+    "line 1 of .*other.jsonl has no 'text', but '.*--text-key": lambda d: read_text(d / "other.jsonl"),
+    "line 1 of .*chat.jsonl has a message with 'from', 'value': each needs": lambda d: read_text(d / "chat.jsonl"),
+    "line 1 of .*number.jsonl has no text, but int": lambda d: read_text(d / "number.jsonl"),
     "vocabulary of 300 needs its tokenizer": lambda d: tokenize("x", 300),
     "the text is empty": lambda d: tokenize("", 256),
     "token id 25, the model only 0 to 9": lambda d: tokenize("az", 10, Letters()),
@@ -122,6 +149,8 @@ def test_mistakes_are_named(said, tmp_path):
     (tmp_path / "pictures" / "a.png").write_bytes(b"x")
     (tmp_path / "photo.jpg").write_bytes(b"x")
     (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"from": "human", "value": "Hi"}]}')
+    (tmp_path / "number.jsonl").write_text('{"text": 3}')
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     (tmp_path / "torn.jsonl").write_text('"a"\n{"text": ')
     (tmp_path / "other.jsonl").write_text('{"content": "a"}')

@@ -111,6 +111,14 @@ def test_counts(m, sparsity, channels, step):
         assert abs(exact.sum() - target) <= step / 2 + 1e-6
 
 
+def test_layers_that_ask_for_the_same_keep_the_same():
+    """30 layers of 1536 channels at 0.3: 1075.2 each, whose total only six layers of 1076 would meet."""
+    assert set(channel_counts(np.full(30, 0.7), 1536, multiple_of=None, exact_budget=True).tolist()) == {1075}
+    keep = np.array([0.53, 0.53, 0.53, 0.41])  # two classes of layers: three move together, one alone
+    counts = channel_counts(keep, 100, multiple_of=10, exact_budget=True)
+    assert counts[0] == counts[1] == counts[2] and abs(counts.sum() - 200) <= abs(50 * 3 + 40 - 200)
+
+
 def test_an_exact_budget_takes_from_the_largest_residual():
     assert channel_counts(np.array([0.54, 0.56, 0.5]), 100, multiple_of=10).tolist() == [50, 60, 50]
     keep = np.array([0.56, 0.57, 0.58, 0.29])  # 60 60 60 30 is 10 too many: the first was rounded up most

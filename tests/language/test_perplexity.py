@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from decoders import tiny, weights
 
-from jprune.language.perplexity import Runs, next_token_loss, perplexity, speed, window_losses
+from jprune.language.perplexity import Runs, next_token_loss, perplexity, speed, speeds, window_losses
 from jprune.models.decoding import generate
 from jprune.models.llama import Llama
 
@@ -107,3 +107,12 @@ def test_speeds_are_tokens_over_medians():
     ticks = iter([t for k, t in enumerate(ticks) if k >= 4 or k in (0, 2)])  # the warm-up's end is not asked for
     got = speed(module, variables, batch=2, prompt=5, steps=6, rounds=3, clock=lambda: next(ticks))
     assert got == (10 / 2, 12 / 3)
+
+
+def test_rounds_of_several_models_take_turns():
+    models = {"a": model(), "b": model()}
+    # warm-up: four beginnings; then two rounds of: prefill of a, of b, decoding of a, of b; the machine slows down fivefold
+    seconds = [1, 2, 3, 4, 5, 10, 15, 20]
+    ticks = iter([0] * 4 + [t for s in seconds for t in (0, s)])
+    got = speeds(models, batch=1, prompt=6, steps=4, rounds=2, clock=lambda: next(ticks))
+    assert got == {"a": (6 / 3, 4 / 9), "b": (6 / 6, 4 / 12)}
