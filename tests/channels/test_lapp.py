@@ -15,7 +15,7 @@ from four_devices import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from laws import lively, relative
+from laws import lively, relative, same_numbers
 
 import jprune
 from jprune.channels import bypass, lapp
@@ -33,6 +33,7 @@ from jprune.training import TrainConfig, evaluate, sgd, with_own_updates
 KEY = jax.random.key(0)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 8, 3)), jnp.float32)
 Z = [-1.3416408, -0.4472136, 0.4472136, 1.3416408]
+TERMS = 400  # products behind an output of the networks below
 
 
 def sigmoid_slope(v):
@@ -279,15 +280,15 @@ def test_slicing_changes_nothing(name, kind):
     )
 
 
-def test_open_masks_without_bypass_are_the_plain_network_bitwise():
-    for name, build in NETWORKS.items():
+def test_open_masks_without_bypass_are_the_plain_network():
+    for build in NETWORKS.values():
         net, v, x, forward = gated(build, LappConfig(0.5, "none"), lambda n: -4.0)
         plain = jax.jit(net.forward.evaluate)(original(net, v), x)
-        np.testing.assert_array_equal(jax.jit(forward.evaluate)(v, x), plain, err_msg=name)
+        same_numbers(jax.jit(forward.evaluate)(v, x), plain, terms=TERMS)
         silent, v, x, forward = gated(build, LappConfig(0.5, "pw", bypass_scale=0.0), lambda n: -4.0)
         v = {**init(KEY, silent, original(silent, v)), "lapp": v["lapp"]}  # scale 0, shift 0
         v["params"]["threshold"] = dict.fromkeys(silent.layers, jnp.float32(-4.0))
-        np.testing.assert_allclose(jax.jit(forward.evaluate)(v, x), plain, rtol=1e-6, atol=1e-6)
+        same_numbers(jax.jit(forward.evaluate)(v, x), plain, terms=TERMS)
 
 
 @pytest.mark.parametrize("kind", ["pw", "dw", "lowrank"])
@@ -403,7 +404,7 @@ def test_what_moves_thresholds_and_weights():
     assert closed.any() and float(jnp.abs(grads["network"][block][layer]["kernel"][..., closed]).max()) == 0
     dense = dataclasses.replace(net, config=dataclasses.replace(net.config, regrow="dense"))
     again = gated_forward(dense, 5, 10)
-    assert relative(again.train(v, x, KEY)[0], forward.train(v, x, KEY)[0]) < 1e-6
+    same_numbers(again.train(v, x, KEY)[0], forward.train(v, x, KEY)[0], terms=TERMS)
     assert float(jnp.abs(task(again)["network"][block][layer]["kernel"][..., closed]).max()) > 0
     # the score's own gradient is off unless asked for
 

@@ -41,7 +41,9 @@ def test_the_pipeline_prunes_what_it_masked_and_resumes(ingredients, tmp_path):
     assert only.accuracy.keys() == {"before", "pruned", "finetuned"}
     assert evaluate(result.model, result.variables, data).accuracy == only.accuracy["finetuned"] > 0.5
     small = rebuild(model, result.variables)  # the replayed network is the rebuilt module
-    assert evaluate(small, result.variables, data) == evaluate(result.model, result.variables, data)
+    assert evaluate(small, result.variables, data) == pytest.approx(
+        evaluate(result.model, result.variables, data), rel=1e-5
+    )
     again = run(model, variables, data, CONFIG, out=tmp_path, resume=True, progress=False)
     for a, b in zip(jax.tree.leaves(result.variables), jax.tree.leaves(again.variables), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -131,7 +131,7 @@ def test_the_command(place, whole):
 
     def prune(*more):
         done = subprocess.run([sys.executable, "-m", "jprune.cli", "prune", *map(str, [*words, *more])],
-                              capture_output=True, text=True, timeout=300)  # fmt: skip
+                              capture_output=True, text=True, timeout=900)  # fmt: skip
         return done.returncode, done.stdout, done.stderr
 
     status, out, err = prune("--out", place / "command")

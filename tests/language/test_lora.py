@@ -93,7 +93,10 @@ def test_merging_rounds_once():
     delta = 2 * np.asarray(lora["w"]["b"], np.float64) @ np.asarray(lora["w"]["a"], np.float64)
     want = jnp.asarray(np.asarray(params["w"], np.float64) + delta.T, jnp.float32).astype(jnp.bfloat16)
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(got, want)
+    twice = params["w"] + jnp.asarray(delta.T, jnp.bfloat16)
+    wrong = [np.mean(np.asarray(x != want)) for x in (got, twice)]  # a sum in float32 may round the other way, rarely
+    assert wrong[0] <= 0.01 < 0.05 < wrong[1]
+    np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=2**-7)
 
 
 def test_only_the_factors_are_differentiated():

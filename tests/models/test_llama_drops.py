@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoders import prompt, tiny, weights
+from laws import same_numbers
 
 from jprune.models.decoding import continue_from, new_cache, new_caches
 from jprune.models.llama import Block, Drop, Llama, context, stack_layers, token_positions
@@ -34,7 +35,7 @@ def whole():
 def test_embeddings_instead_of_ids():
     _, module, v, ids, mask, x = ready()
     got = jax.jit(lambda x: module.apply(v, None, mask, embeddings=x, positions=token_positions(TOKENS, mask)))(x)
-    np.testing.assert_array_equal(got, whole())
+    same_numbers(got, whole(), terms=LAYERS * 200)  # 32 + 16 + 9 + 64 + 32 + 48 in each layer
     for both in ((ids, x), (None, None)):
         with pytest.raises(ValueError, match="either ids or embeddings"):
             module.apply(v, both[0], embeddings=both[1])

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from laws import same_numbers
 from plain_zero_tprune import layer, one_score, votes
 from quickly import quickly
 from small_vit import case, run, seen
@@ -73,9 +74,9 @@ def test_hidden_tokens_change_nothing(name):
         assert (np.diff(index, axis=1) > 0).all()  # and the others in their order
 
 
-def test_removing_nothing_is_the_same_to_the_bit():
+def test_removing_nothing_changes_nothing():
     nothing = ZeroTPrune((PruneSpec(0, keep=20), PruneSpec(1, rate=1.0)))
-    assert run(nothing)[0].tolist() == run(TokenReducer())[0].tolist()
+    same_numbers(run(nothing)[0], run(TokenReducer())[0], terms=3 * 100)
 
 
 def test_similarity_alone_and_importance_alone():

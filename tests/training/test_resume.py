@@ -54,9 +54,8 @@ def test_killed_run_ends_with_the_same_bits(tmp_path, model, variables, dataset,
         [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(out)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
     )
-    deadline = time.monotonic() + 60
     while not (out / "metrics.jsonl").exists() or len(lines(out)) < 12:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
