@@ -93,9 +93,15 @@ class Graph(Structure):
         padded = self.cost(keep, stacked="pad").macs
         return (padded - self.cost(keep, stacked="unstack").macs) / max(padded, 1)
 
-    def compact_like(self, tree: Any, keep: Keep, *, stacked: str = "pad") -> Any:
-        """Slice a tree that mirrors the parameters: optimizer states, averages, gradients."""
-        return _compact_like.compact_like(decide(self, keep, True, True), tree, stacked)
+    def compact_like(
+        self, tree: Any, keep: Keep, *, stacked: str = "pad", init: Callable[[Any], Any] | None = None
+    ) -> Any:
+        """Slice a tree that mirrors the parameters: optimizer states, averages, gradients.
+
+        Give `init`, the function of the variables that made the tree (`lambda v: tx.init(v["params"])`), to have the
+        shapes compared with those it makes of the compacted variables. KeepError where a leaf cannot be sliced.
+        """
+        return _compact_like.compact_like(decide(self, keep, True, True), tree, stacked, init)
 
     def replay(
         self, keep: Keep | None = None, *, stacked: str = "pad", allow_inexact: bool = False, allow_empty: bool = False

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 from laws import normal, relative
 
 import jprune
@@ -201,13 +202,83 @@ def test_factored_moments_lose_the_axes_that_the_parameter_loses():
 SHAPES = {p.removeprefix("params/"): x.shape for p, x in flatten(VARIABLES)}
 
 
-def test_square_factors_are_refused_not_guessed():
-    params = {"a": {"kernel": normal(0, 8, 8)}, "b": {"kernel": normal(1, 8, 3)}}
+def square(width=3, size=8):
+    params = {"a": {"kernel": normal(0, size, size)}, "b": {"kernel": normal(1, size, width)}}
+    return params, jprune.trace(
+        lambda p, x: jax.nn.relu(x @ p["a"]["kernel"]) @ p["b"]["kernel"], params, normal(2, 4, size)
+    )
+
+
+@pytest.mark.parametrize("least", [4, 5, 6, 8])  # the smallest size that is factored: below, at and above the new width
+@pytest.mark.parametrize("side", [0, 1])
+def test_factored_moments_of_square_kernels(least, side):
+    """Columns go from one kernel, rows from the other; the larger axis becomes the other one, or there is no factoring."""
+    params = {"a": {"kernel": normal(0, 8, 8)}, "b": {"kernel": normal(1, 8, 8)}}
     graph = jprune.trace(lambda p, x: jax.nn.relu(x @ p["a"]["kernel"]) @ p["b"]["kernel"], params, normal(2, 4, 8))
-    state = optax.adafactor(1e-2, min_dim_size_to_factor=8).init(params)
+    keep = {"a/kernel:1": np.arange(8) % 3 != side}
+    kept = np.flatnonzero(keep["a/kernel:1"])
+    optimizer = optax.scale_by_factored_rms(min_dim_size_to_factor=least)
+    grads = {"a": {"kernel": normal(3, 8, 8)}, "b": {"kernel": normal(4, 8, 8)}}
+    state = optimizer.update(grads, optimizer.init(params), params)[1]
+    small = graph.compact_like(state, keep, init=optimizer.init)
+    fresh = optimizer.init(graph.compact(params, keep))
+    assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, fresh)
+    for name, axis in (("a", 1), ("b", 0)):
+        squares = np.asarray(grads[name]["kernel"], np.float64) ** 2
+        rows, columns = squares.mean(1), squares.mean(0)  # one entry a row, one a column
+        whole = rows[:, None] * columns[None] / squares.mean()
+        rows, columns = (v[kept] if k == axis else v for k, v in enumerate((rows, columns)))
+        got = {k: np.asarray(getattr(small, k)[name]["kernel"]) for k in ("v_row", "v_col", "v")}
+        if least <= len(kept):
+            of = {len(rows): rows, len(columns): columns}
+            for k in ("v_row", "v_col"):
+                np.testing.assert_allclose(got[k], of[len(got[k])], rtol=1e-5)
+        else:
+            np.testing.assert_allclose(got["v"], np.take(whole, kept, axis), rtol=1e-5)
+
+
+def test_what_an_optimizer_factors_is_not_guessed():
+    params, graph = square()
     keep = {"a/kernel:1": np.arange(8) < 5}
-    with pytest.raises(jprune.KeepError, match=r"v_row/a/kernel' of shape \(8,\) mirrors 'a/kernel'.*several ways"):
+    state = optax.adafactor(1e-2, min_dim_size_to_factor=8).init(params)
+    with pytest.raises(jprune.KeepError, match=r"v_row/a/kernel'.*lies above 3 and not above 8: pass init="):
         graph.compact_like(state, keep)
+    params, graph = square(128, 128)
+    with pytest.raises(jprune.KeepError, match=r"not above 128: pass init="):  # optax's default
+        graph.compact_like(optax.adafactor(1e-2).init(params), {"a/kernel:1": np.arange(128) < 100})
+    params, graph = square(8)
+    with pytest.warns(UserWarning, match="every matrix is factored, and stays so"):
+        graph.compact_like(optax.adafactor(1e-2, min_dim_size_to_factor=8).init(params), keep)
+    # vectors that fit an axis of a square kernel in two ways, in a tree of nobody's
+    with pytest.raises(jprune.KeepError, match=r"row/a/kernel' of shape \(8,\) mirrors 'a/kernel'.*several ways"):
+        graph.compact_like({"row": {"a": {"kernel": jnp.ones(8)}}}, keep)
+
+
+def test_memory_of_lbfgs():
+    """Slices of its pairs, weighed by the products of what is left; curvature that was lost makes a pair rest."""
+    params, graph = square(8)
+    keep = {"a/kernel:1": np.arange(8) < 5}
+    optimizer = optax.scale_by_lbfgs(memory_size=3)
+    state = optimizer.init(params)
+    for k in range(3):
+        p, g = (jax.tree.map(lambda x, k=k, s=s: x + normal(10 + k + s, *x.shape), params) for s in (0, 5))
+        state = optimizer.update(g, state, p)[1]
+    small = graph.compact_like(state, keep, init=optimizer.init)
+    cut = {"a": lambda x: x[..., :5], "b": lambda x: x[..., :5, :]}
+    for n in ("diff_params_memory", "diff_updates_memory", "params", "updates"):
+        for name, f in cut.items():
+            np.testing.assert_array_equal(getattr(small, n)[name]["kernel"], f(getattr(state, n)[name]["kernel"]))
+    products = [
+        sum(np.vdot(*(np.asarray(getattr(small, n)[k]["kernel"][i], np.float64)
+                      for n in ("diff_params_memory", "diff_updates_memory"))) for k in cut)
+        for i in range(3)
+    ]  # fmt: skip
+    old = np.asarray(state.weights_memory)
+    want = [1 / c if c * o > 0 else 0.0 for c, o in zip(products, old, strict=True)]
+    np.testing.assert_allclose(small.weights_memory, want, rtol=1e-5)
+    assert np.abs(np.asarray(small.weights_memory) - old).max() > 1e-3
+    same = graph.compact_like(state, {})
+    jax.tree.map(np.testing.assert_array_equal, same, state)
 
 
 @pytest.mark.parametrize("stacked", ["pad", "bucket", "unstack"])
@@ -228,14 +299,30 @@ def test_layers_of_different_widths(stacked):
 
 
 def test_what_mirrors_nothing_passes_through():
-    tree = {"count": jnp.zeros((), jnp.int32), "key": jax.random.key(0), "history": jnp.ones(7), "note": "text", "n": 3}
+    tree = {"count": jnp.zeros((), jnp.int32), "key": jax.random.key(0), "history": jnp.ones(3), "note": "text", "n": 3}
     got = GRAPH.compact_like(tree, KEEP)
-    assert got["note"] == "text" and got["n"] == 3 and got["history"].shape == (7,)
+    assert got["note"] == "text" and got["n"] == 3 and got["history"].shape == (3,)
     assert jax.random.key_data(got["key"]).shape == (2,)
     assert GRAPH.compact_like({"state": {"conv": {"kernel": jnp.ones(1)}}}, KEEP)["state"]["conv"]["kernel"].shape == (
         1,
     )
     assert_same(GRAPH.compact_like(VARIABLES, {}), VARIABLES)
+
+
+def test_what_may_hold_parameters_under_another_name_is_refused():
+    """Unless `init` tells that its size does not depend on theirs."""
+    message = "mirrors no parameter by its path, but may hold entries of"
+    for shape in ((72,), (6, 2), (2, 8)):
+        with pytest.raises(jprune.KeepError, match=f"'0/history' .*{message}"):
+            GRAPH.compact_like([{"history": jnp.ones(shape)}], KEEP)
+    tree = {"history": jnp.ones(100), "mu": VARIABLES}
+    got = GRAPH.compact_like(tree, KEEP, init=lambda v: {"history": jnp.ones(100), "mu": v})
+    assert got["history"].shape == (100,)
+    flat = {"flat": ravel_pytree(VARIABLES)[0]}
+    with pytest.raises(jprune.KeepError, match=r"'flat' .*init makes it"):
+        GRAPH.compact_like(flat, KEEP, init=lambda v: {"flat": ravel_pytree(v)[0]})
+    with pytest.raises(jprune.KeepError, match=r"'mu/conv/bias' is \(3,\) after slicing and absent"):
+        GRAPH.compact_like({"mu": {"conv": VARIABLES["params"]["conv"]}}, KEEP, init=lambda v: {})
 
 
 def test_mirrors_that_do_not_fit_are_refused_by_name():
