@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
+from jprune.json_files import Fields, read_json
 from jprune.trace import cost
 from jprune.trace import layout as L
 from jprune.trace.evaluate import Sizes
@@ -62,6 +61,21 @@ def _cell(points: Sequence[float], x: Any) -> tuple[Any, Any]:
     i = np.clip(np.searchsorted(grid, x, side="right") - 1, 0, max(len(grid) - 2, 0))
     step = grid[np.minimum(i + 1, len(grid) - 1)] - grid[i]
     return i, np.where(step > 0, (x - grid[i]) / np.where(step > 0, step, 1.0), 0.0)
+
+
+def _grid(f: Fields) -> Grid:
+    contracted, free = (f.numbers(k) for k in ("contracted", "free"))
+    for points in (contracted, free):
+        if not points or min(points) < 0 or any(a >= b for a, b in itertools.pairwise(points)):
+            raise ValueError(f"{f.name} has widths that do not increase")
+    rows = f["ms"] if isinstance(f.get("ms"), list) else []
+    if len(rows) != len(contracted):
+        raise ValueError(f"{f.name}.ms has {len(rows)} rows for {len(contracted)} widths")
+    cells = Fields({str(i): row for i, row in enumerate(rows)}, f"{f.name}.ms")
+    ms = tuple(cells.numbers(str(i), count=len(free)) for i in range(len(rows)))
+    if any(x < 0 for row in ms for x in row):
+        raise ValueError(f"{f.name}.ms has negative times")
+    return Grid(f.text("name"), contracted, free, ms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,20 +125,19 @@ class LatencyTable:
           ValueError: no table, or one of another function.
         """
         try:
-            data = json.loads(Path(path).read_text())
-            if data["format"] != FORMAT:
-                raise ValueError(
-                    f"{os.fspath(path)!r} has latency table format {data['format']}, not {FORMAT}: measure again"
-                )
-            grids = tuple(
-                Grid(g["name"], tuple(g["contracted"]), tuple(g["free"]), tuple(map(tuple, g["ms"])))
-                for g in data["grids"]
-            )
-            rest = {k: data[k] for k in ("whole", "scale", "rest", "device")}
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as e:
+            data = Fields(read_json(path))
+            found = data.integer("format")
+            if found == FORMAT:
+                entries = data["grids"] if isinstance(data.get("grids"), list) else [data.get("grids")]
+                grids = tuple(_grid(Fields(g, f"grids[{i}]")) for i, g in enumerate(entries))
+                rest: dict[str, Any] = {k: data.number(k, least=0) for k in ("whole", "scale", "rest")}
+                rest["device"] = data.text("device")
+        except ValueError as e:
             raise ValueError(
-                f"{os.fspath(path)!r} is not a latency table ({e!r}): measure one with measure_latency"
+                f"{os.fspath(path)!r} is not a latency table ({e}): measure one with measure_latency"
             ) from e
+        if found != FORMAT:
+            raise ValueError(f"{os.fspath(path)!r} has latency table format {found}, not {FORMAT}: measure again")
         names = [t.name for t in graph.contractions]
         if [g.name for g in grids] != names:
             odd = next((g.name for g, n in zip(grids, names, strict=False) if g.name != n), f"{len(grids)} layers")

@@ -17,11 +17,13 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from jprune.json_files import Fields, read_json
 from jprune.trace.leafpaths import flatten, path_str
 from jprune.version import __version__
 from jprune.whole_files import whole_folder
 
 FORMAT = "jprune-checkpoint/1"
+AGAIN = "copy it again from where it was written"
 Placement: TypeAlias = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
 
 
@@ -68,11 +70,10 @@ def load(folder: str | Path, *, like: Any = None, sharding: Placement | None = N
     Raises ValueError if the folder is missing, damaged, not ours, or does not fit `like`.
     """
     folder = Path(folder).absolute()
-    contents = _contents(folder)
+    recorded, metadata = _contents(folder)
     if sharding is None:
         sharding = SingleDeviceSharding(jax.devices()[0])
-    recorded = {p: (tuple(v["shape"]), v["dtype"]) for p, v in contents["leaves"].items()}
-    damaged = f"{folder} is damaged: copy it again from where it was written"
+    damaged = f"{folder} is damaged: {AGAIN}"
 
     def target(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         name = path_str(path)
@@ -97,24 +98,28 @@ def load(folder: str | Path, *, like: Any = None, sharding: Placement | None = N
             raise ValueError(f"{damaged} ({_first_line(error)})") from error
     if like is not None:
         variables = _in_the_form_of(like, variables, folder)
-    return variables, contents["metadata"]
+    return variables, metadata
 
 
-def _contents(folder: Path) -> dict[str, Any]:
+def _contents(folder: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, Any]]:
+    """({leaf path: (shape, dtype)}, the caller's metadata) as metadata.json says."""
     if not folder.is_dir():
         raise ValueError(f"there is no checkpoint folder {folder}: check the path")
     file = folder / "metadata.json"
     foreign = f"{folder} is not a checkpoint written by jprune.checkpoint.save"
     if not file.is_file():
         raise ValueError(f"{foreign} (it has no metadata.json): give the folder that holds metadata.json")
-    try:
-        contents = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): copy the folder again from where it was written") from error
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
-        found = contents.get("format") if isinstance(contents, dict) else None
+    contents = Fields(read_json(file, AGAIN))
+    if contents.get("format") != FORMAT:
+        found = contents.get("format")
         raise ValueError(f"{foreign} (its format is {found!r}, not {FORMAT!r}): load it with what wrote it")
-    return contents
+    try:
+        leaves = contents.fields("leaves")
+        of = {path: leaves.fields(path) for path in leaves}
+        recorded = {path: (f.integers("shape", least=1), f.text("dtype")) for path, f in of.items()}
+        return recorded, dict(contents.fields("metadata"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): {AGAIN}") from error
 
 
 def _in_the_form_of(like: Any, variables: Any, folder: Path) -> Any:

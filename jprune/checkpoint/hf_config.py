@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jprune.json_files import Fields
 from jprune.models.llama_config import FAMILIES, LlamaConfig
 from jprune.models.rope import Rope
 
@@ -22,103 +23,108 @@ _ROPE_KEYS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any], dtype: str = "float32") -> LlamaConfig:
+def config_from_hf(hf: Mapping[str, Any], dtype: str = "float32", *, layers: int | None = None) -> LlamaConfig:
     """The model that a config.json describes, per-layer widths of our own folders included.
 
     Args:
       hf: the JSON object.
       dtype: of the weights, if the config does not say.
+      layers: how many of them the files hold, which a config that claims more is compared with before anything is built.
 
     Raises:
-      ValueError: a model type, activation, rope type or quantisation that is not supported; the key is named.
+      ValueError: a model type, activation, rope type or quantisation that is not supported, an entry of a wrong type or
+        out of range; the key is named.
     """
-    kind = str(hf.get("model_type"))
+    f = hf if isinstance(hf, Fields) else Fields(hf)
+    kind = f.text("model_type")
     family = kind.removeprefix(OWN)
     if family not in FAMILIES:
         raise ValueError(f"model_type {kind!r} is not supported: only {', '.join(FAMILIES)} are")
-    if hf.get("quantization_config"):
+    if f.get("quantization_config"):
         raise ValueError("the model is quantised (quantization_config): dequantise it before pruning")
-    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"hidden_act {hf['hidden_act']!r} is not supported: only 'silu' is")
-    depth, d, heads = (_required(hf, k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    head = hf.get("head_dim") or (128 if family == "qwen3" else d // heads)
-    bias = bool(hf.get("attention_bias", False)) and family in ("llama", "qwen3")
+    act = f.text("hidden_act", "silu")
+    if act not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {act!r} is not supported: only 'silu' is")
+    depth, d, heads = (f.integer(k, least=1) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    if layers is not None and depth > layers:
+        raise ValueError(
+            f"num_hidden_layers is {depth}, and the files hold {layers} layers: one of them is another model's"
+        )
+    head = f.integer("head_dim", None, least=1) or (128 if family == "qwen3" else d // heads)
+    bias = f.flag("attention_bias", False) and family in ("llama", "qwen3")
     widths = {
-        "ffn": [_required(hf, "intermediate_size")] * depth,
+        "ffn": [f.integer("intermediate_size", least=1)] * depth,
         "q_heads": [heads] * depth,
-        "kv_heads": [hf.get("num_key_value_heads") or heads] * depth,
+        "kv_heads": [f.integer("num_key_value_heads", None, least=1) or heads] * depth,
     }
-    for layer, overrides in (hf.get("per_layer_config") or {}).items():
-        for key, value in overrides.items():
-            if key not in PER_LAYER or not 0 <= int(layer) < depth:
+    per_layer = f.fields("per_layer_config", {})
+    for layer in per_layer:
+        overrides = per_layer.fields(layer)
+        for key in overrides:
+            if key not in PER_LAYER or not _is_layer(layer, depth):
                 raise ValueError(f"per_layer_config of layer {layer} has {key!r}: only {', '.join(PER_LAYER)} are read")
-            widths[PER_LAYER[key]][int(layer)] = value
+            widths[PER_LAYER[key]][int(layer)] = overrides.integer(key, least=1)
     return LlamaConfig(
-        vocab=_required(hf, "vocab_size"),
+        vocab=f.integer("vocab_size", least=1),
         stream=d,
         head_dim=head,
         ffn=tuple(widths["ffn"]),
         q_heads=tuple(widths["q_heads"]),
         kv_heads=tuple(widths["kv_heads"]),
-        windows=_windows(hf, family, depth),
-        eps=float(hf.get("rms_norm_eps", 1e-6)),
-        rope=_rope(hf),
-        tied=bool(hf.get("tie_word_embeddings", False)),
+        windows=_windows(f, family, depth),
+        eps=f.number("rms_norm_eps", 1e-6, above=0),
+        rope=_rope(f),
+        tied=f.flag("tie_word_embeddings", False),
         qkv_bias=bias or family == "qwen2",
         o_bias=bias,
-        mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama",
+        mlp_bias=f.flag("mlp_bias", False) and family == "llama",
         qk_norm=family == "qwen3",
         family=family,
-        max_positions=int(hf.get("max_position_embeddings", 2048)),
-        dtype=str(hf.get("dtype") or hf.get("torch_dtype") or dtype).removeprefix("torch."),
+        max_positions=f.integer("max_position_embeddings", 2048, least=1),
+        dtype=(f.text("dtype", None) or f.text("torch_dtype", None) or dtype).removeprefix("torch."),
     )
 
 
-def _required(hf: Mapping[str, Any], key: str) -> int:
-    value = hf.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json has {key} = {value!r}: a positive integer is needed")
-    return value
+def _is_layer(text: str, depth: int) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10 and int(text) < depth
 
 
-def _windows(hf: Mapping[str, Any], family: str, depth: int) -> tuple[int | None, ...] | None:
+def _windows(f: Fields, family: str, depth: int) -> tuple[int | None, ...] | None:
     """How far every layer looks back."""
-    window = hf.get("sliding_window")
-    if family == "llama" or window is None or (family != "mistral" and not hf.get("use_sliding_window", False)):
+    window = f.integer("sliding_window", None, least=1)
+    if family == "llama" or window is None or (family != "mistral" and not f.flag("use_sliding_window", False)):
         return None
-    kinds = hf.get("layer_types")
+    kinds = f.texts("layer_types", None, among=("sliding_attention", "full_attention"))
     if family == "mistral":
         own = [True] * depth
     elif kinds is None:
-        own = [i >= hf.get("max_window_layers", 28) for i in range(depth)]
+        first = f.integer("max_window_layers", 28)
+        own = [i >= first for i in range(depth)]
     else:
-        if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
-            raise ValueError(
-                f"layer_types has {min(unknown)!r}: only sliding_attention and full_attention are supported"
-            )
         own = [k == "sliding_attention" for k in kinds]
         if len(own) != depth:
-            raise ValueError(f"layer_types lists {len(own)} layers, num_hidden_layers says {depth}")
-    return tuple(int(window) if o else None for o in own) if any(own) else None
+            raise ValueError(
+                f"layer_types lists {len(own)} layers, num_hidden_layers says {depth}: correct one of them"
+            )
+    return tuple(window if o else None for o in own) if any(own) else None
 
 
-def _rope(hf: Mapping[str, Any]) -> Rope:
-    found = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = float(found.get("rope_theta", hf.get("rope_theta") or 10000.0))
-    kind = found.get("rope_type") or found.get("type") or "default"
+def _rope(f: Fields) -> Rope:
+    found = f.fields("rope_parameters", {}) or f.fields("rope_scaling", {})
+    theta = found.number("rope_theta", None, above=0) or f.number("rope_theta", None, above=0) or 10000.0
+    kind = found.text("rope_type", None) or found.text("type", None) or "default"
     if kind not in _ROPE_KEYS:
         raise ValueError(f"rope type {kind!r} is not supported: only {', '.join(_ROPE_KEYS)} are")
-    for place in (hf, found):
+    for place in (f, found):
         if place.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError("partial_rotary_factor is not supported: whole heads are rotated")
-    if missing := [k for k in _ROPE_KEYS[kind] if k not in found]:
-        raise ValueError(f"rope scaling {kind!r} lacks {missing[0]!r}")
     if kind == "default":
         return Rope(theta)
+    factor = found.number("factor", above=0)
     if kind == "linear":
-        return Rope(theta, "linear", float(found["factor"]))
-    factor, low, high, original = (found[k] for k in _ROPE_KEYS["llama3"])
-    return Rope(theta, "llama3", float(factor), float(low), float(high), int(original))
+        return Rope(theta, "linear", factor)
+    low, high = (found.number(f"{end}_freq_factor", above=0) for end in ("low", "high"))
+    return Rope(theta, "llama3", factor, low, high, found.integer("original_max_position_embeddings", least=1))
 
 
 def export_family(config: LlamaConfig) -> str:

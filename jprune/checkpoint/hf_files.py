@@ -6,16 +6,17 @@ larger than half the memory can be read, and each device of a mesh can be given 
 
 from __future__ import annotations
 
-import json
+import math
 import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from jprune.checkpoint.tensors import Entry, read_header
+from jprune.json_files import Fields, read_json, said_of
 from jprune.whole_files import write_json
 
 DTYPES = {
@@ -31,52 +32,46 @@ class TensorFiles(Mapping[str, np.ndarray]):
     """The tensors of a folder by name; `files["lm_head.weight"]` is a read-only view of the mapped file.
 
     Raises:
-      ValueError: no weights, a truncated or foreign file, an index that names a tensor its shard does not have.
+      ValueError: no weights, a truncated or foreign file, an index that names a tensor its shard does not
+        have, a tensor in two files.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._found: dict[str, tuple[mmap.mmap, dict[str, Any], int, Path]] = {}
+        self._found: dict[str, tuple[mmap.mmap, Entry, Path]] = {}
         whole, index = self.folder / WEIGHTS, self.folder / INDEX
         if whole.is_file():
             self._open(whole)
         elif index.is_file():
-            where = read_json(index).get("weight_map")
-            if not isinstance(where, dict) or not where:
-                raise ValueError(f"{index} has no weight_map: download it again")
-            for file in sorted(set(where.values())):
+            with said_of(index):
+                where = Fields(read_json(index)).fields("weight_map")
+                shards = {name: where.text(name) for name in where}
+                if not shards:
+                    raise ValueError("weight_map is empty: download it again")
+                if odd := [file for file in shards.values() if Path(file).name != file]:
+                    raise ValueError(f"weight_map has the file {odd[0]!r}: all files lie beside the index, correct it")
+            for file in sorted(set(shards.values())):
+                if not (self.folder / file).is_file():
+                    raise ValueError(f"{self.folder / file} is missing, though {INDEX} names it: download it")
                 self._open(self.folder / file)
-            for name, file in where.items():
-                if name not in self._found or self._found[name][3].name != file:
+            for name, file in shards.items():
+                if name not in self._found or self._found[name][2].name != file:
                     raise ValueError(f"{self.folder / file} has no tensor {name!r}, which {INDEX} says it has")
         else:
             raise ValueError(f"{self.folder} has neither {WEIGHTS} nor {INDEX}: give the folder of a safetensors model")
 
     def _open(self, path: Path) -> None:
-        broken = f"{path} is truncated or not a safetensors file: download or copy it again"
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, though {INDEX} names it: download it")
-        size = path.stat().st_size
-        if size < 8:
-            raise ValueError(broken)
+        header = read_header(path)
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = 8 + int.from_bytes(data[:8], "little")
-        try:
-            header = json.loads(data[8:start]) if start <= size else None
-        except ValueError:
-            header = None
-        if not isinstance(header, dict):
-            raise ValueError(broken)
-        header.pop("__metadata__", None)
         for name, entry in header.items():
-            if start + entry["data_offsets"][1] > size:
-                raise ValueError(f"{broken} (tensor {name!r} ends after it)")
-            self._found[name] = (data, entry, start, path)
+            if name in self._found:
+                raise ValueError(f"{path} and {self._found[name][2]} both have a tensor {name!r}: download them again")
+            self._found[name] = (data, entry, path)
 
     def dtype(self, name: str) -> np.dtype:
         """Its dtype; raises ValueError for types that are not plain floating point (quantised weights)."""
-        kind = self._found[name][1]["dtype"]
+        kind = self._found[name][1].dtype
         if kind not in DTYPES:
             raise ValueError(
                 f"tensor {name!r} has dtype {kind}; only {', '.join(DTYPES)} are read: dequantise the model first"
@@ -85,16 +80,11 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape."""
-        return tuple(self._found[name][1]["shape"])
+        return self._found[name][1].shape
 
     def __getitem__(self, name: str) -> np.ndarray:
-        data, entry, start, path = self._found[name]
-        dtype, shape = self.dtype(name), self.shape(name)
-        first, last = entry["data_offsets"]
-        count = int(np.prod(shape, dtype=np.int64))
-        if last - first != count * dtype.itemsize:
-            raise ValueError(f"{path}: tensor {name!r} of shape {shape} has {last - first} bytes: download it again")
-        return np.frombuffer(data, dtype, count, start + first).reshape(shape)
+        data, entry, _ = self._found[name]
+        return np.frombuffer(data, self.dtype(name), math.prod(entry.shape), entry.first).reshape(entry.shape)
 
     def __iter__(self):
         return iter(self._found)
@@ -160,16 +150,3 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard
         part(i).rename(folder / file)
         where |= dict.fromkeys(names, file)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises ValueError if the file is missing or is none."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: give the folder of a Hugging Face model")
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): download or copy it again") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds no JSON object: download or copy it again")
-    return data

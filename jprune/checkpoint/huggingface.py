@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ from jprune.checkpoint.hf_export import (
     removed,
     strip_layer,
 )
-from jprune.checkpoint.hf_files import TensorFiles, read_json, write_tensors
+from jprune.checkpoint.hf_files import TensorFiles, write_tensors
+from jprune.json_files import REQUIRED, Fields, read_json, said_of
 from jprune.models.layouts.codebases import HF, LINEN, LINEN_SCAN
 from jprune.models.layouts.convert import shape_in, sizes
 from jprune.models.layouts.kept import Kept
 from jprune.models.layouts.layout import from_logical, views
 from jprune.models.llama import Llama, LlamaConfig, unstack_layers
+from jprune.models.llama_config import FAMILIES
 from jprune.models.shapes import check_tree
 from jprune.version import __version__
 from jprune.whole_files import whole_folder, write_json
@@ -94,12 +97,15 @@ def load_hf(
       ValueError: a missing, damaged or quantised model, an unsupported type, a tensor too many or too few (named).
     """
     folder = Path(folder)
-    hf = read_json(folder / "config.json")
-    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
-    files = TensorFiles(folder)
-    config, variables = read_decoder(
-        files, config_from_hf(hf), record, dtype=dtype, scanned=scanned, sharding=sharding, keep_padding=keep_padding
-    )
+    with said_of(folder):
+        hf = read_json(folder / "config.json", "give the folder of a Hugging Face model, or download it again")
+        record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+        files = TensorFiles(folder)
+        with said_of(folder / "config.json"):
+            stored = config_from_hf(hf, layers=layers_in(files))
+        config, variables = read_decoder(
+            files, stored, record, dtype=dtype, scanned=scanned, sharding=sharding, keep_padding=keep_padding
+        )
     return config, variables, {"hf_config": hf, "record": record}
 
 
@@ -139,7 +145,10 @@ def read_decoder(
     _check_tensors(files, stored, names)
     own = jnp.dtype(dtype or files.dtype(names["embed", None]))
     stored = dataclasses.replace(stored, dtype=own.name)
-    config = _widths(stored, record, keep_padding)
+    config = stored
+    if record is not None:
+        with said_of(Path(files.folder) / RECORD):
+            config = _recorded(stored, Fields(record), keep_padding)
     target = LINEN_SCAN if scanned else LINEN
     if scanned and not config.uniform:
         raise ValueError(f"the layers of {files.folder} differ in width: they cannot be stacked; use scanned=False")
@@ -235,7 +244,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     Raises:
       ImportError: the package is not installed.
-      ValueError: there is no tokenizer.json.
+      ValueError: there is no tokenizer.json, or it is damaged.
     """
     try:
         from tokenizers import Tokenizer  # pyright: ignore[reportMissingImports]
@@ -244,7 +253,19 @@ def load_tokenizer(folder: str | Path) -> Any:
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no tokenizer.json: save one with transformers' AutoTokenizer.save_pretrained")
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises no other type
+        raise ValueError(f"{file} is damaged or no tokenizer ({error}): download or copy it again") from error
+
+
+def layers_in(names: Iterable[str]) -> int:
+    """How many layers a decoder's tensors are of."""
+    found = (_LAYER.match(name) for name in names)
+    return len({match[1] for match in found if match})
+
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def _names(config: LlamaConfig) -> dict[tuple[str, int | None], str]:
@@ -278,18 +299,26 @@ def _check_tensors(files: Any, config: LlamaConfig, names: Mapping[tuple[str, in
         raise ValueError(f"{files.folder} has the tensor {key!r}, which a {config.family} model has not: remove it")
 
 
-def _widths(stored: LlamaConfig, record: Mapping[str, Any] | None, keep_padding: bool) -> LlamaConfig:
+def _recorded(stored: LlamaConfig, record: Fields, keep_padding: bool) -> LlamaConfig:
     """The config without padding, and of the family that was saved."""
-    if record is None:
-        return stored
-    if record.get("format") != FORMAT:
-        raise ValueError(f"{RECORD} has format {record.get('format')!r}, this version reads {FORMAT!r}: update jprune")
-    stored_family = dataclasses.replace(stored, family=record["family"])
-    if record["mode"] != "padded" or keep_padding:
+    found = record.text("format", "")
+    if found != FORMAT:
+        raise ValueError(f"it has format {found!r}, this version reads {FORMAT!r}: update jprune")
+    family = dataclasses.replace(stored, family=record.text("family", among=FAMILIES))
+    mode = record.text("mode", among=MODES)
+    widths, own = record.fields("widths"), {}
+    for name in ("ffn", "q_heads", "kv_heads", "value_dim"):
+        most = getattr(stored, name if name != "value_dim" else "value_dims")
+        least = int(name in ("q_heads", "kv_heads"))
+        own[name] = widths.integers(name, None if name == "value_dim" else REQUIRED, count=stored.depth, least=least)
+        if any(w > m for w, m in zip(own[name] or (), most)):
+            raise ValueError(f"widths.{name} is wider than the model of config.json: one of them is another model's")
+        if mode != "padded" and own[name] not in (None, most):
+            raise ValueError(f"widths.{name} differs from config.json, though mode is {mode!r}: copy the folder again")
+    if mode != "padded" or keep_padding:
         # the weights have these widths already; only the family can differ
-        return stored if stored_family == stored else stored_family
-    widths = {name: None if w is None else tuple(w) for name, w in record["widths"].items()}
-    return dataclasses.replace(stored_family, **widths)
+        return stored if family == stored else family
+    return dataclasses.replace(family, **own)
 
 
 def _placed(path: str, x: np.ndarray, dtype: Any, sharding: Placement | None) -> jax.Array:

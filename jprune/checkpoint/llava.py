@@ -22,12 +22,13 @@ from jaxtyping import Bool, Float32, Int32
 from PIL import Image
 
 from jprune.checkpoint.hf_config import config_from_hf
-from jprune.checkpoint.hf_files import RenamedTensors, TensorFiles, read_json
-from jprune.checkpoint.huggingface import load_tokenizer, read_decoder
+from jprune.checkpoint.hf_files import RenamedTensors, TensorFiles
+from jprune.checkpoint.huggingface import layers_in, load_tokenizer, read_decoder
 from jprune.checkpoint.vision import clip_vision
 from jprune.checkpoint.vision_config import hf_preprocess
 from jprune.data.images import Preprocess
-from jprune.models.llava import Llava, LlavaConfig
+from jprune.json_files import MOST, Fields, read_json, said_of
+from jprune.models.llava import SELECT, Llava, LlavaConfig
 
 IMAGE = "<image>"
 SYSTEM = (
@@ -166,7 +167,12 @@ def load_llava(folder: str | Path, *, vision: str | Path | None = None, dtype: A
         are missing, left over or of other shapes (named).
     """
     folder = Path(folder)
-    hf = read_json(folder / "config.json")
+    with said_of(folder):
+        return _load(folder, vision, dtype)
+
+
+def _load(folder: Path, vision: str | Path | None, dtype: Any) -> LlavaFolder:
+    hf = Fields(read_json(folder / "config.json", "give the folder of a LLaVA, or download it again"))
     files = TensorFiles(folder)
     own = "text_config" not in hf  # the original authors' config.json is that of the decoder, with mm_* added
     kind = hf.get("model_type", hf.get("architecture"))
@@ -175,21 +181,21 @@ def load_llava(folder: str | Path, *, vision: str | Path | None = None, dtype: A
     parts = _parts(files)
     if not parts["projector"]:
         raise ValueError(f"{folder} has no projector between images and text: it is no LLaVA-1.5, or not all of one")
-    _check_options(hf, own)
-    text = {**LLAMA, **({**hf, "model_type": "llama"} if own else hf["text_config"])}
+    layer, select = _features(hf, own)
+    text = {**LLAMA, **({**hf, "model_type": "llama"} if own else hf.fields("text_config"))}
     text.setdefault("tie_word_embeddings", "lm_head.weight" not in parts["language"])
-    language, decoder = read_decoder(RenamedTensors(files, parts["language"]), config_from_hf(text), dtype=dtype)
+    stored = config_from_hf(Fields(text, "" if own else "text_config"), layers=layers_in(parts["language"]))
+    language, decoder = read_decoder(RenamedTensors(files, parts["language"]), stored, dtype=dtype)
     tower, tower_config, beside = _tower(hf, files, parts["vision"], vision)
     module, seen = clip_vision(tower_config, tower)
-    projector, width, bias = _projector(RenamedTensors(files, parts["projector"]))
-    select = {"patch": "default", "cls_patch": "full"}.get(hf.get("mm_vision_select_feature", "patch")) if own else (
-        hf.get("vision_feature_select_strategy", "default"))  # fmt: skip
+    ends = module.config.stream, language.stream
+    projector, width, bias = _projector(RenamedTensors(files, parts["projector"]), *ends)
     config = LlavaConfig(
         module.config,
         language,
         _image_token(hf, language.vocab),
-        int(hf.get("mm_vision_select_layer" if own else "vision_feature_layer", -2)),
-        str(select),
+        layer,
+        select,
         None if width == language.stream else width,
         projector_bias=bias,
     )
@@ -233,27 +239,34 @@ def _parts(files: TensorFiles) -> dict[str, dict[str, str]]:
     return out
 
 
-def _check_options(hf: Mapping[str, Any], own: bool) -> None:
-    if own and hf.get("mm_projector_type", "mlp2x_gelu") != "mlp2x_gelu":
-        raise ValueError(
-            f"mm_projector_type {hf['mm_projector_type']!r} is not supported: only 'mlp2x_gelu' is (LLaVA-1.5)"
-        )
-    if not own and hf.get("projector_hidden_act", "gelu") != "gelu":
-        raise ValueError(f"projector_hidden_act {hf['projector_hidden_act']!r} is not supported: only 'gelu' is")
-    layer = hf.get("mm_vision_select_layer" if own else "vision_feature_layer", -2)
-    if not isinstance(layer, int):
-        raise ValueError(f"vision_feature_layer is {layer!r}: the features of one layer are read, give its number")
+def _features(hf: Fields, own: bool) -> tuple[int, str]:
+    """(layer of the tower, which of its tokens) that the projector reads; raises for projectors that are not read."""
+    if own:
+        kind = hf.text("mm_projector_type", "mlp2x_gelu")
+        if kind != "mlp2x_gelu":
+            raise ValueError(f"mm_projector_type {kind!r} is not supported: only 'mlp2x_gelu' is (LLaVA-1.5)")
+        chosen = {"patch": "default", "cls_patch": "full"}
+        select = chosen[hf.text("mm_vision_select_feature", "patch", among=tuple(chosen))]
+    else:
+        act = hf.text("projector_hidden_act", "gelu")
+        if act != "gelu":
+            raise ValueError(f"projector_hidden_act {act!r} is not supported: only 'gelu' is")
+        select = hf.text("vision_feature_select_strategy", "default", among=SELECT)
+    key = "mm_vision_select_layer" if own else "vision_feature_layer"
+    if isinstance(hf.get(key), list):
+        raise ValueError(f"{key} is {hf[key]!r}: the features of one layer are read, give its number")
+    return hf.integer(key, -2, least=-MOST), select
 
 
 def _tower(
-    hf: Mapping[str, Any], files: TensorFiles, names: Mapping[str, str], folder: str | Path | None
+    hf: Fields, files: TensorFiles, names: Mapping[str, str], folder: str | Path | None
 ) -> tuple[dict[str, np.ndarray], Mapping[str, Any], Path]:
     """(tensors, config, folder of the picture's preprocessing) of the vision tower."""
     if folder is not None:
         folder = Path(folder)
-        config, stored = read_json(folder / "config.json"), TensorFiles(folder)
+        config, stored = Fields(read_json(folder / "config.json")), TensorFiles(folder)
         tensors = {name: stored[name] for name in stored if not name.endswith("position_ids")}
-        return tensors, config.get("vision_config", config), folder
+        return tensors, config.fields("vision_config", config), folder
     if not names:
         raise ValueError(
             f"{files.folder} has no vision tower: download {hf.get('mm_vision_tower', 'openai/clip-vit-large-patch14-336')} "
@@ -264,42 +277,54 @@ def _tower(
             f"{files.folder} has a vision tower, and its config.json no vision_config: give CLIP's folder as vision"
         )
     tensors = {new: files[old] for new, old in names.items() if not new.endswith("position_ids")}
-    return tensors, hf["vision_config"], files.folder
+    return tensors, hf.fields("vision_config"), files.folder
 
 
-def _projector(files: RenamedTensors) -> tuple[dict[str, Any], int, bool]:
+def _projector(files: RenamedTensors, inputs: int, outputs: int) -> tuple[dict[str, Any], int, bool]:
     """(parameters, width between the layers, whether there are biases)."""
     out: dict[str, dict[str, np.ndarray]] = {}
-    for layer in ("linear_1", "linear_2"):
-        if f"{layer}.weight" not in files:
-            raise ValueError(f"{files.folder} lacks {layer}.weight of the projector: the download is not complete")
+    bias = "linear_1.bias" in files
+    if "linear_1.weight" in files and len(files.shape("linear_1.weight")) == 2:
+        hidden = files.shape("linear_1.weight")[0]
+    else:
+        hidden = outputs
+    for layer, columns, rows in (("linear_1", inputs, hidden), ("linear_2", hidden, outputs)):
+        for kind, shape in (("weight", (rows, columns)), *([("bias", (rows,))] if bias else [])):
+            name = f"{layer}.{kind}"
+            if name not in files:
+                raise ValueError(f"{files.folder} lacks {name} of the projector: the download is not complete")
+            if files.shape(name) != shape:
+                raise ValueError(
+                    f"{name} of the projector has shape {files.shape(name)}; between these models it has {shape}"
+                )
         out[layer] = {"kernel": np.ascontiguousarray(files[f"{layer}.weight"].T)}
-        if f"{layer}.bias" in files:
+        if bias:
             out[layer]["bias"] = np.array(files[f"{layer}.bias"])
-    if left := set(files) - {f"{n}.{kind}" for n in out for kind in ("weight", "bias")}:
+    if left := set(files) - {f"{n}.{kind}" for n in out for kind in (("weight", "bias") if bias else ("weight",))}:
         raise ValueError(
             f"{files.folder} has the tensor {min(left)!r}, which the projector of a LLaVA-1.5 has not: remove it"
         )
-    return out, out["linear_1"]["kernel"].shape[1], "bias" in out["linear_1"]
+    return out, hidden, bias
 
 
-def _image_token(hf: Mapping[str, Any], vocab: int) -> int:
-    """The placeholder; the original code has none in its vocabulary, then the first id behind it."""
+def _image_token(hf: Fields, vocab: int) -> int:
+    """The placeholder; the original code has none in its vocabulary (-200), then the first id behind it."""
     for name in ("image_token_id", "image_token_index"):
-        if isinstance(hf.get(name), int) and hf[name] >= 0:
-            return hf[name]
+        found = hf.integer(name, None, least=-MOST)
+        if found is not None and found >= 0:
+            return found
     return vocab
 
 
 def _processor(folder: Path, config: LlavaConfig, pictures: Path, own: bool) -> LlavaProcessor:
-    said: Mapping[str, Any] = {}
+    said = Fields({})
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (pictures / name).is_file():
-            said = read_json(pictures / name)
-            said = said.get("image_processor", said) if name == "processor_config.json" else said
+            said = Fields(read_json(pictures / name))
+            said = said.fields("image_processor", said) if name == "processor_config.json" else said
             break
     preprocess = hf_preprocess("clip", said, (config.vision.image or (0,))[0])
-    pad = bool(said.get("do_pad", False)) or own
+    pad = said.flag("do_pad", False) or own
     try:
         tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     except ImportError:

@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jprune.array_files import read_npz
 from jprune.checkpoint import vision_config as read
-from jprune.checkpoint.hf_files import TensorFiles, read_json
+from jprune.checkpoint.hf_files import TensorFiles
 from jprune.checkpoint.tensors import load_safetensors
 from jprune.data.images import MEAN, STD, Preprocess
+from jprune.json_files import Fields, read_json, said_of
 from jprune.models import vit_names
 from jprune.models.shapes import shapes_of
 from jprune.models.torch_weights import PICKLES, from_torch, torch_names
@@ -68,10 +70,15 @@ def load_vision(path: str | Path, *, heads: int | None = None, dtype: Any = None
       ValueError: no such model, a kind, option or name that is not known, a tensor too many or too few (named).
     """
     path = Path(path)
+    with said_of(path):
+        return _load(path, heads, dtype)
+
+
+def _load(path: Path, heads: int | None, dtype: Any) -> Vision:
     config = read_json(path / "config.json") if (path / "config.json").is_file() else None
     if config is None:
         file = _only_file(path)
-        arrays = _npz(file) if file.suffix == ".npz" else _safetensors(file)
+        arrays = read_npz(file) if file.suffix == ".npz" else _safetensors(file)
         found = _bare(file, arrays, heads)
     elif "architecture" in config:
         found = _timm(config, _floats(TensorFiles(path)), heads)
@@ -111,22 +118,22 @@ def clip_vision(config: Mapping[str, Any], tensors: Mapping[str, Any], heads: in
 
 def _timm(config: Mapping[str, Any], tensors: Mapping[str, Any], heads: int | None) -> Vision:
     module = ViT(read.timm_config(config, _shapes(tensors), heads))
-    cfg = config.get("pretrained_cfg") or {}
-    labels = config.get("label_names") or cfg.get("label_names")
-    labels = _named(labels) if isinstance(labels, Mapping) else tuple(labels) if labels else None
+    f = Fields(config)
+    labels = _labels(f, "label_names") or _labels(f.fields("pretrained_cfg", {}), "label_names")
     return Vision(module, from_torch(module, tensors), read.timm_preprocess(config), labels)
 
 
 def _transformers(folder: Path, config: Mapping[str, Any], heads: int | None) -> Vision:
-    kind = str(config.get("model_type"))
-    if kind not in KINDS:
+    f = Fields(config)
+    kind = f.get("model_type")
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(
             f'{folder / "config.json"} has neither timm\'s "architecture" nor a model_type that is read here, but '
             f"{kind!r}: only {', '.join(KINDS)} are"
         )
     tensors = _floats(TensorFiles(folder), ("text_model.", *BESIDE))
     if kind.startswith("clip"):
-        module, variables = clip_vision(config.get("vision_config", config), tensors, heads)
+        module, variables = clip_vision(f.fields("vision_config", config), tensors, heads)
     else:
         tensors = {n.removeprefix(f"{kind}."): x for n, x in tensors.items()}
         tensors = {n: x for n, x in tensors.items() if not n.startswith(BESIDE)}
@@ -135,7 +142,7 @@ def _transformers(folder: Path, config: Mapping[str, Any], heads: int | None) ->
     processor = folder / "preprocessor_config.json"
     side = (module.config.image or (0, 0))[0]
     preprocess = read.hf_preprocess(kind, read_json(processor) if processor.is_file() else {}, side)
-    labels = _named(config["id2label"]) if config.get("id2label") and module.config.num_classes else None
+    labels = _labels(f, "id2label") if module.config.num_classes else None
     if kind.startswith("clip") or (labels and all(n == f"LABEL_{i}" for i, n in enumerate(labels))):
         labels = None  # transformers' placeholders, and CLIP has no classes
     return Vision(module, variables, preprocess, labels)
@@ -167,7 +174,7 @@ def _bare(file: Path, arrays: Mapping[str, np.ndarray], heads: int | None) -> Vi
 def _from_flax(module: ViT, arrays: Mapping[str, np.ndarray]) -> Any:
     """Variables from arrays that already have Flax's shapes."""
     table = dict(vit_names.augreg(module.config))
-    tokens = arrays[table["pos_embed"]].shape[1]
+    tokens = arrays[table["pos_embed"]].shape[-2]
     shapes = shapes_of(module, arrays["embedding/kernel"].shape[2], tokens)
     wanted = dict(flatten(shapes))
     names = torch_names(table, shapes, {leaf: leaf for leaf in ("kernel", "bias", "scale")})
@@ -195,14 +202,6 @@ def _only_file(path: Path) -> Path:
     return found[0]
 
 
-def _npz(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{file} is damaged or no .npz file ({error}): download or copy it again") from error
-
-
 def _safetensors(file: Path) -> dict[str, np.ndarray]:
     flat: dict[str, Any] = traverse_util.flatten_dict(load_safetensors(file, separator=".")[0], sep=".")
     return flat
@@ -216,8 +215,18 @@ def _shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(x.shape) for name, x in tensors.items()}
 
 
-def _named(labels: Mapping[Any, str]) -> tuple[str, ...]:
-    return tuple(labels[k] for k in sorted(labels, key=int))
+def _labels(f: Fields, key: str) -> tuple[str, ...] | None:
+    """Names of the classes in their order, from a list or from an object of numbers; None if there are none."""
+    if not f.get(key):
+        return None
+    if isinstance(f[key], list):
+        return f.texts(key)
+    found = f.fields(key)
+    if odd := set(found) ^ set(map(str, range(len(found)))):
+        raise ValueError(
+            f"{key} has {len(found)} names, whose numbers must be 0 to {len(found) - 1}: {min(odd)!r} is not"
+        )
+    return tuple(found.text(str(i)) for i in range(len(found)))
 
 
 def _side(config: ViTConfig) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jprune.data.images import MEAN, STD, Preprocess
+from jprune.json_files import REQUIRED, Fields
 from jprune.models.vit_config import ViTBlock, ViTConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -47,11 +48,12 @@ HALF = (0.5, 0.5, 0.5)
 
 def timm_config(config: Mapping[str, Any], shapes: Shapes, heads: int | None = None) -> ViTConfig:
     """The model of a timm config.json and the shapes of its tensors."""
-    name, args = str(config.get("architecture")), config.get("model_args") or {}
+    f = Fields(config)
+    name, args, cfg = f.text("architecture"), f.fields("model_args", {}), f.fields("pretrained_cfg", {})
     words = name.split("_")
     size = words[1] if len(words) > 1 else ""
     standard = 14 if "plus" in words else ODD_HEADS.get(name, HEADS.get(size))
-    count = heads or args.get("num_heads") or standard
+    count = heads or args.integer("num_heads", None, least=1) or standard
     if words[0] not in ("vit", "deit", "deit3") or not all(WORDS.fullmatch(w) for w in words[2:]) or not count:
         raise ValueError(
             f"architecture {name!r} is not a plain vision transformer of timm (vit_SIZE_patchN..., deit_..., deit3_..., "
@@ -61,13 +63,12 @@ def timm_config(config: Mapping[str, Any], shapes: Shapes, heads: int | None = N
         raise ValueError(f"model_args of {name!r} has {odd[0]} = {args[odd[0]]!r}, which is not supported")
     tanh = TANH.match(name)
     act = "quick_gelu" if "quickgelu" in words else "gelu_tanh" if tanh else "gelu"
-    pool = args.get("global_pool") or config.get("global_pool")
+    pool = args.text("global_pool", None) or f.text("global_pool", None)
     pool = pool or ("avg" if "gap" in words or "cls_token" not in shapes else "token")
     if pool not in ("token", "avg"):
         raise ValueError(f"{name!r} pools its tokens by {pool!r}: only 'token' and 'avg' are supported")
-    image = args.get("img_size") or (config.get("pretrained_cfg") or {}).get("input_size")
-    image = tuple(image[-2:]) if isinstance(image, list | tuple) else (image, image) if image else None
-    registers = shapes["reg_token"][1] if "reg_token" in shapes else 0
+    image = _pair(args, "img_size", None) or cfg.integers("input_size", None, count=3, least=1)
+    registers = _shape(shapes, "reg_token", 3)[1] if "reg_token" in shapes else 0
     return _config(
         shapes,
         count,
@@ -76,7 +77,7 @@ def timm_config(config: Mapping[str, Any], shapes: Shapes, heads: int | None = N
         block="blocks.{}.",
         fc1="mlp.fc1.weight",
         head="head.",
-        image=image,
+        image=image and image[-2:],
         pool="token" if pool == "token" else "mean",
         class_token="cls_token" in shapes,
         distilled="dist_token" in shapes,
@@ -86,56 +87,58 @@ def timm_config(config: Mapping[str, Any], shapes: Shapes, heads: int | None = N
         pre_norm="norm_pre.weight" in shapes,
         layer_scale="blocks.0.ls1.gamma" in shapes,
         qkv_bias="blocks.0.attn.qkv.bias" in shapes,
-        activation=_activation(args.get("act_layer") or act),
+        activation=_activation(args.text("act_layer", None) or act),
         epsilon=1e-5 if "clip" in words else 1e-6,
     )
 
 
 def hf_config(config: Mapping[str, Any], shapes: Shapes, heads: int | None = None) -> ViTConfig:
     """The model of a config.json of transformers' ViT or DeiT; names without "vit." or "deit." in front."""
+    f = Fields(config)
     both = "distillation_classifier.weight" in shapes
     first = "encoder.layer.0.attention.attention.query.bias"
     return _config(
         shapes,
-        heads or config.get("num_attention_heads", 12),  # what is not in the file is transformers' default
+        heads or f.integer("num_attention_heads", 12, least=1),  # what is not in the file is transformers' default
         stem="embeddings.patch_embeddings.projection.",
         positions="embeddings.position_embeddings",
         block="encoder.layer.{}.",
         fc1="intermediate.dense.weight",
         head="cls_classifier." if both else "classifier.",
-        image=_pair(config.get("image_size", 224)),
+        image=_pair(f, "image_size", 224),
         class_token=True,
         distilled="embeddings.distillation_token" in shapes,
         both_heads=both,
         qkv_bias=first in shapes,
         fused=False,
-        activation=_activation(config.get("hidden_act", "gelu")),
-        epsilon=float(config.get("layer_norm_eps", 1e-12)),
+        activation=_activation(f.text("hidden_act", "gelu")),
+        epsilon=f.number("layer_norm_eps", 1e-12, above=0),
     )
 
 
 def clip_config(config: Mapping[str, Any], shapes: Shapes, heads: int | None = None) -> ViTConfig:
     """The vision tower of a `vision_config` of transformers' CLIP; names without "vision_model." in front."""
+    f = Fields(config)
     return _config(
         shapes,
-        heads or config.get("num_attention_heads", 12),
+        heads or f.integer("num_attention_heads", 12, least=1),
         stem="embeddings.patch_embedding.",
         positions="embeddings.position_embedding.weight",
         block="encoder.layers.{}.",
         fc1="mlp.fc1.weight",
         head="visual_projection.",
-        image=_pair(config.get("image_size", 224)),
+        image=_pair(f, "image_size", 224),
         class_token=True,
         pre_norm=True,
         fused=False,
-        activation=_activation(config.get("hidden_act", "quick_gelu")),
-        epsilon=float(config.get("layer_norm_eps", 1e-5)),
+        activation=_activation(f.text("hidden_act", "quick_gelu")),
+        epsilon=f.number("layer_norm_eps", 1e-5, above=0),
     )
 
 
 def torchvision_config(shapes: Shapes, heads: int | None = None) -> ViTConfig:
     """torchvision's `vit_b_16` and its like, from shapes alone."""
-    width = _shape(shapes, "conv_proj.weight")[0]
+    width = _shape(shapes, "conv_proj.weight", 4)[0]
     if not heads and width not in TORCHVISION_HEADS:
         raise ValueError(f"no vit_* of torchvision is {width} wide: how many heads there are is not known; give heads=")
     return _config(
@@ -155,7 +158,7 @@ def augreg_config(shapes: Shapes) -> ViTConfig:
     torch = {}  # the few shapes that `_config` reads, the way PyTorch has them
     for name, shape in shapes.items():
         torch[name] = shape if "kernel" not in name else shape[::-1]
-    query = _shape(shapes, "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel")
+    query = _shape(shapes, "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel", 3)
     return _config(
         torch,
         query[1],
@@ -185,11 +188,11 @@ def _config(
     weight: str = "weight",
     **options: Any,
 ) -> ViTConfig:
-    kernel = _shape(shapes, stem + weight)
-    if len(kernel) != 4 or kernel[2] != kernel[3]:
+    kernel = _shape(shapes, stem + weight, 4)
+    if kernel[2] != kernel[3] or 0 in kernel:
         raise ValueError(f"{stem + weight!r} has shape {kernel}: a convolution over square patches is needed")
     width, patch = kernel[0], kernel[2]
-    if width % heads:
+    if heads < 1 or width % heads:
         raise ValueError(
             f"{heads} heads do not divide the width {width}: the config is another model's, or give heads="
         )
@@ -199,17 +202,17 @@ def _config(
     if not depth:
         raise ValueError(f"tensor {block.format(0) + fc1!r} is missing: the file is another model's")
     size = width // heads
-    blocks = tuple(ViTBlock(heads, size, size, shapes[block.format(i) + fc1][0]) for i in range(depth))
+    blocks = tuple(ViTBlock(heads, size, size, _shape(shapes, block.format(i) + fc1, 2)[0]) for i in range(depth))
     config = ViTConfig(
         patch=patch,
         stream=width,
         blocks=blocks,
-        num_classes=shapes[head + weight][0] if head + weight in shapes else 0,
+        num_classes=_shape(shapes, head + weight, 2)[0] if head + weight in shapes else 0,
         patch_bias=stem + "bias" in shapes,
         head_bias=head + "bias" in shapes,
         **options,
     )
-    rows = _shape(shapes, positions)[-2]
+    rows = _shape(shapes, positions, 2, 3)[-2]
     by_rows = {}
     for which, count in (("all", rows - config.prefix), ("patches", rows)):
         side = math.isqrt(max(count, 0))
@@ -226,9 +229,12 @@ def _config(
     return dataclasses.replace(config, positions=which, image=by_rows[which])
 
 
-def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+def _shape(shapes: Shapes, name: str, *ranks: int) -> tuple[int, ...]:
+    """The shape of a tensor, which must have one of these numbers of axes."""
     if name not in shapes:
         raise ValueError(f"tensor {name!r} is missing: the file is another model's, or not complete")
+    if len(shapes[name]) not in ranks:
+        raise ValueError(f"tensor {name!r} has shape {shapes[name]}, not {ranks[0]} axes: the file is another model's")
     return shapes[name]
 
 
@@ -238,8 +244,12 @@ def _activation(name: Any) -> str:
     return ACTS[name]
 
 
-def _pair(size: Any) -> tuple[int, int]:
-    return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size))
+def _pair(f: Fields, key: str, default: int | None) -> Any:
+    """(height, width) of an entry that says both or the side of a square."""
+    if isinstance(f.get(key), list | tuple):
+        return f.integers(key, count=2, least=1)
+    side = f.integer(key, default, least=1)
+    return side and (side, side)
 
 
 # -- images --------------------------------------------------------------------------------------------------------
@@ -247,19 +257,22 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def timm_preprocess(config: Mapping[str, Any]) -> Preprocess:
     """What timm's evaluation does to a picture, from the "pretrained_cfg" of a config.json."""
-    cfg = config.get("pretrained_cfg") or {}
+    cfg = Fields(config).fields("pretrained_cfg", {})
     if "mean" not in cfg or "std" not in cfg or "input_size" not in cfg:
         raise ValueError(
             "config.json has no pretrained_cfg with mean, std and input_size: it does not say what to feed"
         )
-    height, width = cfg["input_size"][-2:]
-    mode = cfg.get("crop_mode") or "center"
+    _, height, width = cfg.integers("input_size", count=3, least=1)
+    mode = cfg.text("crop_mode", None) or "center"
     if height != width or mode not in ("center", "squash"):
         raise ValueError(
             f"images of {height}x{width} pixels with crop_mode {mode!r}: only squares, center or squash are"
         )
-    resize = math.floor(height / (cfg.get("crop_pct") or 0.875))
-    return _preprocess(height, resize, cfg["mean"], cfg["std"], cfg.get("interpolation") or "bicubic", mode == "squash")
+    share = cfg.number("crop_pct", None, above=0, most=1) or 0.875
+    filled = cfg.text("interpolation", None) or "bicubic"
+    return _preprocess(
+        height, math.floor(height / share), *_normalisation(cfg, "mean", "std"), filled, mode == "squash"
+    )
 
 
 def hf_preprocess(kind: str, config: Mapping[str, Any], side: int) -> Preprocess:
@@ -267,25 +280,31 @@ def hf_preprocess(kind: str, config: Mapping[str, Any], side: int) -> Preprocess
 
     Where the file does not say, transformers' defaults for the kind of model hold, at the model's `side`.
     """
-    clip = kind.startswith("clip")
-    crop = config.get("do_center_crop", kind != "vit")
-    size = config.get("size", {"deit": round(side * 256 / 224)}.get(kind, side))
+    f, clip = Fields(config), kind.startswith("clip")
+    crop = f.flag("do_center_crop", kind != "vit")
     squash = not clip
-    if isinstance(size, Mapping):
-        squash = "shortest_edge" not in size
-        values = {size[k] for k in ("shortest_edge", "height", "width") if k in size}
+    if isinstance(f.get("size"), Mapping):
+        own = f.fields("size")
+        squash = "shortest_edge" not in own
+        values = {own.integer(k, least=1) for k in ("shortest_edge", "height", "width") if k in own}
         if len(values) != 1:
-            raise ValueError(f"preprocessor_config.json has size {dict(size)}: only squares or shortest_edge are read")
+            raise ValueError(f"preprocessor_config.json has size {dict(own)}: only squares or shortest_edge are read")
         size = values.pop()
-    cut = config.get("crop_size", side) if crop else size
-    cut = max(cut.values()) if isinstance(cut, Mapping) else cut
+    else:
+        size = f.integer("size", {"deit": round(side * 256 / 224)}.get(kind, side), least=1)
+    if not crop:
+        cut = size
+    elif isinstance(f.get("crop_size"), Mapping):
+        own = f.fields("crop_size")
+        cut = max(own.integer(k, least=1) for k in own) if own else side
+    else:
+        cut = f.integer("crop_size", side, least=1)
     filters = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-    resample = config.get("resample", 2 if kind == "vit" else 3)
-    if resample not in filters or not config.get("do_resize", True):
+    resample = f.integer("resample", 2 if kind == "vit" else 3)
+    if resample not in filters or not f.flag("do_resize", True):
         raise ValueError(f"preprocessor_config.json wants no resizing, or resample {resample!r}: neither is supported")
-    mean = config.get("image_mean", CLIP_MEAN if clip else HALF)
-    std = config.get("image_std", CLIP_STD if clip else HALF)
-    return _preprocess(int(cut), int(size), mean, std, filters[resample], squash)
+    usual = (CLIP_MEAN, CLIP_STD) if clip else (HALF, HALF)
+    return _preprocess(cut, size, *_normalisation(f, "image_mean", "image_std", *usual), filters[resample], squash)
 
 
 def torchvision_preprocess(side: int, swag: bool) -> Preprocess:
@@ -300,7 +319,11 @@ def augreg_preprocess(side: int) -> Preprocess:
     return _preprocess(side, math.floor(side / 0.9), HALF, HALF, "bicubic", False)
 
 
+def _normalisation(f: Fields, mean: str, std: str, *default: Any) -> tuple[Any, Any]:
+    """The two entries that say how a channel is shifted and scaled."""
+    usual = default or (REQUIRED, REQUIRED)
+    return f.numbers(mean, usual[0], count=3), f.numbers(std, usual[1], count=3)
+
+
 def _preprocess(size: int, resize: int, mean: Any, std: Any, interpolation: str, squash: bool) -> Preprocess:
-    r, g, b = (float(x) for x in mean)
-    dr, dg, db = (float(x) for x in std)
-    return Preprocess(size, resize, (r, g, b), (dr, dg, db), interpolation, squash)
+    return Preprocess(size, resize, mean, std, interpolation, squash)

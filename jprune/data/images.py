@@ -63,8 +63,11 @@ class Preprocess:
             raise ValueError(f"size {self.size} must be positive and no larger than resize {self.resize}")
         if self.interpolation not in FILTERS:
             raise ValueError(f"interpolation is {self.interpolation!r}: use one of {', '.join(FILTERS)}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean {self.mean} and std {self.std} must be of three channels, with std positive")
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != 3 or len(self.std) != 3 or not finite or min(self.std) <= 0:
+            raise ValueError(
+                f"mean {self.mean} and std {self.std} must be of three channels, finite, with std positive"
+            )
 
     def pixels(self, image: Image.Image) -> UInt8[np.ndarray, "s s 3"]:
         """The scaled and cut picture, 0..255."""

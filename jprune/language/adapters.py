@@ -7,6 +7,7 @@ at the outputs that are pruned. Names are those of the Hugging Face model; the l
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jprune.checkpoint.hf_files import read_json
 from jprune.checkpoint.tensors import load_safetensors, save_safetensors
+from jprune.json_files import Fields, read_json, said_of
 from jprune.language.blocks import blocks
 from jprune.language.lora import Lora, LoraConfig, products
 from jprune.models.layouts import LINEN, PEFT, Layout
@@ -105,7 +106,15 @@ def load_peft(
         differ between the modules of one attention or MLP.
     """
     folder = Path(folder)
-    said, tensors = read_json(folder / CONFIG), load_safetensors(folder / WEIGHTS)[0]
+    with said_of(folder):
+        return _load(folder, graph, head_dim, layout)
+
+
+def _load(
+    folder: Path, graph: Structure, head_dim: int, layout: Layout
+) -> tuple[Lora, LoraConfig, dict[str, np.ndarray] | None]:
+    said = Fields(read_json(folder / CONFIG, "give the folder of a PEFT adapter, or copy it again"))
+    tensors = load_safetensors(folder / WEIGHTS)[0]
     if said.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds {said.get('peft_type')!r} adapters: only LORA ones can be read")
     for k, allowed in PLAIN.items():
@@ -113,37 +122,45 @@ def load_peft(
             raise ValueError(
                 f"{folder / CONFIG} says {k}={said[k]!r}: only adapters with {k}={allowed[0]!r} can be read"
             )
+    rank, alpha = said.integer("r", least=1), said.number("lora_alpha", above=0)
+    config = LoraConfig(rank, alpha, said.number("lora_dropout", 0.0, least=0, below=1))
+    alphas = said.fields("alpha_pattern", {})
     found = {(p.name, p.layer): tensors[p.path] for p in places(tensors, PEFT).values()}
     if len(found) != len(tensors):
         known = {p.path for p in places(tensors, PEFT).values()}
-        raise ValueError(
-            f"{folder / WEIGHTS} has the tensor {sorted(set(tensors) - known)[0]!r}, which is none of a LLaMA"
-        )
-    scale, ranks, masked = said["lora_alpha"] / said["r"], {}, {}
+        odd = sorted(set(tensors) - known) or sorted(tensors)
+        raise ValueError(f"{folder / WEIGHTS} has the tensor {odd[0]!r}, which is none of a LLaMA, or is there twice")
+    for (name, layer), x in found.items():
+        if x.ndim != (1 if name.endswith("_mask") else 2) or 0 in x.shape or not np.isrealobj(x):
+            raise ValueError(f"{folder / WEIGHTS}: {name} of layer {layer} has shape {x.shape}: another model's")
+    ranks, masked = {}, {}
     lora: Lora = {}
     for p in products(graph, _linear(graph, layout)).values():
         rows: dict[int | None, tuple[Any, Any]] = {}
         for name, layer, at in _places(p, layout):
             a, b = (found.pop((f"{name}_lora_{k}", layer), None) for k in "ab")
-            mask = found.pop((f"{name}_lora_mask", layer), None)
+            mask, module = found.pop((f"{name}_lora_mask", layer), None), _module(name, layer)
             if mask is not None:
+                if mask.shape != (p.shape[0],):
+                    raise ValueError(f"the mask of {module} has {len(mask)} entries, the matrix {p.shape[0]} rows")
                 masked.setdefault(p.tap.id, {})[at] = np.asarray(mask, np.float32)
-            if a is None or b is None:
+            if a is None and b is None:
                 continue
-            r, module = a.shape[0], _module(name, layer)
+            if a is None or b is None:
+                raise ValueError(f"the adapter of {module} has only one of its two factors: copy the folder again")
+            r = a.shape[0]
             if (b.shape[0], a.shape[1]) != p.shape or b.shape[1] != r:
                 raise ValueError(
                     f"the adapter of {module} is {b.shape} x {a.shape}, the matrix {p.shape}: another model's"
                 )
-            own = said.get("alpha_pattern", {}).get(module, said["lora_alpha"]) / r
-            rows[at] = a, native(f"{name}_lora_b", b, layout, head_dim) * np.float32(own / scale)
+            own = alphas.number(module, alpha, above=0) / r
+            rows[at] = a, native(f"{name}_lora_b", b, layout, head_dim) * np.float32(own / config.scale)
         if rows:
             lora[p.tap.id], ranks[p.tap.id] = _stacked(p, rows)
     if found:
         name, layer = next(iter(found))
         raise ValueError(f"{folder / WEIGHTS} has {name} of layer {layer}, which this decoder does not have")
-    config = LoraConfig(said["r"], said["lora_alpha"], said.get("lora_dropout", 0.0), ranks)
-    return lora, config, _unit_masks(graph, masked) if masked else None
+    return lora, dataclasses.replace(config, ranks=ranks), _unit_masks(graph, masked) if masked else None
 
 
 def _places(p: Product, layout: Layout) -> list[tuple[str, int, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from jprune.models.rope import Rope
@@ -56,6 +57,16 @@ class LlamaConfig:
             value = getattr(self, name)
             if value is not None and len(value) != n:
                 raise ValueError(f"{name} lists {len(value)} layers, ffn {n}: give one entry per layer")
+        widths = {name: getattr(self, name) or () for name in ("ffn", "q_heads", "kv_heads", "value_dim")}
+        widths |= {name: (getattr(self, name),) for name in ("vocab", "stream", "head_dim", "max_positions")}
+        widths |= {"windows": tuple(w for w in self.windows or () if w is not None)}
+        widths |= {"norm_width": () if self.norm_width is None else (self.norm_width,)}
+        for name, found in widths.items():
+            least = 0 if name in ("ffn", "value_dim") else 1
+            if wrong := [w for w in found if not w >= least]:
+                raise ValueError(f"{name} is {wrong[0]}: it must be at least {least}")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps is {self.eps}: it must be positive and finite")
         for i, (q, kv) in enumerate(zip(self.q_heads, self.kv_heads, strict=True)):
             if kv < 1 or q < 1 or q % kv:
                 raise ValueError(f"layer {i}: {q} query heads cannot be shared evenly among {kv} key-value heads")

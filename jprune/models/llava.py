@@ -61,6 +61,11 @@ class LlavaConfig:
             )
         if self.select not in SELECT:
             raise ValueError(f"select must be one of {', '.join(SELECT)}, not {self.select!r}")
+        depth = len(self.vision.blocks)
+        if not -depth - 1 <= self.feature_layer <= depth:
+            raise ValueError(
+                f"feature_layer is {self.feature_layer}: a tower of {depth} blocks has the layers 0 to {depth}"
+            )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not supported: only {', '.join(ACTIVATIONS)} is")
 

@@ -8,6 +8,7 @@ reason; `jprune.trace(..., fold_constants=True)` sees through it and makes each 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,9 @@ class Rope:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"rope type {self.kind!r} is not supported: only {', '.join(KINDS)}")
+        for name in ("theta", "factor", "low", "high", "original"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"rope's {name} is {getattr(self, name)}: it must be positive and finite")
         if self.kind == "llama3" and not self.low < self.high:
             raise ValueError(f"rope scaling llama3 needs low < high frequency factors, not {self.low} and {self.high}")
 

@@ -209,13 +209,13 @@ def test_config_there_and_back(family):
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' is not supported"),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "'longrope' is not supported"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "lacks 'low_freq_factor'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling.low_freq_factor is missing"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"quantization_config": {"bits": 4}}, "quantised"),
-    ({"hidden_size": None}, "hidden_size = None"),
+    ({"hidden_size": None}, "hidden_size is null: it must be a whole number, at least 1"),
     ({"num_attention_heads": 3}, "3 query heads cannot be shared evenly among 2"),
     ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 3, "layer_types": ["chunked"] * 2},
-     "layer_types has 'chunked'"),
+     r'layer_types\[0\] is "chunked": it must be one of'),
     ({"per_layer_config": {"0": {"hidden_size": 3}}}, "has 'hidden_size'"),
 ])  # fmt: skip
 def test_configs_that_are_refused(extra, message):
@@ -268,6 +268,9 @@ def test_damaged_folders(tmp_path):
     with pytest.raises(ValueError, match="truncated or not a safetensors file"):
         load_hf(folder)
     second.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match=rf"{second.name} and .*{first.name} both have a tensor"):
+        load_hf(folder)
+    save_file({"another": np.ones(1, np.float32)}, second)
     with pytest.raises(ValueError, match=r"has no tensor .*which model.safetensors.index.json says it has"):
         load_hf(folder)
     second.unlink()

@@ -131,6 +131,15 @@ DAMAGE = {
     "no shape": lambda d: d["leaves"]["wide"].pop("shape"),
     "no layer axis": lambda d: d["leaves"]["up"].update({"layer_axis": None}),
     "leaves in a list": lambda d: d.update({"leaves": []}),
+    "another axis of the group left whole": lambda d: d["leaves"]["head"].update({"axes": {}, "made_of": {}}),
+    "another axis of the group cut differently": lambda d: axis_of(d, "head", "0").__setitem__(0, 1),
+    "a leaf left out": lambda d: d["leaves"].pop("head"),
+    "the group cut differently": lambda d: d["groups"]["wide:1"].__setitem__(0, 1),
+    "an axis counted from the end": lambda d: d["leaves"]["wide"].update({"axes": {"-1": axis_of(d, "wide", "1")}}),
+    "the layers as an axis to cut": lambda d: d["leaves"]["up"].update({"layer_axis": 2}),
+    "true for an index": lambda d: axis_of(d, "wide", "1").__setitem__(0, False),
+    "a group of another size": lambda d: d["leaves"]["wide"]["made_of"]["1"][0].__setitem__(1, 5),
+    "a group that is not there": lambda d: d["leaves"]["wide"]["made_of"]["1"][0].__setitem__(0, "x:1"),
     "groups in a list": lambda d: d.update({"groups": [1]}),
     "no groups": lambda d: d.pop("groups"),
 }
@@ -162,7 +171,7 @@ def test_a_newer_format_says_so(saved):
         data["format"] = 9
         data["tensors"] = data.pop("leaves")  # whatever it holds
 
-    with pytest.raises(ValueError, match="plan format 9; this version reads 1: update jprune"):
+    with pytest.raises(ValueError, match="plan format 9; this version reads 2: update jprune"):
         Plan.load(damaged(saved, newer))
 
 
@@ -191,3 +200,15 @@ def test_a_plan_is_checked_like_any_decision():
     with pytest.raises(jprune.NotPrunable, match="allow_inexact"):
         graph.plan(keep)
     assert graph.plan(keep, allow_inexact=True).widths() == {"A:1": 4}
+
+
+def test_plans_of_concatenated_and_partly_cut_axes_come_back(tmp_path):
+    def net(p, x):
+        h = jnp.concatenate([jax.nn.relu(x @ p["a"]), jax.nn.relu(x @ p["b"])], axis=1)
+        return h @ p["c"]
+
+    params = {"a": normal(0, 3, 4), "b": normal(1, 3, 5), "c": normal(2, 9, 2)}
+    graph = jprune.trace(net, params, normal(3, 2, 3))
+    for keep in ({"a:1": np.arange(4) > 0}, {"a:1": np.arange(4) > 0, "b:1": np.arange(5) != 2}):
+        graph.plan(keep).save(tmp_path / "plan.json")
+        assert_same(Plan.load(tmp_path / "plan.json").apply(params), graph.compact(params, keep))
