@@ -119,6 +119,22 @@ def check_laws(
     return graph
 
 
+def check_values(fn, params, inputs, keep=None, *, graph=None, tolerance=1e-5, alive=1e-3, seed=0, **allow):
+    """Laws 1 to 3 evaluated equation by equation, with no compilation of whole functions; returns the graph."""
+    graph = graph or jprune.trace(fn, params, *inputs)
+    every_axis_is_accounted_for(graph)
+    keep = subset(graph, np.random.default_rng(seed)) if keep is None else keep
+    assert keep, graph.explain()
+    small, run = graph.compact(params, keep, verify=None, **allow), graph.replay(keep, **allow)
+    want = fn(graph.mask(params, keep), *inputs)
+    assert relative(run(small, *inputs), want) <= tolerance, graph.explain()
+    if alive:
+        assert relative(fn(params, *inputs), want) > alive, "masking changes nothing: the test is blind"
+    again = jprune.trace(run, small, *inputs, is_param=lambda p: graph.leaves[p].is_param)
+    assert again.cost() == graph.cost(keep)
+    return graph
+
+
 def gradient_is_the_sliced_gradient(graph, fn, run, params, masked, small, keep, inputs, tolerance):
     """d/d small of the pruned function is the slice of d/d masked of the whole one."""
 

@@ -150,7 +150,8 @@ def keep_sharding(x: Any, path: str, f: Callable[[Any], Any]) -> Any:
     if not isinstance(sharding, NamedSharding) or not any(s is not None for s in sharding.spec):
         if sharding is not None and len(sharding.device_set) == 1 and next(iter(sharding.device_set)).platform == "cpu":
             # a CPU array is host memory already: numpy gathers from it without a compilation per shape
-            return jax.device_put(f(np.asarray(x)), sharding)
+            small = f(np.asarray(x))
+            return jax.device_put(small, sharding) if x.committed else jnp.asarray(small)  # shard_map may move it
         return f(x)
     shape = jax.eval_shape(f, x).shape
     sizes = dict(sharding.mesh.shape)

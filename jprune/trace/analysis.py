@@ -70,11 +70,14 @@ class Rule:
       propagate: (analysis, equation, operand values) -> result values; unifies, freezes, certifies.
       rewrite: (equation, sizes) -> equation parameters for the pruned sizes; None: parameters hold no sizes.
       evaluate: (evaluator, equation, operands, path) -> results; only for primitives that contain jaxprs.
+      perform: (equation, operands, sizes) -> results, or None to bind the primitive with the rewritten parameters; for
+        what no parameters of the same primitive say at the pruned sizes.
     """
 
     propagate: Callable[[Analysis, Eqn, list[Val]], list[Val]]
     rewrite: Callable[[Eqn, Any], dict[str, Any]] | None = None
     evaluate: Callable[[Any, Eqn, list[Any], Path], list[Any]] | None = None
+    perform: Callable[[Eqn, list[Any], Any], list[Any] | None] | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -139,6 +142,7 @@ class Analysis:
         self.scan_of: dict[Path, T.Atom] = {}  # layer axis of the scan equation at this path
         self.jaxprs: dict[Path, Any] = {}  # jaxprs made on the way (derivative rules), by the path they were walked at
         self.shadow = False  # walking a derivative rule: sizes count, certificates and costs do not
+        self.unseen = False  # no output depends on the equation: it is only printed, or shown to a callback
         self.path: Path = ()
         self.eqn: Eqn = None
         self._callers: list[Eqn] = []
@@ -214,7 +218,7 @@ class Analysis:
 
     def inexact(self, tag: Tag, what: str) -> None:
         """Note that values at removed positions of this axis reach the result through the current equation."""
-        if not self.shadow and T.is_live(tag):
+        if not self.shadow and not self.unseen and T.is_live(tag):
             T.note(tag, f"{what} at {self.where}" if self.where else what)
 
     def use(
@@ -294,7 +298,10 @@ class Analysis:
         def read(v: Any, k: int, at: Path) -> Val:
             return self._held(np.asarray(v.val), (*at, "literal", k)) if isinstance(v, jex.Literal) else env[v]
 
+        needed = _needed(jaxpr)
+        outer = self.unseen
         for i, eqn in enumerate(jaxpr.eqns):
+            self.unseen = outer or not needed[i]
             ins = [read(v, k, (*path, i)) for k, v in enumerate(eqn.invars)]
             self.path, self.eqn = (*path, i), eqn
             outs = self._apply(eqn, ins)
@@ -302,6 +309,7 @@ class Analysis:
             if not self.shadow:
                 self.eqns[(*path, i)] = eqn
             env.update(zip(eqn.outvars, outs, strict=True))
+        self.unseen = outer
         return [read(v, k, path) for k, v in enumerate(jaxpr.outvars)]
 
     def _held(self, value: Any, key: Path) -> Val:
@@ -324,6 +332,8 @@ class Analysis:
     def _apply(self, eqn: Eqn, ins: list[Val]) -> list[Val]:
         name = eqn.primitive.name
         rule = self.rules.get(name)
+        if rule is None and _only_looks(eqn):
+            return []
         if rule is None:
             self.unsupported.setdefault(name, []).append(self.where)
             self.freeze_all(ins, "UNSUPPORTED", name)
@@ -357,6 +367,24 @@ class Analysis:
         for v, o in zip(vals, outs, strict=True):
             v.const = np.asarray(o)  # replay needs the value of scalars as well
         return vals
+
+
+def _needed(jaxpr: Any) -> list[bool]:
+    """Per equation, whether a result of the jaxpr depends on it (without effects all others are gone already)."""
+    if not jaxpr.effects:
+        return [True] * len(jaxpr.eqns)
+    live = {id(v) for v in jaxpr.outvars}
+    needed = []
+    for eqn in reversed(jaxpr.eqns):
+        needed.append(any(id(v) in live for v in eqn.outvars))
+        if needed[-1]:
+            live.update(id(v) for v in eqn.invars)
+    return needed[::-1]
+
+
+def _only_looks(eqn: Eqn) -> bool:
+    """Whether an equation returns nothing and writes to none of its operands (debug.print, debug.callback, ...)."""
+    return not eqn.outvars and not any(hasattr(v.aval, "inner_aval") for v in eqn.invars)
 
 
 def _as_float(value: Any) -> float | None:

@@ -179,10 +179,17 @@ class Evaluator:
         if any(isinstance(x, Segments) for x in args):
             return self._per_segment(eqn, args, path)
         params = eqn.params
-        if rule is not None and rule.rewrite is not None and self.layouts is not None:
-            params = rule.rewrite(eqn, Sizes(self.layouts(path), self.widths, args, eqn))
+        if rule is not None and (rule.rewrite or rule.perform) and self.layouts is not None:
+            sizes = Sizes(self.layouts(path), self.widths, args, eqn)
+            if rule.perform is not None:
+                with _name_stack(eqn):
+                    done = rule.perform(eqn, args, sizes)
+                if done is not None:
+                    return done
+            if rule.rewrite is not None:
+                params = rule.rewrite(eqn, sizes)
         subfuns, params = _bind_params(eqn, params)
-        with _name_stack(eqn):
+        with _name_stack(eqn), _context(eqn):
             out = eqn.primitive.bind(*subfuns, *args, **params)
         return list(out) if eqn.primitive.multiple_results else [out]
 
@@ -242,6 +249,12 @@ def _bind_params(eqn: Eqn, params: dict[str, Any]) -> tuple[list[Any], dict[str,
     bound = eqn.primitive.get_bind_params(params)
     # older jax returns (subfuns, params), newer jax puts the functions into the params
     return (list(bound[0]), bound[1]) if isinstance(bound, tuple) else ([], bound)
+
+
+def _context(eqn: Eqn) -> Any:
+    """What was set around the equation when it was traced: where it is computed, metadata for the compiler."""
+    context = getattr(eqn, "ctx", None)
+    return context.manager if context is not None else contextlib.nullcontext()
 
 
 def _name_stack(eqn: Eqn) -> Any:

@@ -14,7 +14,7 @@ from jprune.trace import layout as L
 from jprune.trace.analysis import Path, Val
 from jprune.trace.structure import Structure
 
-CONTRACTIONS = ("conv_general_dilated", "dot_general")
+CONTRACTIONS = ("conv_general_dilated", "dot_general", "ragged_dot_general")
 SUMS = ("add", "sub", "add_any")
 LINEAR = {
     *SUMS, "neg", "copy", "convert_element_type", "reduce_precision", "stop_gradient", "optimization_barrier",

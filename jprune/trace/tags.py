@@ -189,6 +189,8 @@ def split_sum(total: Sum, q: int) -> tuple[Tag, Tag]:
 def split_front(tag: Tag, n: int) -> tuple[Tag, Tag]:
     """(front of size n, rest) of an axis, cutting the dim that straddles the boundary."""
     tag = norm(tag)
+    if size(tag) == 0:
+        raise Misaligned
     front: list[Dim] = []
     for i, d in enumerate(tag):
         if n == 1:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jprune.trace.analysis import Rule, Val
-from jprune.trace.rules import contraction, control_flow, elementwise, indexing, reduction, shaping
+from jprune.trace.rules import contraction, control_flow, elementwise, indexing, reduction, shaping, sharded
 
 BUILT_IN: dict[str, Rule] = {
     **elementwise.RULES,
@@ -15,6 +15,7 @@ BUILT_IN: dict[str, Rule] = {
     **reduction.RULES,
     **indexing.RULES,
     **control_flow.RULES,
+    **sharded.RULES,
 }
 
 USER_RULES: dict[str, Rule] = {}

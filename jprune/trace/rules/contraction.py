@@ -1,9 +1,11 @@
-"""dot_general and convolution: what is summed over must be zero on one side, or pruning it is not exact."""
+"""dot_general, ragged_dot and convolution: what is summed over must be zero on one side, or pruning it is not exact."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
+
+import jax.numpy as jnp
 
 from jprune.trace import tags as T
 from jprune.trace.analysis import Analysis, Eqn, Rule, Val
@@ -43,6 +45,44 @@ def _dot_general(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
         a.use(vals, k, 1 - k, "out", contracted, data_features, out_features)
     a.count(leaf, 1, [*tags, *contracted], tags, contracted)
     return [out]
+
+
+def _ragged_dot(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
+    """A matrix product whose rows (or summed positions, or batch) come in runs, as many as there are groups.
+
+    Which run an entry belongs to is counted from `group_sizes`, which is data: the ragged axis and the axis of the
+    groups (the experts) stay whole. Everything else is a dot_general.
+    """
+    lhs, rhs, sizes, *offset = vals
+    p = eqn.params["ragged_dot_dimension_numbers"]
+    (lc, rc), (lb, rb) = p.dot_dimension_numbers
+    (ragged,) = p.lhs_ragged_dimensions
+    groups = tuple(p.rhs_group_dimensions)
+    why = "ragged_dot: which rows meet which expert is counted from group_sizes"
+    for i, j in (*zip(lc, rc, strict=True), *zip(lb, rb, strict=True)):
+        a.unify(lhs.tags[i], rhs.tags[j])
+    if T.is_live(lhs.tags[ragged]):  # how many rows an input has may still change from call to call
+        a.freeze(lhs.tags[ragged], "DATA_INDEXED", why)
+    for j in groups:
+        a.freeze(rhs.tags[j], "DATA_INDEXED", why)
+    a.freeze_all([sizes, *offset], "DATA_INDEXED", why)
+    for i, j in zip(lc, rc, strict=True):
+        _contract(a, lhs, rhs, i, j)
+    lf = [i for i in range(len(lhs.shape)) if i not in (*lc, *lb)]
+    rf = [j for j in range(len(rhs.shape)) if j not in (*rc, *rb, *groups)]
+    work = [lhs.tags[i] for i in (*lb, *lf)] + [rhs.tags[j] for j in rf]
+    tags, lead = work, 0
+    if ragged in lc:  # one product per run of the summed positions: the runs are a new leading axis
+        tags, lead = [a.fixed(eqn.outvars[0].aval.shape[0], "DATA_INDEXED", why), *work], 1
+    zero = [lhs.zero[i] or rhs.zero[j] for i, j in zip(lb, rb, strict=True)]
+    zero = [False] * lead + zero + [lhs.zero[i] for i in lf] + [rhs.zero[j] for j in rf]
+    contracted = [lhs.tags[i] for i in lc]
+    leaf = rhs.leaf if lhs.leaf is None else None
+    if leaf is not None:
+        n = len(tags)
+        a.use(vals, 1, 0, "out", contracted, lc, range(n - len(rf), n))
+    a.count(leaf, 1, [*work, *contracted], tags, contracted)
+    return [a.value(eqn.outvars[0].aval, tags, zero)]
 
 
 def _split_channels(a: Analysis, tag: Tag, groups: int) -> tuple[Tag, Tag]:
@@ -95,14 +135,23 @@ def _conv(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     return [a.value(aval, tags, zero)]
 
 
+def _feature_groups(eqn: Eqn, s: Any) -> int:
+    dn, count = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    inside = s.in_shape(1)[dn.rhs_spec[1]]
+    return s.in_shape(0)[dn.lhs_spec[1]] // inside if count > 1 and inside else 1
+
+
 def _conv_groups(eqn: Eqn, s: Any) -> dict[str, Any]:
-    if eqn.params["feature_group_count"] == 1:
-        return eqn.params
-    dn = eqn.params["dimension_numbers"]
-    return {**eqn.params, "feature_group_count": s.in_shape(0)[dn.lhs_spec[1]] // s.in_shape(1)[dn.rhs_spec[1]]}
+    return {**eqn.params, "feature_group_count": _feature_groups(eqn, s)}
+
+
+def _no_groups(eqn: Eqn, args: list[Any], s: Any) -> list[Any] | None:
+    """No channels, where a grouped convolution has lost all its groups: the primitive wants at least one."""
+    return None if _feature_groups(eqn, s) else [jnp.zeros(s.out_shape(0), eqn.outvars[0].aval.dtype)]
 
 
 RULES: dict[str, Rule] = {
     "dot_general": Rule(_dot_general),
-    "conv_general_dilated": Rule(_conv, _conv_groups),
+    "ragged_dot_general": Rule(_ragged_dot),
+    "conv_general_dilated": Rule(_conv, _conv_groups, perform=_no_groups),
 }

@@ -355,7 +355,10 @@ CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
+    "call": "call_jaxpr",
     "core_call": "call_jaxpr",
+    "custom_vmap_call": "call",  # its own rule for vmap was asked when the function was traced
+    "composite": "jaxpr",
 }
 
 RULES: dict[str, Rule] = {

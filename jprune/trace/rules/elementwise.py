@@ -79,7 +79,7 @@ def _elementwise(zero_rule: ZeroRule) -> Callable[[Analysis, Eqn, list[Val]], li
         _record_use(a, eqn, vals)
         if len(vals) == 1 and len(outs) == 1:
             v = vals[0]
-            if v.scalar == 0 and zero_rule is not _never:
+            if v.scalar == 0 and zero_rule(eqn, vals, [True]):
                 outs[0].scalar = 0.0
         elif eqn.primitive.name == "mul" and any(v.scalar == 0 for v in vals):
             outs[0].scalar = 0.0

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
+from jax import lax
+
 from jprune.trace.analysis import Analysis, Eqn, Rule, Val
 from jprune.trace.tags import Tag
 
@@ -21,9 +24,10 @@ def _gather(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     tags: list[Tag] = [()] * len(aval.shape)
     zero = [False] * len(aval.shape)
     whole = []
+    filled = _fills(p, aval.dtype)
     for i, n in enumerate(operand.shape):
-        if i in offset_of and sizes[i] == n and i not in dn.start_index_map:
-            tags[offset_of[i]], zero[offset_of[i]] = operand.tags[i], operand.zero[i]
+        if i in offset_of and sizes[i] == n:  # taken whole: a start index can only be clamped to 0, or miss all of it
+            tags[offset_of[i]], zero[offset_of[i]] = operand.tags[i], operand.zero[i] and not filled
             whole.append(offset_of[i])
         elif i not in dn.operand_batching_dims:
             a.freeze(operand.tags[i], "DATA_INDEXED", "gather")
@@ -34,7 +38,7 @@ def _gather(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
         tags[out_axis], zero[out_axis] = indices.tags[k], False
     for i, k in zip(dn.operand_batching_dims, dn.start_indices_batching_dims, strict=True):
         a.unify(operand.tags[i], indices.tags[k])
-        zero[batch_axes[k]] = operand.zero[i]
+        zero[batch_axes[k]] = operand.zero[i] and not filled
     if len(indices.shape) > len(batch_axes):
         a.freeze(indices.tags[-1], "DATA_INDEXED", "gather")
     if operand.leaf is not None and indices.leaf is None:
@@ -42,13 +46,23 @@ def _gather(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     return [a.value(aval, tags, zero)]
 
 
+def _fills(p: Any, dtype: Any) -> bool:
+    """Whether rows that lie outside the operand are filled with something else than 0.
+
+    NaN does not count: it marks an error in every kept position of the row as well.
+    """
+    fill = p["fill_value"]
+    if p["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        return False
+    if fill is None:
+        return not jnp.issubdtype(dtype, jnp.inexact)
+    return bool(fill == fill and fill != 0)
+
+
 def _gather_sizes(eqn: Eqn, s: Any) -> dict[str, Any]:
     p = eqn.params
     full, new = s.full_in_shape(0), s.in_shape(0)
-    sizes = tuple(
-        n if k == f and i not in p["dimension_numbers"].start_index_map else k
-        for i, (k, f, n) in enumerate(zip(p["slice_sizes"], full, new, strict=True))
-    )
+    sizes = tuple(n if k == f else k for k, f, n in zip(p["slice_sizes"], full, new, strict=True))
     return {**p, "slice_sizes": sizes}
 
 
@@ -58,22 +72,35 @@ def _scatter(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     gone = (*dn.inserted_window_dims, *dn.operand_batching_dims)
     window = dict(zip([i for i in range(len(operand.shape)) if i not in gone], dn.update_window_dims, strict=True))
     zero = [False] * len(operand.shape)
+    name = eqn.primitive.name.replace("_", "-")
+    rows = [j for j in range(len(updates.shape)) if j not in dn.update_window_dims]
+    batch = dict(zip(dn.operand_batching_dims, dn.scatter_indices_batching_dims, strict=True))
+
+    def stays_zero(i: int, j: int) -> bool:
+        mine, theirs = operand.zero[i] or operand.scalar == 0, updates.zero[j] or updates.scalar == 0
+        return mine if name == "scatter-mul" else mine and theirs
+
     for i, n in enumerate(operand.shape):
         j = window.get(i)
-        if j is not None and updates.shape[j] == n and i not in dn.scatter_dims_to_operand_dims:
+        if i in batch:  # every row of a batch is written into its own part of the operand
+            k = batch[i]
+            a.unify(operand.tags[i], indices.tags[k])
+            a.unify(operand.tags[i], updates.tags[rows[k]])
+            zero[i] = stays_zero(i, rows[k])
+        elif j is not None and updates.shape[j] == n:  # written whole: the start can only be clamped to 0
             a.unify(operand.tags[i], updates.tags[j])
-            zero[i] = (operand.zero[i] or operand.scalar == 0) and (updates.zero[j] or updates.scalar == 0)
+            zero[i] = stays_zero(i, j)
         else:
             a.freeze(operand.tags[i], "DATA_INDEXED", "scatter")
             if j is not None:
                 a.freeze(updates.tags[j], "DATA_INDEXED", "scatter")
-    rows = [j for j in range(len(updates.shape)) if j not in dn.update_window_dims]
-    adds = eqn.primitive.name in ("scatter-add", "scatter_add")
     for k, j in enumerate(rows):
-        if adds and k not in dn.scatter_indices_batching_dims:
+        if k in dn.scatter_indices_batching_dims:
+            continue
+        if name in ("scatter-add", "scatter-sub"):
             a.unify(indices.tags[k], updates.tags[j])
             if not (updates.zero[j] or updates.scalar == 0):
-                a.inexact(updates.tags[j], "scatter-add adds values that are not zero at removed positions")
+                a.inexact(updates.tags[j], f"{name} adds values that are not zero at removed positions")
         else:
             a.freeze(updates.tags[j], "DATA_INDEXED", "scatter")
             a.freeze(indices.tags[k], "DATA_INDEXED", "scatter")
