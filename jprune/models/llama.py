@@ -322,7 +322,8 @@ class Llama(nn.Module):
             saved = {} if cache is None else {name: tuple(row[name] for row in rows) for name in ("k", "v")}
             out.append(None if cache is None else Cache(saved["k"], saved["v"], *after))
             if drop is not None:
-                x, mask, positions = dropped(drop, x, last, mask, positions)
+                x, mask, positions, index = dropped(drop, x, last, mask, positions)
+                self.sow("drops", f"behind{end}", index, reduce_fn=lambda _, new: new)  # read with mutable=["drops"]
             first = end
         return x, tuple(out)
 

@@ -52,8 +52,8 @@ def ends_of(depth: int, caches: Sequence[Any], drops: Sequence[Drop]) -> list[in
     return ends
 
 
-def dropped(drop: Drop, x: jax.Array, last: Any, mask: Any, positions: Any) -> tuple[Any, Any, Any]:
-    """Stream, mask and positions of the tokens that go on; raises ValueError if they are not as many as was said."""
+def dropped(drop: Drop, x: jax.Array, last: Any, mask: Any, positions: Any) -> tuple[Any, Any, Any, Any]:
+    """Stream, mask, positions and places of the tokens that go on; ValueError if they are not as many as was said."""
     index = drop.pick(x, last)
     if index.shape != (x.shape[0], drop.kept):
         raise ValueError(f"the drop behind layer {drop.layer} picked {index.shape}, not {(x.shape[0], drop.kept)}")
@@ -61,4 +61,4 @@ def dropped(drop: Drop, x: jax.Array, last: Any, mask: Any, positions: Any) -> t
     def at(a: Any) -> Any:
         return None if a is None else jnp.take_along_axis(jnp.broadcast_to(a, x.shape[:2]), index, axis=1)
 
-    return jnp.take_along_axis(x, index[..., None], axis=1), at(mask), at(positions)
+    return jnp.take_along_axis(x, index[..., None], axis=1), at(mask), at(positions), index

@@ -98,7 +98,8 @@ class Reading(NamedTuple):
       logits: of the prompt's last token.
       caches: of successive layers.
       position: of the next token.
-      prompt: what the decoder read (for methods behind a layer: everything).
+      prompt: what the decoder read. For methods behind a layer that is everything, and `prompt.chosen` tells which visual
+        tokens, of all images of a row together, go on behind it, in ascending order.
     """
 
     logits: Float[Array, "batch vocab"]
@@ -145,10 +146,13 @@ def read_prompt(
     ends = [(drop.layer, size + room) for drop, size in zip(drops, [kept, *(d.kept for d in drops)])]
     sizes = [*ends, (c.language.depth, (drops[-1].kept if drops else kept) + room)]
     caches = new_caches(language, ids.shape[0], sizes, prompt.embeddings.dtype)
-    logits, caches = language.apply(
+    (logits, caches), told = language.apply(
         _of(variables, "language"), None, prompt.mask, caches, embeddings=prompt.embeddings,
-        positions=prompt.positions, drops=drops,
+        positions=prompt.positions, drops=drops, mutable=["drops"],
     )  # fmt: skip
+    for drop in drops:
+        went: Any = told["drops"][f"behind{drop.layer}"]
+        prompt = prompt._replace(chosen=_visual(went, start, m, went.shape[1] - (tokens - count * m)))
     return Reading(logits[:, -1], caches, prompt.positions[:, -1] + 1, prompt)
 
 
@@ -204,13 +208,16 @@ def _prompt(
     if pruning.method in MERGE:
         features, aux = run(images, pruning.method != "visionzip", method="features_and_aux")
         reduce = functools.partial(MERGE[pruning.method], k=pruning.k)
-        merged, _ = jax.vmap(jax.vmap(reduce))(features, aux)
+        merged, patches = jax.vmap(jax.vmap(reduce))(features, aux)
         n = merged.shape[2]
         if n > m:
             raise ValueError(f"{pruning.method} with k = {pruning.k} makes {n} tokens of an image's {m}: ask for fewer")
         x = run(ids, run(merged, method="project"), method="embed")
-        chosen = jnp.broadcast_to(jnp.arange(n), (batch, count, n))
-        return keep_visual_tokens(x, start, m, chosen, mask)
+        first = jnp.broadcast_to(jnp.arange(n), (batch, count, n))
+        prompt = keep_visual_tokens(x, start, m, first, mask)
+        # a visual token's number is its patch's, behind the class token where that is one of them
+        built = jnp.where(patches < 0, m, patches + m - features.shape[2])
+        return prompt._replace(chosen=built.astype(jnp.int32), source=_built(prompt.source, start, m, built))
     if pruning.method == "cls_attention":
         if module.config.select == "full":
             raise ValueError("cls_attention ranks patches, but this model reads the class token too")
@@ -231,6 +238,25 @@ def _prompt(
     select = functools.partial(BEFORE[pruning.method], k=pruning.k)
     chosen = jax.vmap(jax.vmap(select))(visual.reshape(batch, groups, -1, visual.shape[-1]), given)
     return keep_visual_tokens(x, start, m, chosen, mask, order=pruning.order, positions=pruning.positions)
+
+
+def _visual(places: Any, start: Any, m: int, k: int) -> Any:
+    """Numbers (batch, 1, k) among the visual tokens of all images of those places of the prompt that are visual tokens."""
+    offset = places[:, None] - start[..., None]
+    number = jnp.arange(start.shape[1])[:, None] * m + offset
+    visual = (offset >= 0) & (offset < m)
+    found = jnp.where(visual, number, start.shape[1] * m).min(axis=1)
+    return jnp.sort(found, axis=1)[:, None, :k].astype(jnp.int32)
+
+
+def _built(source: Any, start: Any, m: int, built: Any) -> Any:
+    """Places of the prompt (batch, kept) where those of merged tokens are the places of their patches, or -1."""
+    for i in range(start.shape[1]):
+        own, at = built[:, i], source - start[:, i, None]
+        place = jnp.where(own < m, own + start[:, i, None], -1)
+        new = jnp.take_along_axis(place, jnp.clip(at, 0, own.shape[1] - 1), axis=1)
+        source = jnp.where((at >= 0) & (at < m), new, source)
+    return source.astype(jnp.int32)
 
 
 def _grouped(aux: Aux, batch: int, groups: int, key: Any) -> Aux:

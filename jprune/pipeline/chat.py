@@ -20,8 +20,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from jprune.checkpoint.llava import load_llava
-from jprune.models.llava import Llava
-from jprune.models.llava_answer import BEFORE, MERGE, VisualPruning, answer, read_prompt
+from jprune.models.llava_answer import VisualPruning, answer, read_prompt
 from jprune.pipeline.lock import FolderLock
 from jprune.report import measure
 from jprune.report.patches import Shown, kept_patches
@@ -106,13 +105,15 @@ def _chat(o: ChatOptions, out: Path, rounds: int, progress: Progress) -> dict[st
     progress.update(task, advance=1)
     text = ids.shape[1] - m
     language = module.config.language
-    kept = _kept(module, variables, images, programs["reduced"], pruning, key)
+    read, arguments = programs["reduced"]
+    kept = np.asarray(read(*arguments).prompt.chosen)[0, 0]
+    kept = np.sort(kept[kept < m])
     summary = {
         "options": dataclasses.asdict(o),
         "answers": {"all": texts[0], "reduced": texts[1]},
         "visual_tokens": m,
         "kept": k,
-        "kept_tokens": None if kept is None else sorted(kept.tolist()),
+        "kept_tokens": kept.tolist(),
         "prompt_tokens": text + m,
         "milliseconds": ms,
         "tflops": {"all": true_flops(language, text, m) / 1e12,
@@ -120,28 +121,17 @@ def _chat(o: ChatOptions, out: Path, rounds: int, progress: Progress) -> dict[st
         "device": jax.devices()[0].device_kind,
     }  # fmt: skip
     with whole_folder(out, overwrite=True) as folder:
-        if kept is not None:
-            pre = processor.preprocess
-            pixels = images[0, 0] * (255 * np.array(pre.std)) + 255 * np.array(pre.mean)
-            side = round(m**0.5)
-            title = f"{Path(o.image).name}: {m} visual tokens"
-            shown = Shown(pixels.clip(0, 255).round().astype(np.uint8), (side, side), title,
-                          ((f"{o.tokens}: {k}", kept),))  # fmt: skip
-            kept_patches(folder / "kept.png", [shown])
+        pre = processor.preprocess
+        pixels = images[0, 0] * (255 * np.array(pre.std)) + 255 * np.array(pre.mean)
+        side = int(m**0.5)
+        patches = kept - (m - side * side)  # a class token among the visual tokens comes first
+        title = f"{Path(o.image).name}: {m} visual tokens"
+        where = f", behind layer {o.layer}" if o.layer else ""
+        shown = Shown(pixels.clip(0, 255).round().astype(np.uint8), (side, side), title,
+                      ((f"{o.tokens}: {k}{where}", patches),))  # fmt: skip
+        kept_patches(folder / "kept.png", [shown])
         write_json(folder / "answer.json", summary)
     return summary
-
-
-def _kept(module: Llava, variables: Any, images: Any, reading: Any, p: VisualPruning, key: Any) -> np.ndarray | None:
-    """Numbers of the patches that were kept or that others were merged into; None where the decoder itself chooses."""
-    if p.method in MERGE:
-        features, aux = module.apply(variables, images, p.method != "visionzip", method="features_and_aux")  # pyright: ignore
-        index = np.asarray(MERGE[p.method](features[0, 0], jax.tree.map(lambda x: x[0, 0], aux), p.k).index)
-        return index[index >= 0]
-    if p.method not in BEFORE or p.layer:
-        return None
-    program, arguments = reading
-    return np.asarray(program(*arguments).prompt.chosen)[0, 0]
 
 
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:

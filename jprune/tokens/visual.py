@@ -28,9 +28,10 @@ class PrunedPrompt(NamedTuple):
       embeddings: what the decoder reads; zeros at filled places.
       positions: of every token, to rotate queries and keys.
       mask: False at padding and at filled places, where an image had fewer tokens to keep than there are places.
-      source: which token of the whole prompt each is; -1 at filled places.
+      source: which token of the whole prompt each is (of merged ones, around which one it was built); -1 at filled places
+        and at merged tokens that are no patch.
       chosen: of each image (or of all images of a row together) the kept tokens in the order of the choice; the number of tokens
-        where there was none left.
+        where there was none left, and for merged tokens that are no patch.
     """
 
     embeddings: Float[Array, "batch kept d"]

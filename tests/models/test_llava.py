@@ -107,6 +107,10 @@ def test_merged_tokens_are_read(method, added):
     np.testing.assert_allclose(got.prompt.embeddings[1, start : start + n], want, atol=1e-5)
     assert got.prompt.embeddings.shape[1] == prompt()[0].shape[1] - 2 * (M - n)
     np.testing.assert_array_equal(got.prompt.positions[0], np.arange(got.prompt.positions.shape[1]))
+    built = np.asarray(getattr(selectors, method)(*one, 4).index)
+    np.testing.assert_array_equal(got.prompt.chosen[1, 0], np.where(built < 0, M, built))
+    np.testing.assert_array_equal(got.prompt.source[1, start : start + n], np.where(built < 0, -1, start + built))
+    assert (np.asarray(got.prompt.source[1, :start]) == np.arange(start)).all()
 
 
 def test_answers_are_repeated_reading():
@@ -126,6 +130,24 @@ def test_answers_are_repeated_reading():
     logits = compiled()(v, longer, pixels, seen, jnp.maximum(jnp.cumsum(counted, 1) - 1, 0))
     np.testing.assert_array_equal(got, jnp.argmax(logits[:, -steps:], -1))
     assert len(set(np.asarray(got).ravel().tolist())) > 2
+
+
+@pytest.mark.parametrize("method, k", [("fastv", 5), ("divprune", 5), ("vtw", 0)])
+def test_what_is_told_to_be_kept_behind_a_layer_is_what_goes_on(method, k):
+    """The second layer's keys are those that the whole prompt has there at text and kept tokens, and at no others."""
+    ids, _, mask = prompt()
+    got, whole = read(VisualPruning(k, method, layer=1)), read(None)
+    assert got.prompt.chosen.shape == (2, 1, k)
+    start = np.asarray(image_places(ids, IMAGE, 2, M)[:, :, 0])
+    every, left = np.asarray(whole.caches[0].k[1]), np.asarray(got.caches[1].k[0])
+    for b in range(2):
+        chosen = np.asarray(got.prompt.chosen[b, 0])
+        assert len(set(chosen.tolist())) == k
+        kept = start[b][chosen // M] + chosen % M
+        places = sorted({*np.flatnonzero(np.asarray(ids[b]) != IMAGE).tolist(), *kept.tolist()})
+        real = [i for i, place in enumerate(places) if mask[b, place]]
+        np.testing.assert_allclose(left[b, real], every[b, [places[i] for i in real]], atol=1e-5)
+        assert k == 0 or np.abs(left[b, real] - every[b, real]).max() > 1e-2
 
 
 @pytest.mark.slow
