@@ -144,7 +144,7 @@ class Bench:
         self.found = blocks(self.graph)
         self.every = {g: np.ones(self.graph.groups[g].shape, bool) for b in self.found for g in (b.ffn, b.kv) if g}
         self.mask = jax.jit(self.wide_graph.mask)
-        self.merge = jax.jit(functools.partial(merge, self.wide_graph, config=LORA))
+        self.merge = jax.jit(functools.partial(merge, self.wide_graph))
         self.gradients = jax.jit(
             jax.grad(lambda v, ids: next_token_loss(jnp.asarray(self.model.apply(v, ids)), ids).mean())
         )
@@ -152,7 +152,7 @@ class Bench:
             self.step = self._step(setting.tuning)
 
     def _step(self, tuning: Tuning) -> Any:
-        loss, rates = next_token(self.wide_graph, LORA), tuning.rates
+        loss, rates = next_token(self.wide_graph, LORA.dropout), tuning.rates
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state: Any, params: Any, ids: Any) -> Any:
@@ -223,7 +223,8 @@ class Seed:
         ranks = (
             lora_ranks(self.stats.change["angular"], RANK, r_max=MOST) if by_importance else [RANK] * len(self.b.found)
         )
-        lora = init(jax.random.key(self.seed), self.b.wide_graph, dataclasses.replace(LORA, rank=MOST))
+        wide = dataclasses.replace(LORA, rank=MOST, alpha=LORA.scale * MOST)  # the same scale whatever the rank
+        lora = init(jax.random.key(self.seed), self.b.wide_graph, wide)
         for t, r in layer_ranks(
             self.b.wide_graph, list(ranks)
         ).items():  # rows beyond a layer's rank are zero, and stay so

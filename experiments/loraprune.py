@@ -104,7 +104,7 @@ class Seed:
 
     def outcome(self, lora: Any, masks: Any, seconds: float) -> dict[str, Any]:
         """What a row is judged by; the merged weights are sliced, and must be as good as the masked ones."""
-        params, keep = finalize(self.graph, self.params, lora, masks, self.s.options.lora)
+        params, keep = finalize(self.graph, self.params, lora, masks)
         value = self.quality(self.graph.mask(params, keep))
         kept = self.graph.cost(keep, stacked="unstack").params / self.graph.cost().params
         return {"perplexity": value, "excess": value / self.dense - 1, "parameters_removed": 1 - kept,
@@ -141,7 +141,7 @@ class Seed:
 
     def sliced(self, got: Any) -> float:
         """Perplexity of the really smaller model."""
-        params, keep = finalize(self.graph, self.params, got.lora, got.masks, self.s.options.lora)
+        params, keep = finalize(self.graph, self.params, got.lora, got.masks)
         small = unstack_layers(self.graph.compact(params, keep, stacked="unstack"))
         module = rebuild(Llama(self.module.config), small)
         return perplexity(module.apply, small, self.held_out)
@@ -152,10 +152,10 @@ class Seed:
         o, graph = dataclasses.replace(self.s.options, criterion="grad"), self.graph
         lora = init(jax.random.key(self.seed), graph, o.lora)
         rows = prunable(graph, skip_first=o.skip_first, skip_last=o.skip_last)
-        of = jax.jit(gradient(graph, o, lora, next_token(graph, o.lora)))
+        of = jax.jit(gradient(graph, o, lora, next_token(graph, o.lora.dropout)))
         masks = {g: jnp.ones(graph.groups[g].shape) for g in rows}
         grads, weight_grads = of(self.params, lora, masks, self.batches(0), jax.random.key(0))[1]
-        scores = group_importance(graph, self.params, lora, grads, list(rows), config=o.lora, criterion="grad",
+        scores = group_importance(graph, self.params, lora, grads, list(rows), criterion="grad",
                                   weight_grads=weight_grads)  # fmt: skip
         masks = update_masks(scores, masks, unit_counts(graph, o, rows, o.ratio), rows)
         before = self.outcome(lora, masks, time.monotonic() - began)
@@ -173,14 +173,14 @@ class Seed:
         tuning = dataclasses.replace(self.tuning, steps=20)
         lora, _ = recover(graph, self.params, self.batches, tuning, config=o.lora, progress=self.progress,
                           title=f"seed {self.seed} agreement")  # fmt: skip
-        loss, rows = next_token(graph, o.lora), prunable(graph, skip_first=o.skip_first, skip_last=o.skip_last)
+        loss, rows = next_token(graph, o.lora.dropout), prunable(graph, skip_first=o.skip_first, skip_last=o.skip_last)
         ones = {g: jnp.ones(graph.groups[g].shape) for g in rows}
         of = jax.jit(gradient(graph, dataclasses.replace(o, criterion="grad"), lora, loss))
         value, (grads, weight_grads) = of(self.params, lora, ones, self.calibration, jax.random.key(0))
         scores = {}
         for c in CRITERIA[:3]:
             own = weight_grads if c == "grad" else None
-            scores[c] = group_importance(graph, self.params, lora, grads, list(rows), config=o.lora, criterion=c,
+            scores[c] = group_importance(graph, self.params, lora, grads, list(rows), criterion=c,
                                          weight_grads=own)  # fmt: skip
 
         @jax.jit
@@ -228,7 +228,7 @@ def memory(setting: Setting, scanned: bool, tokens: int = 64) -> dict[str, Any]:
         lora = jax.eval_shape(lambda o=o: init(jax.random.key(0), graph, o.lora))
         rows = prunable(graph, skip_first=o.skip_first, skip_last=o.skip_last)
         ones = {g: jax.ShapeDtypeStruct(graph.groups[g].shape, jnp.float32) for g in rows}
-        loss = next_token(graph, o.lora)
+        loss = next_token(graph, o.lora.dropout)
         of, key = gradient(graph, o, lora, loss), jax.random.key(0)
         total = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), jax.eval_shape(of, params, lora, ones, ids, key)[1]
@@ -344,7 +344,7 @@ def prune_folder(setting: Setting, folder: Path, text: Path, out: Path, console:
     console.print(f"dense: perplexity {perplexity(module.apply, params, held_out, 2):.3f}")
     got = loraprune(graph, params, batches, setting.options, setting.tuning, out=out / "run", resume=True,
                     save_every=20, progress=True, title="LoRAPrune")  # fmt: skip
-    merged, keep = finalize(graph, params, got.lora, got.masks, setting.options.lora)
+    merged, keep = finalize(graph, params, got.lora, got.masks)
     kept = kept_of_plan(graph.plan(keep), LINEN_SCAN, config)
     small = unstack_layers(graph.compact(merged, keep, stacked="unstack"))
     pruned = rebuild(Llama(config), small)

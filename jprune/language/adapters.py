@@ -1,13 +1,17 @@
 """Adapters of a decoder on disk as the PEFT library has them, with LoRAPrune's masks beside them.
 
 A folder holds adapter_config.json and adapter_model.safetensors: `lora_A.weight` (rank, inputs) and `lora_B.weight`
-(outputs, rank) of every module, scaled by alpha / rank. LoRAPrune's own checkpoints add a vector `lora_mask` per module, 0
+(outputs, rank) of every module, scaled by alpha / rank (rank-stabilised: by its root), where the configuration may name
+other alphas for some modules. LoRAPrune's own checkpoints add a vector `lora_mask` per module, 0
 at the outputs that are pruned. Names are those of the Hugging Face model; the layout says which leaf each one is.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ import numpy as np
 from jprune.checkpoint.tensors import load_safetensors, save_safetensors
 from jprune.json_files import Fields, read_json, said_of
 from jprune.language.blocks import blocks
-from jprune.language.lora import Lora, LoraConfig, products
+from jprune.language.lora import Lora, LoraConfig, own_scales, products
 from jprune.models.layouts import LINEN, PEFT, Layout
 from jprune.models.layouts.convert import canonical, native
 from jprune.models.layouts.layout import matches, order, places
@@ -29,8 +33,8 @@ from jprune.trace.structure import Structure
 from jprune.whole_files import write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PLAIN = {"bias": ("none",), "use_rslora": (False,), "use_dora": (False,), "fan_in_fan_out": (False,),
-         "modules_to_save": (None, [])}  # fmt: skip
+PLAIN = {"bias": ("none",), "use_dora": (False,), "fan_in_fan_out": (False,), "lora_bias": (False,),
+         "modules_to_save": (None, []), "layer_replication": (None, [])}  # fmt: skip
 Key = tuple[str, int]
 
 
@@ -38,9 +42,9 @@ def save_peft(
     folder: str | Path,
     graph: Structure,
     lora: Lora,
-    config: LoraConfig,
     head_dim: int,
     *,
+    dropout: float = 0.0,
     layout: Layout = LINEN,
     masks: Mapping[str, Any] | None = None,
     base: str = "",
@@ -50,9 +54,9 @@ def save_peft(
     Args:
       folder: to write into.
       graph: of the decoder, whose tree is in `layout`.
-      lora: its adapters.
-      config: ranks and scale.
+      lora: its adapters; what is zero in A and B at the end of a padded rank is left out.
       head_dim: of the decoder's queries and keys.
+      dropout: what the configuration says of their training.
       layout: of the decoder's parameters.
       masks: {group id: 0 or 1 per unit} of heads and MLP channels.
       base: name of the model that the adapters belong to.
@@ -62,31 +66,36 @@ def save_peft(
     """
     folder, flat = Path(folder), {}
     ranks: dict[str, int] = {}
-    for p in products(graph, list(lora)).values():
-        own = np.asarray((config.ranks or {}).get(p.tap.id, config.rank))
+    alphas: dict[str, float] = {}
+    for p in products(graph, list(own_scales(lora))).values():
+        whole = [np.asarray(jax.device_get(lora[p.tap.id][k]), np.float32) for k in "ab"]
+        scale = np.asarray(lora.scales[p.tap.id], np.float64)
         for name, layer, at in _places(p, layout):
-            r = int(own if own.ndim == 0 else own[at])
-            if r == 0:
+            a, b = (x[at] for x in whole)
+            used = np.flatnonzero(a.any(axis=1) | b.any(axis=0))
+            if not len(used):
                 continue
-            a, b = (np.asarray(jax.device_get(lora[p.tap.id][k]), np.float32)[at] for k in "ab")
+            r = int(used[-1]) + 1
             tensors = {f"{name}_lora_a": a[:r], f"{name}_lora_b": b[:, :r]}
             if masks is not None:
                 tensors[f"{name}_lora_mask"] = _rows_of(p, masks)[at]
             for key, x in tensors.items():
                 (site,) = PEFT.sites[key]
                 flat[site.path.format(l=layer)] = canonical(key, x, layout, head_dim)
-            ranks[_module(name, layer)] = r
-    other = {m: r for m, r in ranks.items() if r != config.rank}
+            module = _module(name, layer)
+            ranks[module], alphas[module] = r, float(scale[at] if scale.ndim else scale) * r
+    rank, alpha = (_most(list(of.values())) for of in (ranks, alphas))
     said = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "use_rslora": False,
         "target_modules": sorted({m.rsplit(".", 1)[1] for m in ranks}),
-        "rank_pattern": other,
-        "alpha_pattern": {m: config.scale * r for m, r in other.items()},
+        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
         "inference_mode": True,
         **{k: allowed[0] for k, allowed in PLAIN.items()},
     }
@@ -97,13 +106,14 @@ def save_peft(
 def load_peft(
     folder: str | Path, graph: Structure, head_dim: int, *, layout: Layout = LINEN
 ) -> tuple[Lora, LoraConfig, dict[str, np.ndarray] | None]:
-    """(adapters, their config, masks or None) of a PEFT folder for a traced decoder.
+    """(adapters with their scales, their config, masks or None) of a PEFT folder for a traced decoder.
 
-    Modules whose scale differs from alpha / r have it moved into B. Layers of a stack without an adapter have rank 0.
+    The config says how more such adapters would be made; what counts for these are their own scales. Layers of a stack
+    without an adapter have rank 0.
 
     Raises:
-      ValueError: another kind of adapter, a tensor that the decoder has no place for, or masks that cut a unit in two or
-        differ between the modules of one attention or MLP.
+      ValueError: another kind of adapter, an alpha that is no number, a tensor that the decoder has no place for, or masks
+        that cut a unit in two or differ between the modules of one attention or MLP.
     """
     folder = Path(folder)
     with said_of(folder):
@@ -122,9 +132,8 @@ def _load(
             raise ValueError(
                 f"{folder / CONFIG} says {k}={said[k]!r}: only adapters with {k}={allowed[0]!r} can be read"
             )
-    rank, alpha = said.integer("r", least=1), said.number("lora_alpha", above=0)
-    config = LoraConfig(rank, alpha, said.number("lora_dropout", 0.0, least=0, below=1))
-    alphas = said.fields("alpha_pattern", {})
+    rank = said.integer("r", least=1)
+    config = LoraConfig(rank, rank * _scale(said, "", rank), said.number("lora_dropout", 0.0, least=0, below=1))
     found = {(p.name, p.layer): tensors[p.path] for p in places(tensors, PEFT).values()}
     if len(found) != len(tensors):
         known = {p.path for p in places(tensors, PEFT).values()}
@@ -133,10 +142,13 @@ def _load(
     for (name, layer), x in found.items():
         if x.ndim != (1 if name.endswith("_mask") else 2) or 0 in x.shape or not np.isrealobj(x):
             raise ValueError(f"{folder / WEIGHTS}: {name} of layer {layer} has shape {x.shape}: another model's")
-    ranks, masked = {}, {}
-    lora: Lora = {}
+    factors: dict[str, Any] = {}
+    scales: dict[str, Any] = {}
+    ranks: dict[str, Any] = {}
+    masked: dict[str, Any] = {}
     for p in products(graph, _linear(graph, layout)).values():
-        rows: dict[int | None, tuple[Any, Any]] = {}
+        rows: dict[Any, tuple[Any, Any]] = {}
+        own: dict[Any, float] = {}
         for name, layer, at in _places(p, layout):
             a, b = (found.pop((f"{name}_lora_{k}", layer), None) for k in "ab")
             mask, module = found.pop((f"{name}_lora_mask", layer), None), _module(name, layer)
@@ -153,14 +165,41 @@ def _load(
                 raise ValueError(
                     f"the adapter of {module} is {b.shape} x {a.shape}, the matrix {p.shape}: another model's"
                 )
-            own = alphas.number(module, alpha, above=0) / r
-            rows[at] = a, native(f"{name}_lora_b", b, layout, head_dim) * np.float32(own / config.scale)
+            own[at] = _scale(said, module, r)
+            rows[at] = a, native(f"{name}_lora_b", b, layout, head_dim)
         if rows:
-            lora[p.tap.id], ranks[p.tap.id] = _stacked(p, rows)
+            factors[p.tap.id], ranks[p.tap.id] = _stacked(p, rows)
+            same = len(set(own.values())) == 1
+            scales[p.tap.id] = (
+                next(iter(own.values())) if same else tuple(own.get(l, 1.0) for l in range(p.tap.layers or 0))
+            )
     if found:
         name, layer = next(iter(found))
         raise ValueError(f"{folder / WEIGHTS} has {name} of layer {layer}, which this decoder does not have")
-    return lora, dataclasses.replace(config, ranks=ranks), _unit_masks(graph, masked) if masked else None
+    return (
+        Lora(factors, scales),
+        dataclasses.replace(config, ranks=ranks),
+        _unit_masks(graph, masked) if masked else None,
+    )
+
+
+def _most(values: list[Any]) -> Any:
+    """The value that occurs most, the smallest of several such; 1 of none."""
+    return min(collections.Counter(values).items(), key=lambda kv: (-kv[1], kv[0]))[0] if values else 1
+
+
+def _scale(said: Fields, module: str, rank: int) -> float:
+    """s of a module: its alpha over its rank or, rank-stabilised, over the root of it; patterns are matched as PEFT does."""
+    alpha, alphas = said.number("lora_alpha", above=0), said.fields("alpha_pattern", {})
+    for pattern in alphas:
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise ValueError(f"alpha_pattern has {pattern!r}, which is no regular expression") from error
+        if found:
+            alpha = alphas.number(pattern, above=0)
+            break
+    return alpha / (math.sqrt(rank) if said.flag("use_rslora", False) else rank)
 
 
 def _places(p: Product, layout: Layout) -> list[tuple[str, int, Any]]:

@@ -87,13 +87,13 @@ class Tuning:
         return optax.chain(optax.scale_by_adam(*self.betas, self.eps), optax.add_decayed_weights(self.weight_decay))
 
 
-def next_token(graph: Structure, config: LoraConfig | None = None) -> Loss:
+def next_token(graph: Structure, dropout: float = 0.0) -> Loss:
     """The loss of a decoder with adapters: mean over all counted next tokens of -log p, in float32.
 
     A batch is the tuple of the traced inputs, token ids first (or the ids alone); one array more is a loss mask of the
     ids' shape, 0 at tokens that are not to be predicted.
     """
-    run, n = adapted(graph, config), len(graph.input_dims)
+    run, n = adapted(graph, dropout), len(graph.input_dims)
 
     def loss(params: Any, lora: Lora, masks: Keep, batch: Any, key: Any) -> Float[Array, ""]:
         batch = batch if isinstance(batch, tuple | list) else (batch,)
@@ -163,17 +163,17 @@ def recover(
     loss: Loss | None = None,
     **running: Any,
 ) -> tuple[Lora, list[float]]:
-    """Train adapters of a (pruned) function; `merge(graph, params, lora, config)` puts them into the weights.
+    """Train adapters of a (pruned) function; `merge(graph, params, lora)` puts them into the weights.
 
     Args:
       graph: of the function to tune.
       params: its parameters, which stay as they are.
       batches: step -> batch, always the same one for a step.
       tuning: steps, rates.
-      config: of the adapters.
-      lora: to start from; by default `init(jax.random.key(tuning.seed), graph, config)`.
+      config: of new adapters, and their dropout in training.
+      lora: to start from, with their own scale; by default `init(jax.random.key(tuning.seed), graph, config)`.
       masks: {group id: 0 or 1 per unit}: tune as if these units were gone.
-      loss: by default `next_token(graph, config)`.
+      loss: by default `next_token(graph, config.dropout)`.
       **running: of `loop`: out, resume, save_every, progress, title, on_step.
 
     Returns:
@@ -182,7 +182,8 @@ def recover(
     Raises:
       ValueError: rows that `tuning.accumulate` does not divide, a loss that is not finite, or another run in `out`.
     """
-    objective = loss or next_token(graph, config)
+    config = config or LoraConfig()
+    objective = loss or next_token(graph, config.dropout)
     lora = init(jax.random.key(tuning.seed), graph, config) if lora is None else lora
     rates, key = tuning.rates, jax.random.key(tuning.seed)
 
@@ -196,7 +197,7 @@ def recover(
 
     compiled = jax.jit(step, donate_argnums=0)
     state = fresh(tuning, lora, {"masks": {g: jnp.asarray(m, jnp.float32) for g, m in (masks or {}).items()}})
-    recipe = {"tuning": dataclasses.asdict(tuning), "lora": dataclasses.asdict(config or LoraConfig())}
+    recipe = {"tuning": dataclasses.asdict(tuning), "lora": dataclasses.asdict(config), "scales": dict(lora.scales)}
     state, losses = loop(state, lambda s, t, batch: compiled(s, params, batch, rates[t]), tuning.steps, batches,
                          recipe=recipe, **running)  # fmt: skip
     return state.params, losses

@@ -1,8 +1,8 @@
 """Low-rank adapters on any traced function: y = W x + s B A x at chosen matrix products, with W frozen.
 
-    lora = init(key, graph, config)                      {tap id: {"a": (r, in), "b": (out, r)}}, B = 0
-    run = adapted(graph, config)                         run(params, lora, *inputs)
-    params = merge(graph, params, lora, config)          W + s B A in float32, then in W's own dtype
+    lora = init(key, graph, config)                      {tap id: {"a": (r, in), "b": (out, r)}} and s, B = 0
+    run = adapted(graph)                                 run(params, lora, *inputs)
+    params = merge(graph, params, lora)                  W + s B A in float32, then in W's own dtype
 
 Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021), with s = alpha / rank. Nothing of W's shape is
 formed in either pass. Stacked layers have stacked factors; where their ranks differ, the rest of the rows of A and
@@ -12,13 +12,14 @@ columns of B is zero, and stays so under every optimiser that leaves a parameter
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float32
 
 from jprune.language.blocks import Block, blocks
 from jprune.surgery.adapt import Product, TapError, adapt, consumers, gate, gates, product
@@ -26,8 +27,65 @@ from jprune.trace import layout as L
 from jprune.trace.leafpaths import flatten, with_leaves
 from jprune.trace.structure import Structure, Tap
 
-Lora: TypeAlias = dict[str, dict[str, Any]]
 Ranks: TypeAlias = Mapping[str, Any]
+Scale: TypeAlias = float | tuple[float, ...]  # one, or one per layer of a stack
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lora(Mapping[str, Any]):
+    """Low-rank factors with their scales: a mapping {tap id: {"a": (r, in), "b": (out, r)}}, and a tree of those arrays.
+
+    Scales are no leaves: under `jax.jit` they are constants, gradients and optimizer states have none, and whatever maps
+    over the tree keeps them. So nothing that is done to the factors can lose them.
+
+    Attributes:
+      factors: of each tap; stacked layers have a leading axis.
+      scales: s of each tap, or one per layer of its stack.
+
+    Raises:
+      ValueError: scales of other taps, or that are not finite.
+    """
+
+    factors: Mapping[str, Mapping[str, Any]]
+    scales: Mapping[str, Scale]
+
+    def __post_init__(self):
+        if set(self.factors) != set(self.scales):
+            other = sorted(set(self.factors) ^ set(self.scales))[0]
+            raise ValueError(f"every adapter needs its scale, and only those: {other!r} has one without the other")
+        for t, s in self.scales.items():
+            if not np.isfinite(s).all():
+                raise ValueError(f"the scale of {t!r} is {s}: it must be finite")
+
+    def __getitem__(self, tap: str) -> Any:
+        return self.factors[tap]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.factors)
+
+    def __len__(self) -> int:
+        return len(self.factors)
+
+    def scale(self, tap: Tap) -> Float32[Array, "*layers"]:
+        """s of a tap, or s of every layer of its stack."""
+        return jnp.broadcast_to(
+            jnp.asarray(self.scales[tap.id], jnp.float32), () if tap.layers is None else (tap.layers,)
+        )
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Children in the order of the names, as of a dict."""
+        names = tuple(sorted(self.factors))
+        children = [(jax.tree_util.DictKey(t), self.factors[t]) for t in names]
+        return children, (names, tuple(self.scales[t] for t in names))
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> Lora:
+        """The inverse; children may be anything."""
+        new = object.__new__(cls)
+        object.__setattr__(new, "factors", dict(zip(aux[0], children, strict=True)))
+        object.__setattr__(new, "scales", dict(zip(*aux, strict=True)))
+        return new
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +94,7 @@ class LoraConfig:
 
     Attributes:
       rank: r, unless `ranks` says otherwise.
-      alpha: the scale is alpha / rank, for adapters of other ranks too.
+      alpha: the scale is alpha / rank, for adapters of other ranks too; `init` puts it into the adapters.
       dropout: share of the inputs' entries that an adapter does not see in training (where a key is given).
       ranks: {tap id: rank, or one per layer of a stack}; `layer_ranks` makes it from one rank per layer.
     """
@@ -57,7 +115,7 @@ class LoraConfig:
 
 
 class _Extra(NamedTuple):
-    factors: Any  # {"a", "b"}, or None at a tap that is only gated
+    factors: Any  # {"a", "b", "scale"}, or None at a tap that is only gated
     gates: Any
     key: Any
 
@@ -100,6 +158,14 @@ def _met(tap: Tap) -> set[str]:
     return {g for layout in (*tap.in_layouts, *tap.out_layouts) for g in L.groups_in(layout)}
 
 
+def own_scales(lora: Any) -> Lora:
+    """The adapters; ValueError if they are factors alone, whose scale nobody knows."""
+    if not isinstance(lora, Lora):
+        raise ValueError(f"adapters are a Lora, which init and load_peft make, not a {type(lora).__name__}: wrap factors as "
+                         "Lora(factors, {tap id: alpha / rank})")  # fmt: skip
+    return lora
+
+
 def products(graph: Structure, taps: Sequence[str]) -> dict[str, Product]:
     """The taps as matrices.
 
@@ -116,12 +182,12 @@ def products(graph: Structure, taps: Sequence[str]) -> dict[str, Product]:
 
 
 def init(key: jax.Array, graph: Structure, config: LoraConfig | None = None, taps: Sequence[str] | None = None) -> Lora:
-    """Fresh float32 factors: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B = 0; {tap id: {"a", "b"}}.
+    """Fresh float32 factors: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B = 0; with the scale of `config`.
 
     Args:
       key: PRNG key.
       graph: of the function.
-      config: ranks.
+      config: ranks and scale.
       taps: which products; by default `targets(graph)`.
 
     Raises:
@@ -143,23 +209,22 @@ def init(key: jax.Array, graph: Structure, config: LoraConfig | None = None, tap
             used = np.arange(r) < ranks.reshape(-1, *[1] * len(p.lead))
             a = a * used[..., None]
         out[t] = {"a": a, "b": jnp.zeros((*p.lead, o, r), jnp.float32)}
-    return out
+    return Lora(out, dict.fromkeys(out, float(config.scale)))
 
 
-def adapted(graph: Structure, config: LoraConfig | None = None) -> Callable[..., Any]:
+def adapted(graph: Structure, dropout: float = 0.0) -> Callable[..., Any]:
     """run(params, lora, *inputs, masks=None, key=None): the traced function with adapters; jit-able.
 
     `masks` {group id: (size,) or (layers, size)} multiply the inputs of the products that consume those groups, which
     removes a masked unit as slicing would: MLP channels in front of the down projection, heads in front of the
-    output projection. `key` switches dropout on.
+    output projection. `key` switches on `dropout`, the share of the inputs' entries that an adapter does not see.
 
     Raises:
       TapError: `masks` name a group that nothing consumes, or a tap has no adapter.
     """
-    config = config or LoraConfig()
 
     def run(params: Any, lora: Lora, *inputs: Any, masks: Mapping[str, Any] | None = None, key: Any = None) -> Any:
-        chosen = products(graph, list(lora))
+        chosen = products(graph, list(own_scales(lora)))
         gated = consumers(graph, masks) if masks else {}
 
         def join(tap: Any, x: Any, y: Any, again: Callable[[Any], Any], extra: _Extra) -> Any:
@@ -169,20 +234,20 @@ def adapted(graph: Structure, config: LoraConfig | None = None) -> Callable[...,
             if extra.factors is None:
                 return y
             if extra.key is not None:
-                kept = jax.random.bernoulli(extra.key, 1 - config.dropout, x.shape)
-                x = jnp.where(kept, x / (1 - config.dropout), 0).astype(x.dtype)
+                kept = jax.random.bernoulli(extra.key, 1 - dropout, x.shape)
+                x = jnp.where(kept, x / (1 - dropout), 0).astype(x.dtype)
             p = chosen[tap.id]
-            return y.astype(jnp.float32) + config.scale * p.up(
-                p.down(x, extra.factors["a"]), extra.factors["b"], x.dtype
-            )
+            f = extra.factors
+            return y.astype(jnp.float32) + f["scale"] * p.up(p.down(x, f["a"]), f["b"], x.dtype)
 
         def extra(n: int, t: str) -> _Extra:
             own = None
-            if key is not None and config.dropout and t in lora:
+            if key is not None and dropout and t in lora:
                 own = jax.random.fold_in(key, n)
                 layers = graph.taps[t].layers
                 own = own if layers is None else jax.random.split(own, layers)
-            return _Extra(lora.get(t), gates(graph.taps[t], masks or {}) if t in gated else None, own)
+            factors = {**lora[t], "scale": lora.scale(graph.taps[t])} if t in lora else None
+            return _Extra(factors, gates(graph.taps[t], masks or {}) if t in gated else None, own)
 
         taps = list(dict.fromkeys([*lora, *gated]))
         return adapt(graph, taps, join)(params, {t: extra(n, t) for n, t in enumerate(taps)}, *inputs)
@@ -190,14 +255,15 @@ def adapted(graph: Structure, config: LoraConfig | None = None) -> Callable[...,
     return run
 
 
-def merge(graph: Structure, params: Any, lora: Lora, config: LoraConfig | None = None) -> Any:
+def merge(graph: Structure, params: Any, lora: Lora) -> Any:
     """The parameters with W + s B A, added in float32 and cast to W's dtype; jit-able."""
-    scale = (config or LoraConfig()).scale
     old = dict(flatten(params))
     new = {}
-    for p in products(graph, list(lora)).values():
+    for p in products(graph, list(own_scales(lora))).values():
         f, w = lora[p.tap.id], old[p.tap.leaf]
         delta = jnp.matmul(f["b"], f["a"], precision=lax.Precision.HIGHEST)
-        wide = jnp.asarray(w, jnp.float32) + scale * p.leaf_like(delta, w.shape)
+        s = lora.scale(p.tap)
+        delta = delta * s.reshape(*s.shape, *[1] * (delta.ndim - s.ndim))
+        wide = jnp.asarray(w, jnp.float32) + p.leaf_like(delta, w.shape)
         new[p.tap.leaf] = wide.astype(w.dtype)
     return with_leaves(params, new)

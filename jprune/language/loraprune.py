@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from jprune.language.lora import Lora, LoraConfig, products
+from jprune.language.lora import Lora, own_scales, products
 from jprune.trace import layout as L
 from jprune.trace.leafpaths import flatten
 from jprune.trace.structure import Structure, Tap
@@ -46,7 +46,7 @@ def lora_sensitivity(
     ga: Float[Array, "r i"],
     gb: Float[Array, "o r"],
     *,
-    scale: float,
+    scale: Any,
     side: Side,
     cross_term: bool = True,
     power: int = 1,
@@ -77,7 +77,7 @@ def weight_sensitivity(
     a: Float[Array, "r i"],
     b: Float[Array, "o r"],
     *,
-    scale: float,
+    scale: Any,
     side: Side,
     power: int = 1,
     chunk: int = 1024,
@@ -123,7 +123,6 @@ def group_importance(
     grads: Lora,
     groups: Sequence[str],
     *,
-    config: LoraConfig | None = None,
     criterion: Criterion = "lora",
     weight_grads: Mapping[str, Any] | None = None,
     key: Any = None,
@@ -143,7 +142,6 @@ def group_importance(
       params: the frozen parameters.
       lora, grads: adapters and their gradients: accumulated, unscaled, clipped.
       groups: to score; any that an adapted product touches.
-      config: of the adapters.
       criterion: "lora"; "grad": G = dL/dW from `weight_grads` {leaf path: gradient}; "magnitude": G = 1; "random".
       weight_grads, key: what "grad" and "random" need.
       cross_term, power, chunk: as in `lora_sensitivity`.
@@ -162,17 +160,19 @@ def group_importance(
     if (criterion == "grad") != (weight_grads is not None):
         raise ValueError("criterion 'grad', and no other, takes weight_grads, the gradients of the frozen matrices")
     values = dict(flatten(params))
-    known = {"scale": (config or LoraConfig()).scale, "power": power, "chunk": chunk}
+    known = {"power": power, "chunk": chunk}
     out: Scores = {}
-    for p in products(graph, list(lora)).values():
+    for p in products(graph, list(own_scales(lora))).values():
         f, df, path = lora[p.tap.id], grads[p.tap.id], p.tap.leaf
+        s = lora.scale(p.tap)
+        s = jnp.broadcast_to(s.reshape(*s.shape, *[1] * (len(p.lead) - s.ndim)), p.lead)
         for g, side in _touched(p.tap, groups):
             if criterion == "lora":
                 score = functools.partial(_lora, side=side, cross_term=cross_term, **known)
-                v = p.map(score, [values[path]], f["a"], f["b"], df["a"], df["b"])
+                v = p.map(score, [values[path]], s, f["a"], f["b"], df["a"], df["b"])
             else:
                 leaves = [values[path]] if weight_grads is None else [values[path], weight_grads[path]]
-                v = p.map(functools.partial(weight_sensitivity, side=side, **known), leaves, f["a"], f["b"])
+                v = p.map(functools.partial(_weight, side=side, **known), leaves, s, f["a"], f["b"])
             v = p.units(side, v, g)
             if normalize:
                 v = v / (jnp.linalg.norm(v, axis=-1, keepdims=True) + eps)
@@ -182,8 +182,12 @@ def group_importance(
     return {g: out[g] for g in groups}
 
 
-def _lora(weights: Sequence[Any], *factors: Any, **how: Any) -> Any:
-    return lora_sensitivity(weights[0], *factors, **how)
+def _lora(weights: Sequence[Any], scale: Any, *factors: Any, **how: Any) -> Any:
+    return lora_sensitivity(weights[0], *factors, scale=scale, **how)
+
+
+def _weight(weights: Sequence[Any], scale: Any, *factors: Any, **how: Any) -> Any:
+    return weight_sensitivity(weights, *factors, scale=scale, **how)
 
 
 def _touched(tap: Tap, groups: Sequence[str]) -> list[tuple[str, Side]]:

@@ -6,7 +6,7 @@ for each step:  gradients of the adapters, accumulated and clipped -> importance
 at the end:     W + s B A, sliced by the masks
 
 result = loraprune(graph, params, batches, LoraPrune(), Tuning(300))
-merged, keep = finalize(graph, params, result.lora, result.masks, options.lora)
+merged, keep = finalize(graph, params, result.lora, result.masks)
 small = graph.compact(merged, keep)
 """
 
@@ -166,7 +166,7 @@ def step_of(
         )
         grads, norm = clipped(grads, tuning.clip)
         importance = group_importance(
-            graph, whole(params), lora, grads, list(ema), config=options.lora, criterion=options.criterion,
+            graph, whole(params), lora, grads, list(ema), criterion=options.criterion,
             weight_grads=weight_grads or None, key=scoring, cross_term=options.cross_term, power=options.power,
             chunk=options.chunk,
         )  # fmt: skip
@@ -205,8 +205,8 @@ def loraprune(
       batches: step -> batch, always the same one for a step.
       options: what is pruned, when, by which scores.
       tuning: the adapters' training.
-      lora: adapters to start from; by default `init(jax.random.key(tuning.seed), graph, options.lora)`.
-      loss: (params, adapters, masks, batch, key) -> scalar; by default `next_token(graph, options.lora)`. A forward
+      lora: adapters to start from, with their own scale; by default `init(jax.random.key(tuning.seed), graph, options.lora)`.
+      loss: (params, adapters, masks, batch, key) -> scalar; by default `next_token(graph, options.lora.dropout)`. A forward
         pass of your own has to apply the masks.
       dequantize: from what `params` holds (8-bit weights and their scales, say) to the traced parameters.
       **running: of `jprune.language.finetune.loop`: out, resume, save_every, progress, title, on_step.
@@ -219,7 +219,8 @@ def loraprune(
     due, rates = pruning_steps(options, tuning.steps), tuning.rates
     lora = init(jax.random.key(tuning.seed), graph, options.lora) if lora is None else lora
     step = jax.jit(
-        step_of(graph, options, tuning, lora, loss or next_token(graph, options.lora), dequantize), donate_argnums=0
+        step_of(graph, options, tuning, lora, loss or next_token(graph, options.lora.dropout), dequantize),
+        donate_argnums=0,
     )
 
     @jax.jit
@@ -234,14 +235,16 @@ def loraprune(
 
     shapes = {g: graph.groups[g].shape for g in rows}
     rest = {"masks": {g: jnp.ones(s) for g, s in shapes.items()}, "ema": {g: jnp.zeros(s) for g, s in shapes.items()}}
-    recipe = {"tuning": dataclasses.asdict(tuning), "loraprune": dataclasses.asdict(options)}
+    recipe = {
+        "tuning": dataclasses.asdict(tuning),
+        "loraprune": dataclasses.asdict(options),
+        "scales": dict(lora.scales),
+    }
     state, losses = loop(fresh(tuning, lora, rest), advance, tuning.steps, batches, recipe=recipe, **running)
     return Result(state.params, state.rest["masks"], state.rest["ema"], losses)
 
 
-def finalize(
-    graph: Structure, params: Any, lora: Lora, masks: Scores, config: LoraConfig | None = None
-) -> tuple[Any, dict[str, Bool[np.ndarray, ...]]]:
+def finalize(graph: Structure, params: Any, lora: Lora, masks: Scores) -> tuple[Any, dict[str, Bool[np.ndarray, ...]]]:
     """(dense parameters with the adapters merged in float32, keep set), for `graph.compact(params, keep)`; host-side.
 
     Raises:
@@ -249,4 +252,4 @@ def finalize(
     """
     keep = {g: np.asarray(jax.device_get(m)) > 0.5 for g, m in masks.items()}
     decide(graph, keep)
-    return jax.jit(functools.partial(merge, graph, config=config))(params, lora), keep
+    return jax.jit(functools.partial(merge, graph))(params, lora), keep

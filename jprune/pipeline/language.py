@@ -191,7 +191,7 @@ class LanguageRun(Workspace):
         with self.counted("recover", o.recover, progress) as on_step:
             lora, _ = recover(graph, small, self.batch_of_step, tuning, config=config, out=self.folder("recover"),
                               resume=True, save_every=self.save_every, on_step=on_step)  # fmt: skip
-        return jax.jit(lambda params, lora: merge(graph, params, lora, config))(small, lora)
+        return jax.jit(lambda params, lora: merge(graph, params, lora))(small, lora)
 
     def _perplexity(self, module: Llama, params: Any, progress: Progress) -> float:
         sharding = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec("data"))

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import jprune
 from jprune.language.adapters import load_peft, save_peft
-from jprune.language.lora import LoraConfig, init, layer_ranks
+from jprune.language.lora import Lora, LoraConfig, init, layer_ranks
 from jprune.language.loraprune_masks import prunable
 from jprune.models.layouts import EASYLM, LINEN, LINEN_SCAN, convert, view
 from jprune.models.layouts.convert import native
@@ -40,13 +40,13 @@ def adapters(scanned):
                 * (jnp.abs(f["a"]).sum(-1) > 0)[..., None, :]} for t, f in lora.items()}  # fmt: skip
     rng = np.random.default_rng(0)
     masks = {g: np.float32(rng.random(graph.groups[g].shape) < 0.6) for g in prunable(graph, skip_first=0, skip_last=0)}
-    return config, lora, masks
+    return config, Lora(lora, dict.fromkeys(lora, config.scale)), masks
 
 
 def test_the_files_are_those_of_peft(tmp_path):
     _, graph = decoder(False)
     config, lora, masks = adapters(False)
-    save_peft(tmp_path, graph, lora, config, HEAD, masks=masks, base="a/model")
+    save_peft(tmp_path, graph, lora, HEAD, dropout=config.dropout, masks=masks, base="a/model")
     said, files = (
         json.loads((tmp_path / "adapter_config.json").read_text()),
         load_file(tmp_path / "adapter_model.safetensors"),
@@ -80,7 +80,7 @@ def test_read_back_unrolled_and_stacked(tmp_path, written, read):
     layouts = {False: LINEN, True: LINEN_SCAN}
     config, lora, masks = adapters(written)
     _, graph = decoder(written)
-    save_peft(tmp_path, graph, lora, config, HEAD, layout=layouts[written], masks=masks)
+    save_peft(tmp_path, graph, lora, HEAD, dropout=config.dropout, layout=layouts[written], masks=masks)
     _, graph = decoder(read)
     got, again, kept = load_peft(tmp_path, graph, HEAD, layout=layouts[read])
     assert (again.rank, again.alpha, again.dropout, again.scale) == (2, 5.0, 0.1, 2.5)
@@ -104,19 +104,29 @@ def test_read_back_unrolled_and_stacked(tmp_path, written, read):
         jax.tree.map(np.testing.assert_array_equal, kept, masks)
 
 
-def test_other_scales_move_into_b(tmp_path):
+@pytest.mark.parametrize("rooted", [False, True])
+def test_every_module_has_the_scale_that_its_configuration_gives_it(tmp_path, rooted):
+    """Alphas by name or by a regular expression, over the rank or its root; and written again."""
     _, graph = decoder(False)
-    config, lora, _ = adapters(False)
-    save_peft(tmp_path, graph, lora, config, HEAD)
+    _, lora, _ = adapters(False)
+    save_peft(tmp_path, graph, lora, HEAD)
     said = json.loads((tmp_path / "adapter_config.json").read_text())
-    said["alpha_pattern"] = {"model.layers.0.mlp.up_proj": 30.0}
+    said["alpha_pattern"] = {"model.layers.0.mlp.up_proj": 30.0, r"layers\.1\..*\.[kv]_proj": 11.0}
+    said["lora_alpha"], said["use_rslora"] = 5.0, rooted
     (tmp_path / "adapter_config.json").write_text(json.dumps(said))
     got, again, kept = load_peft(tmp_path, graph, HEAD)
-    assert kept is None
-    t = "params/layer0/mlp/up/kernel"
-    np.testing.assert_allclose(again.scale * got[t]["b"], 30.0 / 3 * lora[t]["b"], rtol=1e-6)
-    t = "params/layer0/mlp/gate/kernel"  # now with the global alpha over its own rank
-    np.testing.assert_allclose(again.scale * got[t]["b"], 5.0 / 3 * lora[t]["b"], rtol=1e-6)
+    assert kept is None and again.rank == said["r"]
+    save_peft(tmp_path / "again", graph, got, HEAD)
+    twice, *_ = load_peft(tmp_path / "again", graph, HEAD)
+    for t in got:
+        layer, rank = (0, 3) if "layer0" in t else (1, 2)
+        alpha = 30.0 if layer == 0 and "/up/" in t else 11.0 if layer == 1 and ("/k/" in t or "/v/" in t) else 5.0
+        want = alpha / (rank**0.5 if rooted else rank)
+        assert got.scales[t] == pytest.approx(want, rel=1e-12) == twice.scales[t]
+        np.testing.assert_array_equal(got[t]["b"], lora[t]["b"])
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**said, "alpha_pattern": {"(": 1.0}}))
+    with pytest.raises(ValueError, match="no regular expression"):
+        load_peft(tmp_path, graph, HEAD)
 
 
 def test_interleaved_heads_are_permuted():
@@ -135,7 +145,7 @@ def test_interleaved_heads_are_permuted():
 def test_what_is_refused(tmp_path):
     _, graph = decoder(False)
     config, lora, masks = adapters(False)
-    save_peft(tmp_path, graph, lora, config, HEAD, masks=masks)
+    save_peft(tmp_path, graph, lora, HEAD, dropout=config.dropout, masks=masks)
     file, said = tmp_path / "adapter_model.safetensors", json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = load_file(file)
 

@@ -57,7 +57,7 @@ def test_the_loss_counts_what_the_mask_says():
     logits = np.asarray(bigrams(PARAMS, ids), np.float64)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     nats = -np.log(np.take_along_axis(p[:, :-1], np.asarray(ids)[:, 1:, None], -1)[..., 0])
-    loss = next_token(traced(), CONFIG)
+    loss = next_token(traced())
     lora = fresh()
     assert loss(PARAMS, lora, {}, ids, None) == pytest.approx(nats.mean(), rel=1e-6)
     mask = np.arange(20).reshape(4, 5) % 3 > 0
@@ -99,7 +99,7 @@ def test_recovery_is_adamw_on_merged_weights():
     @jax.jit
     def step(lora, state, ids):
         def loss(f):
-            logits = bigrams(merge(graph, PARAMS, f, CONFIG), ids)[:, :-1]
+            logits = bigrams(merge(graph, PARAMS, f), ids)[:, :-1]
             return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
 
         value, grads = jax.value_and_grad(loss)(lora)
@@ -114,7 +114,7 @@ def test_recovery_is_adamw_on_merged_weights():
             np.testing.assert_allclose(got[t][k], f[k], atol=2e-4)
     long, losses = recover(graph, PARAMS, batches, Tuning(60, 0.05), config=CONFIG, lora=fresh())
     assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
-    assert next_token(graph, CONFIG)(PARAMS, long, {}, batches(99), None) < 0.85 * next_token(graph, CONFIG)(
+    assert next_token(graph)(PARAMS, long, {}, batches(99), None) < 0.85 * next_token(graph)(
         PARAMS, fresh(), {}, batches(99), None
     )
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from decoders import FAMILIES, prompt, tiny, weights
 from laws import normal, relative
@@ -30,7 +31,8 @@ def decoder(family="llama", scanned=False):
 def lively(tree, seed=0):
     """B is not zero: the adapters do something."""
     rng = np.random.default_rng(seed)
-    return {t: {"a": f["a"], "b": jnp.asarray(rng.normal(size=f["b"].shape) / 4, jnp.float32)} for t, f in tree.items()}
+    some = {t: {"a": f["a"], "b": jnp.asarray(rng.normal(size=f["b"].shape) / 4, jnp.float32)} for t, f in tree.items()}
+    return L.Lora(some, tree.scales)
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -65,7 +67,7 @@ CONFIG = LoraConfig(rank=2, alpha=6.0)
 def compiled(scanned, adapters=True):
     """The decoder with adapters, or as it is; compiled once for all tests."""
     module, _, graph = decoder("llama", scanned)
-    return jax.jit(L.adapted(graph, CONFIG) if adapters else module.apply)
+    return jax.jit(L.adapted(graph) if adapters else module.apply)
 
 
 @pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -73,7 +75,7 @@ def test_merged_weights_do_the_same(scanned):
     _, v, graph = decoder("llama", scanned)
     lora = lively(L.init(jax.random.key(1), graph, CONFIG))
     got = compiled(scanned)(v, lora, IDS, MASK)
-    merged = jax.jit(lambda v, f: L.merge(graph, v, f, CONFIG))(v, lora)
+    merged = jax.jit(lambda v, f: L.merge(graph, v, f))(v, lora)
     assert relative(got, compiled(scanned, False)(merged, IDS, MASK)) < 1e-5
     assert relative(got, compiled(scanned, False)(v, IDS, MASK)) > 0.1
     t = "params/layers/mlp/up/kernel" if scanned else "params/layer1/mlp/up/kernel"
@@ -111,7 +113,7 @@ def test_only_the_factors_are_differentiated():
     lora = L.init(jax.random.key(0), graph, LoraConfig(rank=2), ["w"])
     run = L.adapted(graph)
     gradient = jax.grad(lambda f: jnp.sum(run(params, f, x) ** 2))
-    assert jax.tree.map(jnp.shape, gradient(lora)) == {"w": {"a": (2, 40), "b": (50, 2)}}
+    assert jax.tree.map(jnp.shape, gradient(lora)).factors == {"w": {"a": (2, 40), "b": (50, 2)}}
     made = [v.aval.shape for e in jax.make_jaxpr(gradient)(lora).jaxpr.eqns for v in e.outvars]
     assert (50, 2) in made and not {(40, 50), (50, 40)} & set(made)
 
@@ -126,7 +128,7 @@ def test_ranks_per_layer_in_a_stack():
     graph = jprune.trace(fn, params, x)
     config = LoraConfig(rank=2, alpha=4.0, ranks=dict.fromkeys(params, (3, 1, 0)))
     lora = L.init(jax.random.key(2), graph, config, list(params))
-    run = L.adapted(graph, config)
+    run = L.adapted(graph)
     step = jax.jit(jax.grad(lambda f: jnp.sum(jnp.sin(run(params, f, x)))))
     for _ in range(2):
         lora = jax.tree.map(lambda x, g: x - 0.1 * jnp.sign(g), lora, step(lora))
@@ -155,6 +157,7 @@ def test_a_stack_has_the_same_function_as_its_layers():
     want = compiled(False)(v, lora, IDS, MASK)
     stacked = {f"params/layers/{n}/kernel": jax.tree.map(lambda *x: jnp.stack(x), *[
         lora[f"params/layer{l}/{n}/kernel"] for l in range(3)]) for n in SEVEN}  # fmt: skip
+    stacked = L.Lora(stacked, dict.fromkeys(stacked, CONFIG.scale))
     assert relative(compiled(True)(stack_layers(v), stacked, IDS, MASK), want) < 1e-5
 
 
@@ -168,7 +171,7 @@ def test_masks_remove_units_of_adapted_weights():
     for g in keep:
         keep[g][:, 0] = True
     got = compiled(True)(v, lora, IDS, MASK, masks=keep)
-    merged = jax.jit(lambda v, f: L.merge(graph, v, f, CONFIG))(v, lora)
+    merged = jax.jit(lambda v, f: L.merge(graph, v, f))(v, lora)
     small = graph.compact(merged, keep, verify=None)
     assert relative(got, jax.jit(graph.replay(keep))(small, IDS, MASK)) < 1e-5
     assert relative(got, compiled(True, False)(merged, IDS, MASK)) > 1e-2
@@ -181,15 +184,45 @@ def test_dropout_drops_inputs_of_adapters_only():
     lora = lively(L.init(jax.random.key(0), graph, config, ["w"]))
     x = normal(1, 5, 400)
     plain = x @ params["w"]
-    run = jax.jit(L.adapted(graph, config))
+    run = jax.jit(L.adapted(graph, config.dropout))
     whole = run(params, lora, x) - plain
     some = [run(params, lora, x, key=jax.random.key(k)) - plain for k in range(64)]
     assert not np.allclose(some[0], whole, atol=1e-3) and not np.allclose(some[0], some[1], atol=1e-3)
     np.testing.assert_allclose(np.mean(some, 0), whole, atol=4 * np.std(some) / 8 + 1e-3)
-    kept = run(
-        {"w": 0 * params["w"]}, {"w": {"a": jnp.eye(8, 400), "b": jnp.eye(3, 8)}}, x + 1e3, key=jax.random.key(0)
-    )
+    eyes = L.Lora({"w": {"a": jnp.eye(8, 400), "b": jnp.eye(3, 8)}}, {"w": 1.0})
+    kept = run({"w": 0 * params["w"]}, eyes, x + 1e3, key=jax.random.key(0))
     assert set(np.unique(np.round(np.asarray(kept) / (1e3 / 0.75), 1))) == {0.0, 1.0}
+
+
+def test_the_scale_travels_with_the_factors():
+    """Through jit, gradients, optimizers and maps; nothing that takes adapters asks for it again."""
+    params = {"w": normal(0, 3, 4, 4)}
+    graph = jprune.trace(
+        lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0], params, normal(1, 2, 4)
+    )
+    lora = lively(L.init(jax.random.key(0), graph, LoraConfig(rank=2, alpha=7.0), ["w"]))
+    state = optax.adam(1e-2).init(lora)
+    grads = jax.jit(jax.grad(lambda f: (L.adapted(graph)(params, f, normal(1, 2, 4)) ** 2).sum()))(lora)
+    updates, state = jax.jit(optax.adam(1e-2).update)(grads, state, lora)
+    moved = jax.tree.map(lambda x: 2 * x, optax.apply_updates(lora, updates))
+    for tree in (lora, grads, updates, moved, state[0].mu, jax.device_get(lora)):
+        assert isinstance(tree, L.Lora) and tree.scales == {"w": 3.5}
+        assert len(jax.tree.leaves(tree)) == 2  # the scale is no leaf: nothing trains it
+    other = L.Lora(lora.factors, {"w": (3.5, 0.0, -1.0)})  # of each layer
+    for scales, some in (((3.5,) * 3, lora), ((3.5, 0.0, -1.0), other)):
+        merged = L.merge(graph, params, some)["w"] - params["w"]
+        for l, s in enumerate(scales):
+            p = np.asarray(some["w"]["b"][l], np.float64) @ np.asarray(some["w"]["a"][l])
+            np.testing.assert_allclose(merged[l], s * p.T, atol=1e-5)
+        x = normal(2, 2, 4)
+        want = graph.dense(L.merge(graph, params, some), x)
+        np.testing.assert_allclose(jax.jit(L.adapted(graph))(params, some, x), want, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="adapters are a Lora"):
+        L.merge(graph, params, dict(lora.factors))
+    with pytest.raises(ValueError, match="'v' has one without the other"):
+        L.Lora(lora.factors, {"w": 1.0, "v": 1.0})
+    with pytest.raises(ValueError, match="must be finite"):
+        L.Lora(lora.factors, {"w": float("nan")})
 
 
 def test_what_is_refused():

@@ -18,7 +18,7 @@ from jprune.language import loraprune as lp
 from jprune.language import loraprune_masks as lm
 from jprune.language import loraprune_run as run
 from jprune.language.finetune import Tuning, fresh, next_token
-from jprune.language.lora import LoraConfig, adapted, init
+from jprune.language.lora import Lora, LoraConfig, adapted, init
 from jprune.language.loraprune import group_importance, lora_sensitivity, weight_sensitivity
 from jprune.models.layouts import LINEN, LINEN_SCAN, view
 from jprune.models.llama import Llama
@@ -48,7 +48,8 @@ def learnt(scanned=True, kv=2):
     _, _, graph = decoder(scanned, kv)
     rng = np.random.default_rng(5)
     lora = init(jax.random.key(0), graph, CONFIG)
-    lora = {t: {"a": f["a"], "b": jnp.asarray(rng.normal(size=f["b"].shape) / 9, jnp.float32)} for t, f in lora.items()}
+    some = {t: {"a": f["a"], "b": jnp.asarray(rng.normal(size=f["b"].shape) / 9, jnp.float32)} for t, f in lora.items()}
+    lora = Lora(some, lora.scales)
     return lora, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 5, jnp.float32), lora)
 
 
@@ -74,13 +75,9 @@ def test_scores_are_divided_by_their_norm():
     graph = jprune.trace(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], {"w": W.T, "v": W.T}, jnp.ones((3, 2)))
     f = {"a": A, "b": B}
     (g,) = [g for g in graph.groups if g.startswith("w")]
-    one = group_importance(
-        graph, {"w": W.T, "v": W.T}, {"w": f}, {"w": {"a": GA, "b": GB}}, [g], config=LoraConfig(1, 2.0)
-    )
+    one = group_importance(graph, {"w": W.T, "v": W.T}, Lora({"w": f}, {"w": 2.0}), {"w": {"a": GA, "b": GB}}, [g])
     np.testing.assert_allclose(one[g], [0.70710678, 0.70710678], rtol=1e-6)
-    other = group_importance(
-        graph, {"w": W.T, "v": W.T}, {"v": f}, {"v": {"a": GA, "b": GB}}, [g], config=LoraConfig(1, 2.0)
-    )
+    other = group_importance(graph, {"w": W.T, "v": W.T}, Lora({"v": f}, {"v": 2.0}), {"v": {"a": GA, "b": GB}}, [g])
     np.testing.assert_allclose(other[g], [0.83205029, 0.55470020], rtol=1e-6)
 
 
@@ -103,8 +100,8 @@ def test_the_gradient_it_stands_for():
     """gB = s D A^T, gA = s B^T D, G = s (D A^T A + B B^T D) - s^2 D A^T B^T D, with the true gradient D."""
     w, x, s = normal(0, 6, 4), normal(1, 5, 4), 1.5
     graph = jprune.trace(lambda p, x: jnp.tanh(x @ p["w"].T), {"w": w}, x)
-    lora = {"w": {"a": normal(2, 3, 4), "b": normal(3, 6, 3)}}
-    forward = adapted(graph, LoraConfig(3, 3 * s))
+    lora = Lora({"w": {"a": normal(2, 3, 4), "b": normal(3, 6, 3)}}, {"w": s})
+    forward = adapted(graph)
     grads = jax.grad(lambda f: jnp.sum(jnp.sin(forward({"w": w}, f, x))))(lora)["w"]
     a, b = lora["w"]["a"], lora["w"]["b"]
     d = jax.grad(lambda m: jnp.sum(jnp.sin(jnp.tanh(x @ m.T))))(w + s * b @ a)
@@ -112,7 +109,9 @@ def test_the_gradient_it_stands_for():
     np.testing.assert_allclose(grads["a"], s * b.T @ d, atol=1e-5)
     g = grads["b"] @ a + b @ grads["a"] - grads["b"] @ grads["a"]
     np.testing.assert_allclose(g, s * (d @ a.T @ a + b @ b.T @ d) - s**2 * d @ a.T @ b.T @ d, atol=1e-5)
-    zero = jax.grad(lambda f: jnp.sum(jnp.sin(forward({"w": w}, f, x))))({"w": {"a": a, "b": 0 * b}})["w"]
+    zero = jax.grad(lambda f: jnp.sum(jnp.sin(forward({"w": w}, f, x))))(Lora({"w": {"a": a, "b": 0 * b}}, {"w": s}))[
+        "w"
+    ]
     d = jax.grad(lambda m: jnp.sum(jnp.sin(jnp.tanh(x @ m.T))))(w)
     assert not zero["a"].any()
     got = lora_sensitivity(w, a, 0 * b, zero["a"], zero["b"], scale=s, side="out")
@@ -187,7 +186,7 @@ def test_group_scores_by_hand(scanned, kv, criterion):
     weight_grads = None
     if criterion == "grad":
         weight_grads = jax.tree.map(lambda x: jnp.sin(17 * x), v)
-    score = functools.partial(group_importance, graph, groups=list(groups), config=CONFIG, criterion=criterion, chunk=5)
+    score = functools.partial(group_importance, graph, groups=list(groups), criterion=criterion, chunk=5)
     got = jax.jit(score)(v, lora, grads, weight_grads=weight_grads and dict(flatten(weight_grads)))
     for g, scores in got.items():
         part = "mlp" if "/mlp/" in g else "attention"
@@ -201,7 +200,7 @@ def test_query_heads_of_every_group_are_scored_by_q_and_o():
     _, v, graph = decoder()
     lora, grads = learnt()
     (g,) = lm.prunable(graph, unit="q_head_balanced", parts=("attention",), skip_first=0, skip_last=0)
-    score = functools.partial(group_importance, graph, groups=[g], config=CONFIG, normalize=False)
+    score = functools.partial(group_importance, graph, groups=[g], normalize=False)
     got = jax.jit(score)(v, lora, grads)[g]
     assert got.shape == (4, 2)
     total = 0
@@ -222,7 +221,7 @@ def test_permuted_channels_have_permuted_scores():
     _, v, graph = decoder()
     lora, grads = learnt()
     (g,) = lm.prunable(graph, parts=("mlp",), skip_first=0, skip_last=0)
-    score = jax.jit(functools.partial(group_importance, graph, groups=[g], config=CONFIG))
+    score = jax.jit(functools.partial(group_importance, graph, groups=[g]))
     order = np.random.default_rng(0).permutation(12)
 
     def moved(path, x):
@@ -369,8 +368,8 @@ def test_the_loop_prunes_what_it_says():
 def test_the_end_is_a_smaller_model_of_the_same_function():
     _, v, graph = decoder()
     got, _ = pruned()
-    merged, keep = run.finalize(graph, v, got.lora, got.masks, CONFIG)
-    want = jax.jit(adapted(graph, CONFIG))(v, got.lora, ids(3), masks=got.masks)
+    merged, keep = run.finalize(graph, v, got.lora, got.masks)
+    want = jax.jit(adapted(graph))(v, got.lora, ids(3), masks=got.masks)
     small = graph.compact(merged, keep, stacked="unstack")
     assert relative(jax.jit(graph.replay(keep, stacked="unstack"))(small, ids(3)), want) < 1e-4
     for g, k in keep.items():  # merged weights of units that are gone are gone: sparsity is that of the masks
@@ -402,7 +401,7 @@ def test_masks_enter_the_next_step():
 def test_adapters_alone_are_differentiated():
     _, v, graph = decoder()
     lora = init(jax.random.key(0), graph, CONFIG)
-    loss = next_token(graph, CONFIG)
+    loss = next_token(graph)
     rows = lm.prunable(graph)
     of = run.gradient(graph, OPTIONS, lora, loss)
     ones = {g: jnp.ones(graph.groups[g].shape) for g in rows}
@@ -418,7 +417,7 @@ def test_adapters_alone_are_differentiated():
 @pytest.mark.slow
 def test_masks_and_rates_compile_nothing_again():
     _, v, graph = decoder()
-    lora, rows, loss = init(jax.random.key(0), graph, CONFIG), lm.prunable(graph), next_token(graph, CONFIG)
+    lora, rows, loss = init(jax.random.key(0), graph, CONFIG), lm.prunable(graph), next_token(graph)
     ones = {g: jnp.ones(graph.groups[g].shape) for g in rows}
     step = jax.jit(run.step_of(graph, OPTIONS, TUNING, lora, loss))
     state = fresh(TUNING, lora, {"masks": ones, "ema": jax.tree.map(jnp.zeros_like, ones)})
@@ -520,6 +519,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="needs a key"):
         group_importance(graph, v, lora, grads, groups, criterion="random")
     few = {t: f for t, f in lora.items() if "/mlp/" in t}
+    few = Lora(few, {t: lora.scales[t] for t in few})
     with pytest.raises(ValueError, match="no adapted product makes or consumes"):
         group_importance(graph, v, few, grads, groups)
     with pytest.raises(ValueError, match=r"LoraPrune.ratio is 1.0"):
