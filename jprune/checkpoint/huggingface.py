@@ -117,7 +117,14 @@ def read_config(folder: str | Path) -> LlamaConfig:
     """
     folder = Path(folder)
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
-    return _widths(config_from_hf(read_json(folder / "config.json")), record, keep_padding=False)
+    with said_of(folder / "config.json"):
+        stored = config_from_hf(
+            read_json(folder / "config.json", "give the folder of a Hugging Face model, or download it again")
+        )
+    if record is None:
+        return stored
+    with said_of(folder / RECORD):
+        return _recorded(stored, Fields(record), keep_padding=False)
 
 
 def read_decoder(
