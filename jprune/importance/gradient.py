@@ -22,11 +22,14 @@ def taylor(
     reduce: str = "mean",
     normalise: str = "mean",
     roles: Sequence[str] = WEIGHTS,
+    groups: Sequence[str] | None = None,
 ) -> Scores:
     """|w g| summed over each unit, or |sum of w g| with `signed_sum` (Molchanov et al. 2019, eq. 8).
 
     Args:
-      grads: gradient of the loss, a tree like `params` (or its "params" collection inside the same nesting).
+      grads: gradient of the loss, a tree like `params` (or its "params" collection inside the same nesting), or {leaf path:
+        gradient} of the leaves that the scored groups are in.
+      groups: which groups to score; None: all.
     """
     g = leaf_values(grads)
 
@@ -34,7 +37,9 @@ def taylor(
         product = w.astype(np.float32) * traced_leaf(graph, g, m.path, "gradients").astype(np.float32)
         return abs(per_unit(m, product)) if signed_sum else per_unit(m, abs(product))
 
-    return group_scores(graph, leaf_values(params), local, reduce=reduce, normalise=normalise, roles=roles)
+    return group_scores(
+        graph, leaf_values(params), local, reduce=reduce, normalise=normalise, roles=roles, groups=groups
+    )
 
 
 def fisher(

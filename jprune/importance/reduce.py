@@ -76,8 +76,9 @@ def group_scores(
     reduce: str = "mean",
     normalise: str = "mean",
     roles: Sequence[str] = WEIGHTS,
+    groups: Sequence[str] | None = None,
 ) -> Scores:
-    """Scores of all groups: `local(member, leaf value) -> (size,) or (layers, size)`, reduced and normalised.
+    """Scores of all groups, or of those named: `local(member, leaf value) -> (size,) or (layers, size)`, reduced and normalised.
 
     Groups without a counted member are left out of the result: there is nothing to judge them by.
 
@@ -90,6 +91,8 @@ def group_scores(
         raise ValueError(f"roles must be among {ROLES}, not {roles!r}")
     out = {}
     for gid, group in graph.groups.items():
+        if groups is not None and gid not in groups:
+            continue
         rows = [
             local(m, traced_leaf(graph, values, m.path, "parameters")) for m in counted_members(graph, group, roles)
         ]

@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from jprune import budget, importance
 from jprune.budget.rounding import channel_counts
-from jprune.importance.reduce import leaf_values, traced_leaf
+from jprune.importance.reduce import WEIGHTS, counted_members, leaf_values, traced_leaf
 from jprune.language.blocks import Block, blocks, layers
 from jprune.language.channels import channel_scores, ffn_groups, select
 from jprune.language.statistics import BlockStats, layerwise_stats
@@ -32,6 +32,7 @@ from jprune.surgery.compensate import Compensated, compensate
 from jprune.surgery.decision import Keep
 from jprune.surgery.mask import mask
 from jprune.trace import cost
+from jprune.trace.leafpaths import flatten, with_leaves
 from jprune.trace.structure import Structure
 from jprune.trace.taps import in_weight_order
 
@@ -161,19 +162,68 @@ def flap_biases(graph: Structure, params: Any, stats: BlockStats, keep: Keep) ->
     return compensate(graph, params, keep, stacked)
 
 
+def taylor_gradients(
+    graph: Structure,
+    loss: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    heads: bool = False,
+) -> dict[str, Any]:
+    """{leaf path: float32 gradient} of loss(params, batch), summed over the batches, of the leaves that `taylor` scores.
+
+    Embeddings, norms and the head have no gradient here, and the sum is made in place: besides the parameters, two copies
+    of what is scored is all that there is at a time.
+
+    Raises:
+      ValueError: no batches.
+    """
+    values = dict(flatten(params))
+    own = {p: values[p] for p in _taylor_leaves(graph, heads)}
+    total = {p: jnp.zeros(x.shape, jnp.float32, device=x.sharding) for p, x in own.items()}
+    add = jax.jit(taylor_step(loss), donate_argnums=0)
+    seen = False
+    for batch in batches:
+        total, seen = add(total, params, batch), True
+    if not seen:
+        raise ValueError("there are no batches to score on: give at least one")
+    return total
+
+
+def taylor_step(loss: Callable[[Any, Any], Any]) -> Callable[[dict[str, Any], Any, Any], dict[str, Any]]:
+    """step(sums by leaf path, params, batch) -> sums: gradients of those leaves and of no others are added; to be jit-ed."""
+
+    def step(total: dict[str, Any], params: Any, batch: Any) -> dict[str, Any]:
+        values = dict(flatten(params))
+        grads = jax.grad(lambda own: loss(with_leaves(params, own), batch))({p: values[p] for p in total})
+        return {p: total[p] + g.astype(jnp.float32) for p, g in grads.items()}
+
+    return step
+
+
+def _taylor_leaves(graph: Structure, heads: bool) -> list[str]:
+    members = [m for g in _taylor_groups(graph, heads) for m in counted_members(graph, graph.groups[g], WEIGHTS)]
+    return sorted({m.path for m in members})
+
+
+def _taylor_groups(graph: Structure, heads: bool) -> list[str]:
+    found = blocks(graph)
+    return [*ffn_groups(found), *(b.kv for b in found if heads and b.kv is not None)]
+
+
 def taylor(
     graph: Structure, params: Any, grads: Any, sparsity: float, *, heads: bool = False, multiple_of: int = 1
 ) -> Keeps:
     """Units with the largest sum of |w dL/dw|, the same fraction of every layer (LLM-Pruner's first-order score).
 
     Args:
-      grads: gradient of the loss on some text, a tree like `params`.
+      grads: gradient of the loss on some text, of `taylor_gradients` or a tree like `params`.
       heads: prune key-value heads (with their queries) by the same fraction too.
       multiple_of: counts of channels are rounded up to multiples of this.
     """
     found = blocks(graph)
-    every = importance.taylor(graph, params, grads, reduce="sum", normalise="none")
-    groups = [*ffn_groups(found), *(b.kv for b in found if heads and b.kv is not None)]
+    groups = _taylor_groups(graph, heads)
+    every = importance.taylor(graph, params, grads, reduce="sum", normalise="none", groups=groups)
     scores = {g: every[g] for g in groups}
     if not heads:
         return _even(graph, scores, sparsity, multiple_of)

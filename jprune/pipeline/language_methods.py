@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
@@ -157,14 +156,10 @@ def _flap(biases: bool) -> Callable[[LanguageRun, Graph, Progress], Found]:
 def _taylor(run: LanguageRun, graph: Graph, progress: Progress) -> Found:
     """|weight x gradient| of the calibration text's loss."""
 
-    @jax.jit
-    def add(total: Any, params: Any, ids: Any) -> Any:
-        grads = jax.grad(lambda p: next_token_loss(jnp.asarray(run.model.apply(p, ids)), ids).sum())(params)
-        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads)
+    def loss(params: Any, ids: Any) -> Any:
+        return next_token_loss(jnp.asarray(run.model.apply(params, ids)), ids).sum()
 
-    total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32, device=x.sharding), run.params)
-    for ids in run.watched_batches(progress):
-        total = add(total, run.params, ids)
+    total = baselines.taylor_gradients(graph, loss, run.params, run.watched_batches(progress), heads=True)
 
     def decide(sparsity: float) -> dict[str, np.ndarray]:
         return baselines.taylor(graph, run.params, total, sparsity, heads=True, multiple_of=run.o.multiple_of)
@@ -230,7 +225,7 @@ def _by_training(criterion: str) -> Callable[[LanguageRun, Graph, Progress], Fou
         with run.counted("loraprune", o.recover, progress) as on_step:
             result = loraprune(graph, run.params, run.batch_of_step, options, tuning, out=run.folder("loraprune"),
                                resume=True, save_every=run.save_every, on_step=on_step)  # fmt: skip
-        params, keep = finalize(graph, run.params, result.lora, result.masks, options.lora)
+        params, keep = finalize(graph, run.params, result.lora, result.masks)
         return Found(keep, params, {"skipped": {"first": options.skip_first, "last": options.skip_last}})
 
     return find

@@ -17,6 +17,7 @@ from jprune.language.perplexity import next_token_loss
 from jprune.language.statistics import block_stats
 from jprune.models.llama import Llama, with_biases
 from jprune.models.llama_blocks import pieces
+from jprune.trace.leafpaths import flatten
 
 PARAMS = plain.params(depth=3)
 IDS = np.random.default_rng(2).integers(0, plain.V, (8, plain.TOKENS))
@@ -187,6 +188,32 @@ def test_taylor_sums_products_of_weights_and_gradients():
         p, g = (jax.tree.map(lambda x: np.asarray(x, np.float64), t["layers"][l]) for t in (PARAMS, grads()))
         score = sum(abs(p[n] * g[n]).sum(0) for n in ("up", "gate")) + abs(p["down"] * g["down"]).sum(1)
         assert np.flatnonzero(keep[b.ffn]).tolist() == best(score, F // 2)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_gradients_are_made_of_what_is_scored_only(heads):
+    """Summed over batches in place; no gradient of an embedding or the head, nor of anything of its size."""
+
+    def loss(p, ids):
+        return next_token_loss(FN(p, ids), jnp.asarray(ids)).mean()
+
+    found = baselines.taylor_gradients(GRAPH, loss, PARAMS, [IDS, IDS], heads=heads)
+    whole = dict(flatten(grads()))
+    names = ("up", "gate", "down", *("qkvo" if heads else ""))
+    assert set(found) == {f"layers/{l}/{n}" for l in range(3) for n in names}
+    for path, g in found.items():
+        np.testing.assert_allclose(g, 2 * whole[path], rtol=1e-4, atol=1e-5)
+    assert jax.tree.map(np.ndarray.tolist, baselines.taylor(GRAPH, PARAMS, found, 0.5, heads=heads)) == jax.tree.map(
+        np.ndarray.tolist, baselines.taylor(GRAPH, PARAMS, grads(), 0.5, heads=heads)
+    )
+    compiled = (
+        jax.jit(baselines.taylor_step(loss), donate_argnums=0).lower(found, PARAMS, IDS).compile().memory_analysis()
+    )
+    scored, every = (sum(x.size * 4 for x in jax.tree.leaves(t)) for t in (found, PARAMS))
+    assert scored < 0.9 * every and compiled.output_size_in_bytes < scored + 1024
+    assert compiled.alias_size_in_bytes >= scored  # sums are made where they were
+    with pytest.raises(ValueError, match="no batches"):
+        baselines.taylor_gradients(GRAPH, loss, PARAMS, [])
 
 
 def test_taylor_prunes_heads_by_the_same_fraction():
