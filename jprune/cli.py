@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from jprune.whole_files import ignore_closed_loops
 from jprune_command import obey_ctrl_c, stop
 
 Text = Annotated
@@ -343,6 +344,7 @@ def list_() -> int:
 def main() -> None:
     """Entry point: errors that a user can mend are one line and exit status 2."""
     obey_ctrl_c()
+    ignore_closed_loops()
     commands = {"prune": prune, "eval": evaluate, "chat": chat, "explain": explain, "list": list_}
     try:
         status = tyro.extras.subcommand_cli_from_dict(

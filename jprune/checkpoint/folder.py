@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from jprune.checkpoint.together import orbax_options, shared_folder
 from jprune.json_files import Fields, read_json
 from jprune.trace.leafpaths import flatten, path_str
 from jprune.version import __version__
-from jprune.whole_files import whole_folder
 
 FORMAT = "jprune-checkpoint/1"
 AGAIN = "copy it again from where it was written"
@@ -32,10 +33,14 @@ def save(
 ) -> None:
     """Write a tree of arrays (dicts, lists, tuples, dataclasses registered with JAX) and JSON metadata to `folder`.
 
-    Raises ValueError if the folder exists and `overwrite` is False, or if a leaf or the metadata cannot be stored.
+    Under `jax.distributed`, all processes call it with the same folder and their parts of the same arrays; of
+    an array that each process has for itself, the first process writes its own.
+
+    Raises ValueError if the folder exists and `overwrite` is False, or if a leaf or the metadata cannot be stored, and
+    RuntimeError in every process if another one failed.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not overwrite:
+    if jax.process_count() == 1 and folder.exists() and not overwrite:  # else the first process alone looks
         raise ValueError(f"{folder} exists: choose another folder, or give overwrite=True to replace it")
     leaves = {}
     for path, leaf in flatten(variables):
@@ -54,10 +59,11 @@ def save(
             f"the metadata for {folder} is not JSON ({error}): use strings, numbers, lists, dicts"
         ) from error
 
-    with whole_folder(folder, overwrite) as unfinished:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(unfinished / "variables", variables)
-        (unfinished / "metadata.json").write_text(text)
+    with shared_folder(folder, overwrite) as unfinished:
+        with ocp.StandardCheckpointer(multiprocessing_options=orbax_options()) as checkpointer:
+            checkpointer.save(unfinished / "variables", jax.tree.map(_writable, variables))
+        if jax.process_index() == 0:
+            (unfinished / "metadata.json").write_text(text)
 
 
 def load(folder: str | Path, *, like: Any = None, sharding: Placement | None = None) -> tuple[Any, dict[str, Any]]:
@@ -65,14 +71,14 @@ def load(folder: str | Path, *, like: Any = None, sharding: Placement | None = N
 
     like: a tree of arrays or ShapeDtypeStructs whose structure the result takes; without it, tuples come back as lists
         and dataclasses as dicts. sharding: one for all leaves, or a function of (leaf path, ShapeDtypeStruct); without
-        it, the default device. Leaves are read straight into their shards.
+        it, the default device (of each process its own). Leaves are read straight into their shards.
 
     Raises ValueError if the folder is missing, damaged, not ours, or does not fit `like`.
     """
     folder = Path(folder).absolute()
     recorded, metadata = _contents(folder)
     if sharding is None:
-        sharding = SingleDeviceSharding(jax.devices()[0])
+        sharding = SingleDeviceSharding(jax.local_devices()[0])
     damaged = f"{folder} is damaged: {AGAIN}"
 
     def target(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -84,7 +90,7 @@ def load(folder: str | Path, *, like: Any = None, sharding: Placement | None = N
         place = sharding if isinstance(sharding, Sharding) else sharding(name, blank)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=orbax_options()) as checkpointer:
         try:
             stored = checkpointer.metadata(folder / "variables").item_metadata.tree
         except Exception as error:  # orbax and tensorstore raise a dozen unrelated types for damaged folders
@@ -99,6 +105,12 @@ def load(folder: str | Path, *, like: Any = None, sharding: Placement | None = N
     if like is not None:
         variables = _in_the_form_of(like, variables, folder)
     return variables, metadata
+
+
+def _writable(leaf: Any) -> Any:
+    """The leaf, or its numbers where a process of several has it for itself: then the first process writes its own."""
+    own = isinstance(leaf, jax.Array) and leaf.is_fully_addressable and jax.process_count() > 1
+    return np.asarray(leaf) if own else leaf
 
 
 def _contents(folder: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, Any]]:

@@ -16,6 +16,7 @@ from jprune.models.rope import Rope
 OWN = "jprune_"  # model types of folders whose layers differ; stock programs refuse them
 PER_LAYER = {"intermediate_size": "ffn", "num_attention_heads": "q_heads", "num_key_value_heads": "kv_heads"}
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+MOST_LAYERS = 100_000  # more than any model has; each costs time, also where there are no files to compare with
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -45,7 +46,8 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "float32", *, layers: int
     act = f.text("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise ValueError(f"hidden_act {act!r} is not supported: only 'silu' is")
-    depth, d, heads = (f.integer(k, least=1) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    depth = f.integer("num_hidden_layers", least=1, most=MOST_LAYERS)
+    d, heads = (f.integer(k, least=1) for k in ("hidden_size", "num_attention_heads"))
     if layers is not None and depth > layers:
         raise ValueError(
             f"num_hidden_layers is {depth}, and the files hold {layers} layers: one of them is another model's"

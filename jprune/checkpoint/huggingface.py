@@ -98,8 +98,7 @@ def load_hf(
     """
     folder = Path(folder)
     with said_of(folder):
-        hf = read_json(folder / "config.json", "give the folder of a Hugging Face model, or download it again")
-        record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+        hf, record = _said(folder)
         files = TensorFiles(folder)
         with said_of(folder / "config.json"):
             stored = config_from_hf(hf, layers=layers_in(files))
@@ -116,15 +115,17 @@ def read_config(folder: str | Path) -> LlamaConfig:
       ValueError: a missing or damaged config.json, an unsupported type.
     """
     folder = Path(folder)
-    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
-    with said_of(folder / "config.json"):
-        stored = config_from_hf(
-            read_json(folder / "config.json", "give the folder of a Hugging Face model, or download it again")
-        )
-    if record is None:
-        return stored
-    with said_of(folder / RECORD):
-        return _recorded(stored, Fields(record), keep_padding=False)
+    with said_of(folder):
+        hf, record = _said(folder)
+        with said_of(folder / "config.json"):
+            stored = config_from_hf(hf)
+        return _recorded(folder, stored, record, keep_padding=False)
+
+
+def _said(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(config.json, jprune.json or None) of a folder."""
+    hf = read_json(folder / "config.json", "give the folder of a Hugging Face model, or download it again")
+    return hf, read_json(folder / RECORD) if (folder / RECORD).is_file() else None
 
 
 def read_decoder(
@@ -152,10 +153,7 @@ def read_decoder(
     _check_tensors(files, stored, names)
     own = jnp.dtype(dtype or files.dtype(names["embed", None]))
     stored = dataclasses.replace(stored, dtype=own.name)
-    config = stored
-    if record is not None:
-        with said_of(Path(files.folder) / RECORD):
-            config = _recorded(stored, Fields(record), keep_padding)
+    config = _recorded(Path(files.folder), stored, record, keep_padding)
     target = LINEN_SCAN if scanned else LINEN
     if scanned and not config.uniform:
         raise ValueError(f"the layers of {files.folder} differ in width: they cannot be stacked; use scanned=False")
@@ -306,8 +304,15 @@ def _check_tensors(files: Any, config: LlamaConfig, names: Mapping[tuple[str, in
         raise ValueError(f"{files.folder} has the tensor {key!r}, which a {config.family} model has not: remove it")
 
 
-def _recorded(stored: LlamaConfig, record: Fields, keep_padding: bool) -> LlamaConfig:
+def _recorded(folder: Path, stored: LlamaConfig, record: Mapping[str, Any] | None, keep_padding: bool) -> LlamaConfig:
     """The config without padding, and of the family that was saved."""
+    if record is None:
+        return stored
+    with said_of(folder / RECORD):
+        return _unpadded(stored, Fields(record), keep_padding)
+
+
+def _unpadded(stored: LlamaConfig, record: Fields, keep_padding: bool) -> LlamaConfig:
     found = record.text("format", "")
     if found != FORMAT:
         raise ValueError(f"it has format {found!r}, this version reads {FORMAT!r}: update jprune")

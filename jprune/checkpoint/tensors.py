@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jprune.json_files import parse_json
+from jprune.whole_files import writing
 
 LONGEST = 10**8  # bytes of a header, by the format's definition
 
@@ -26,8 +27,9 @@ def save_safetensors(path: str | Path, tree: Mapping[str, Any], metadata: Mappin
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(flat, unfinished, metadata=dict(metadata) if metadata else None)
-        os.replace(unfinished, path)
+        with writing(path):
+            save_file(flat, unfinished, metadata=dict(metadata) if metadata else None)
+            os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 

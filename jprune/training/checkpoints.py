@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jprune.training.state import TrainState
+from jprune.whole_files import silent_orbax, writing
 
 
 class Checkpoints:
@@ -20,6 +22,8 @@ class Checkpoints:
     def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
         self.folder = folder
         self.recipe = json.loads(json.dumps(recipe))  # as it will be read back: tuples become lists
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(silent_orbax())
         options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -30,9 +34,10 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, sums: dict[str, float]) -> None:
         """Start writing the state at `step`; returns as soon as the state may change again."""
         run = {"recipe": self.recipe, "hash": _digest(self.recipe), "sums": sums}
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(_stored(state)), run=ocp.args.JsonSave(run))
-        )
+        with writing(self.folder):  # or the one before, which fails in the background
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(_stored(state)), run=ocp.args.JsonSave(run))
+            )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, float]]:
         """The state and the epoch's sums at `step`; ValueError if it is damaged or belongs to another recipe."""
@@ -51,7 +56,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the last checkpoint to be complete."""
-        self._manager.close()
+        with self._open, writing(self.folder):
+            self._manager.close()
 
     def _read(self, step: int, **items: Any) -> Any:
         try:

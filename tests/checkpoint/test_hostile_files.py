@@ -17,6 +17,7 @@ import jprune
 from jprune.array_files import read_npz
 from jprune.budget.latency import LatencyTable, measure_latency
 from jprune.checkpoint import load, load_hf, load_safetensors, load_tokenizer, save, save_hf
+from jprune.checkpoint.huggingface import read_config
 from jprune.checkpoint.llava import load_llava
 from jprune.checkpoint.vision import load_vision
 from jprune.language.adapters import load_peft, save_peft
@@ -193,8 +194,10 @@ def test_a_tensor_in_two_shards_and_too_many_layers_are_refused_at_once(tmp_path
         load_hf(folder)
     folder = write(tmp_path / "n", tensors())
     said = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**said, "num_hidden_layers": 2**31 - 1}))  # 50 GB, if it were built
-    with pytest.raises(
-        ValueError, match=r"n/config.json: num_hidden_layers is 2147483647, and the files hold 2 layers"
-    ):
+    (folder / "config.json").write_text(json.dumps({**said, "num_hidden_layers": 3000}))
+    with pytest.raises(ValueError, match=r"n/config.json: num_hidden_layers is 3000, and the files hold 2 layers"):
         load_hf(folder)
+    (folder / "config.json").write_text(json.dumps({**said, "num_hidden_layers": 30_000_000}))
+    for read in (load_hf, read_config):  # one of them without a look at the files
+        with pytest.raises(ValueError, match=r"n/config.json: num_hidden_layers is 30000000: .* from 1 to 100000"):
+            read(folder)
