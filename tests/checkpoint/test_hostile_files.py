@@ -110,7 +110,7 @@ def test_folders_of_adapters(tmp_path, every):
     graph = jprune.trace(module.apply, v, jnp.zeros((2, 3), jnp.int32))
     config = LoraConfig(2, 5.0)
     lora = jax.tree.map(lambda x: x + 1, init(jax.random.key(0), graph, config))
-    save_peft(tmp_path / "a", graph, lora, config, module.config.head_dim)
+    save_peft(tmp_path / "a", graph, lora, module.config.head_dim)
 
     def read():
         return load_peft(tmp_path / "a", graph, module.config.head_dim)
