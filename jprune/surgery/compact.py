@@ -151,7 +151,9 @@ def keep_sharding(x: Any, path: str, f: Callable[[Any], Any]) -> Any:
         if sharding is not None and len(sharding.device_set) == 1 and next(iter(sharding.device_set)).platform == "cpu":
             # a CPU array is host memory already: numpy gathers from it without a compilation per shape
             small = f(np.asarray(x))
-            return jax.device_put(small, sharding) if x.committed else jnp.asarray(small)  # shard_map may move it
+            return (
+                jax.device_put(small, sharding) if getattr(x, "committed", True) else jnp.asarray(small)
+            )  # free to move
         return f(x)
     shape = jax.eval_shape(f, x).shape
     sizes = dict(sharding.mesh.shape)

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from jprune.trace import layout as L
 from jprune.trace.errors import KeepError, NotPrunable, suggest
-from jprune.trace.layout import Concat, Fixed, Layout, Unit
+from jprune.trace.layout import Concat, Fixed, Layout, Reordered, Unit
 from jprune.trace.structure import Structure
 
 Keep = Mapping[str, Any]
@@ -144,6 +144,11 @@ def axis_index(layout: Layout, slots: Mapping[str, np.ndarray]) -> tuple[np.ndar
         elif isinstance(d, Unit | Fixed):
             s = np.arange(d.size)
             ok = np.ones(d.size, bool)
+        elif isinstance(d, Reordered):
+            i, v = axis_index(d.inner, slots)
+            assert i.ndim == 1 and v.all(), "which units stay is the same in all layers where an order matters"
+            s = np.flatnonzero(np.isin(d.index, i))
+            ok = np.ones(len(s), bool)
         else:
             assert isinstance(d, Concat)
             found, offset = [], 0

@@ -15,7 +15,7 @@ from jprune.surgery.compact import Indices, indices_of, take
 from jprune.surgery.decision import Decision
 from jprune.trace import layout as L
 from jprune.trace.errors import KeepError
-from jprune.trace.layout import Concat, Dim, Fixed, Layout, Unit
+from jprune.trace.layout import Concat, Dim, Fixed, Layout, Reordered, Unit
 from jprune.trace.leafpaths import path_str
 from jprune.version import __version__
 from jprune.whole_files import write_json
@@ -168,12 +168,16 @@ def _units(layout: Layout) -> Iterator[Unit]:
         elif isinstance(d, Concat):
             for part in d.parts:
                 yield from _units(part)
+        elif isinstance(d, Reordered):
+            yield from _units(d.inner)
 
 
 def _to_json(layout: Layout, cut: Container[str]) -> list[Any]:
-    """An axis's dims, major to minor: [group that is cut, size], a size that stays, or {"concat": [axis, ...]}."""
+    """An axis's dims, major to minor: [group that is cut, size], a size that stays, {"concat": [axis, ...]}, or
+    {"order": positions, "of": axis}."""
     return [
         {"concat": [_to_json(part, cut) for part in d.parts]} if isinstance(d, Concat)
+        else {"order": list(d.index), "of": _to_json(d.inner, cut)} if isinstance(d, Reordered)
         else [d.group, d.size] if isinstance(d, Unit) and d.group in cut else d.size
         for d in layout
     ]  # fmt: skip
@@ -190,8 +194,15 @@ def _layout(data: Any, where: str) -> Layout:
         elif isinstance(d, dict) and set(d) == {"concat"} and isinstance(d["concat"], list) and d["concat"]:
             parts = tuple(_layout(part, where) for part in d["concat"])
             out.append(Concat(parts, sum(map(L.full_size, parts))))
+        elif isinstance(d, dict) and set(d) == {"order", "of"} and isinstance(d["order"], list):
+            inner = _layout(d["of"], where)
+            if not _whole(d["order"]) or sorted(d["order"]) != list(range(L.full_size(inner))):
+                raise ValueError(f"{where}: made_of has an order that does not name each of its positions once")
+            out.append(Reordered(inner, tuple(d["order"])))
         else:
-            raise ValueError(f"{where}: made_of has {d!r}, which is no group with its size, no size and no concat")
+            raise ValueError(
+                f"{where}: made_of has {d!r}, which is no group with its size, no size, no concat and no order"
+            )
     return tuple(out)
 
 

@@ -69,6 +69,8 @@ class Replay:
             {**self._widths, **symbols},
             self._segments,
             s.scan_symbols,
+            keep=self.decision.keep,
+            indices=s.analysis.indices,
         )
         outs = ev.run(s.jaxpr.jaxpr, self._consts, s.select_used(leaves, flat), ())
         if any(isinstance(o, Segments) for o in outs):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -28,6 +29,7 @@ DIVISOR = "reconfigure:"
 
 Path: TypeAlias = tuple[int | str, ...]
 Eqn: TypeAlias = Any  # jax.extend.core.JaxprEqn
+LARGEST_INDEX = 1 << 20  # entries of a constant that is computed to see which positions it names
 LAYERS = "layers"  # a step of moves: one layer of a stacked leaf enters the body of a scan
 Move: TypeAlias = Any  # (equation, number of its result), or LAYERS
 
@@ -44,6 +46,7 @@ class Val:
       leaf: the parameter leaf these entries come from unchanged (through casts and layout changes only).
       const: the value itself, where it is a folded constant.
       moves: the casts and layout changes between the leaf and this value (see jprune.trace.moves).
+      known: computes the value itself, where it depends on constants alone; nothing is computed before a rule asks.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +57,7 @@ class Val:
     leaf: str | None = None
     const: np.ndarray | None = None
     moves: tuple[Move, ...] = ()
+    known: Callable[[], np.ndarray] | None = None
 
     def flag(self, axis: int, n: int) -> bool:
         """Whether this operand is zero at removed positions of an axis of size n that it may be broadcast along."""
@@ -141,6 +145,7 @@ class Analysis:
         self.unsupported: dict[str, list[str]] = {}
         self.scan_of: dict[Path, T.Atom] = {}  # layer axis of the scan equation at this path
         self.jaxprs: dict[Path, Any] = {}  # jaxprs made on the way (derivative rules), by the path they were walked at
+        self.indices: dict[Path, Any] = {}  # what rules knew of constant operands, for replay
         self.shadow = False  # walking a derivative rule: sizes count, certificates and costs do not
         self.unseen = False  # no output depends on the equation: it is only printed, or shown to a callback
         self.path: Path = ()
@@ -180,8 +185,11 @@ class Analysis:
                 tuple(self.fresh(n) for n in np.shape(value)),
                 (False,) * np.ndim(value),
                 const=np.asarray(value),
+                known=lambda: np.asarray(value),
             )
-        return self.opaque(value, code)
+        v = self.opaque(value, code)
+        v.known = None if isinstance(value, Tracer) else lambda: np.asarray(value)
+        return v
 
     # -- what rules say -----------------------------------------------------------------------------------------
 
@@ -344,6 +352,8 @@ class Analysis:
                 return folded
         outs = rule.propagate(self, eqn, ins)
         if rule.evaluate is None:
+            if outs and not eqn.effects and all(v.known or v.scalar is not None for v in ins):
+                _compute_on_demand(eqn, ins, outs)
             for k, o in enumerate(outs):
                 source = next((v for v in ins if o.leaf is not None and v.leaf == o.leaf and v is not o), None)
                 if source is not None:
@@ -367,6 +377,23 @@ class Analysis:
         for v, o in zip(vals, outs, strict=True):
             v.const = np.asarray(o)  # replay needs the value of scalars as well
         return vals
+
+
+def _compute_on_demand(eqn: Eqn, ins: Sequence[Val], outs: Sequence[Val]) -> None:
+    """Let the results of an equation of constants know their values, computed once they are asked for."""
+    avals = [v.aval for v in eqn.outvars]
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) or x.size > LARGEST_INDEX for x in avals):
+        return
+
+    @functools.cache
+    def values() -> list[np.ndarray]:
+        args = [v.known() if v.known else np.full(v.shape, v.scalar, v.dtype) for v in ins]
+        with jax.ensure_compile_time_eval():
+            made = eqn.primitive.bind(*args, **eqn.params)
+        return [np.asarray(x) for x in (made if eqn.primitive.multiple_results else [made])]
+
+    for k, v in enumerate(outs):
+        v.known = lambda k=k: values()[k]
 
 
 def _needed(jaxpr: Any) -> list[bool]:

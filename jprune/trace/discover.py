@@ -306,6 +306,10 @@ def _body_local(
                 if id(atom) in live:
                     candidates[id(atom)] = candidates.get(id(atom), here) & here
     candidates = {k: s for k, s in candidates.items() if s}
+    for v in (*leaf_vals, *(v for ins, outs in a.records.values() for v in (*ins, *outs))):
+        for t in v.tags:
+            for atom in T.reordered(t):  # an index written for the units that stay is one for all layers
+                candidates.pop(id(atom), None)
 
     def check(v: Val, inside: set[str]) -> None:
         ids = {id(x) for t in v.tags for x in T.atoms(t)} & candidates.keys()

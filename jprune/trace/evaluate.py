@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 
 from jprune.trace import layout as L
@@ -36,11 +37,21 @@ class Segments:
 class Sizes:
     """The pruned sizes around one equation, for the rules' `rewrite`."""
 
-    def __init__(self, layouts: tuple[Any, Any], widths: Mapping[str, Any], args: Sequence[Any], eqn: Eqn):
+    def __init__(
+        self,
+        layouts: tuple[Any, Any],
+        widths: Mapping[str, Any],
+        args: Sequence[Any],
+        eqn: Eqn,
+        keep: Mapping[str, Any] | None = None,
+        index: Any = None,
+    ):
         self._ins, self._outs = layouts
         self._widths = widths
         self._args = args
         self._eqn = eqn
+        self._keep = keep or {}
+        self.index = index  # what the rule knew of constant operands when it followed the equation
 
     def in_shape(self, k: int) -> tuple[int, ...]:
         """Shape of operand k as it is now."""
@@ -60,11 +71,34 @@ class Sizes:
 
     def prefix(self, k: int, axis: int, position: int) -> int:
         """Kept positions before `position` on an axis of operand k."""
-        return L.prefix(self._ins[k][axis], position, self._widths)
+        return self._prefix(self._ins[k][axis], position)
 
     def out_prefix(self, k: int, axis: int, position: int) -> int:
         """Kept positions before `position` on an axis of result k."""
-        return L.prefix(self._outs[k][axis], position, self._widths)
+        return self._prefix(self._outs[k][axis], position)
+
+    def _prefix(self, layout: Layout, position: int) -> int:
+        if L.is_reordered(layout):
+            return int((self._kept(layout) < position).sum())
+        return L.prefix(layout, position, self._widths)
+
+    def kept(self, k: int, axis: int) -> np.ndarray:
+        """The traced positions of an axis of operand k that are left, in order."""
+        return self._kept(self._ins[k][axis])
+
+    def out_kept(self, k: int, axis: int) -> np.ndarray:
+        """The traced positions of an axis of result k that are left, in order."""
+        return self._kept(self._outs[k][axis])
+
+    def _kept(self, layout: Layout) -> np.ndarray:
+        """Where layers keep different units, the first ones stand for them: no order depends on those (see discover)."""
+
+        def units(g: str) -> np.ndarray:
+            k = self._keep[g]
+            return k if np.ndim(k) == 1 else np.arange(k.shape[-1]) < self._widths[g]
+
+        keep = {g: units(g).astype(np.float32) for g in L.groups_in(layout) if g in self._keep}
+        return np.flatnonzero(L.spread(layout, keep))
 
 
 class Evaluator:
@@ -81,6 +115,8 @@ class Evaluator:
       observe: called after each equation that is watched, to update `states`; results it returns replace the
         equation's own.
       tap_paths: state id -> (call path of the equation it watches, call path of the scan it is stacked over or None).
+      keep: the units that stay, of groups that lose some.
+      indices: what rules knew of constant operands (the positions a gather takes), by call path.
     """
 
     def __init__(
@@ -95,6 +131,8 @@ class Evaluator:
         observe: Observer | None = None,
         tap_paths: Mapping[str, tuple[Path, Path | None]] | None = None,
         states: States | None = None,
+        keep: Mapping[str, Any] | None = None,
+        indices: Mapping[Path, Any] | None = None,
     ):
         self.rules = rules
         self.layouts = layouts
@@ -106,6 +144,8 @@ class Evaluator:
         self.observe = observe
         self.tap_paths = tap_paths or {}
         self.states: States = states if states is not None else {}
+        self.keep = keep or {}
+        self.indices = indices or {}
         self._watched = {path for path, _ in self.tap_paths.values()}
 
     def _with(
@@ -126,6 +166,8 @@ class Evaluator:
             self.observe,
             self.tap_paths,
             self.states if states is None else states,
+            self.keep,
+            self.indices,
         )
 
     def with_states(self, states: States) -> Evaluator:
@@ -180,7 +222,7 @@ class Evaluator:
             return self._per_segment(eqn, args, path)
         params = eqn.params
         if rule is not None and (rule.rewrite or rule.perform) and self.layouts is not None:
-            sizes = Sizes(self.layouts(path), self.widths, args, eqn)
+            sizes = Sizes(self.layouts(path), self.widths, args, eqn, self.keep, self.indices.get(path))
             if rule.perform is not None:
                 with _name_stack(eqn):
                     done = rule.perform(eqn, args, sizes)

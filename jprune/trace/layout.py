@@ -41,7 +41,19 @@ class Concat:
     size: int
 
 
-Dim: TypeAlias = Unit | Fixed | Concat
+@dataclasses.dataclass(frozen=True)
+class Reordered:
+    """The positions of an axis in another order: position j is position `index[j]` of `inner`."""
+
+    inner: Layout
+    index: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.index)
+
+
+Dim: TypeAlias = Unit | Fixed | Concat | Reordered
 Layout: TypeAlias = tuple[Dim, ...]
 
 
@@ -58,6 +70,8 @@ def groups_in(layout: Layout) -> Iterator[str]:
         elif isinstance(d, Concat):
             for part in d.parts:
                 yield from groups_in(part)
+        elif isinstance(d, Reordered):
+            yield from groups_in(d.inner)
 
 
 def width(layout: Layout, widths: Mapping[str, Any]) -> Any:
@@ -70,6 +84,8 @@ def width(layout: Layout, widths: Mapping[str, Any]) -> Any:
             w = 0
             for part in d.parts:
                 w = w + width(part, widths)
+        elif isinstance(d, Reordered):
+            w = width(d.inner, widths)
         else:
             w = d.size if d.symbol is None else widths.get(d.symbol, d.size)
         total = w * total
@@ -92,6 +108,10 @@ def prefix(layout: Layout, position: int, widths: Mapping[str, Any]) -> int:
             n = full_size(part)
             before += prefix(part, min(index, n), widths)
             index -= min(index, n)
+    elif isinstance(major, Reordered):
+        raise AssertionError(
+            "in a reordered axis the units that stay say how many lie before a position, not the widths"
+        )
     elif index in (0, major.size):
         before = width((major,), widths) if index else 0
     elif widths.get(major.group, major.size) == major.size:
@@ -99,6 +119,13 @@ def prefix(layout: Layout, position: int, widths: Mapping[str, Any]) -> int:
     else:  # a boundary inside a prunable unit index would make a slice ambiguous; the tracer never leaves one
         raise AssertionError(f"position {position} lies inside group {major.group!r}")
     return before * width(rest, widths) + (prefix(rest, inside, widths) if inside else 0)
+
+
+def is_reordered(layout: Layout) -> bool:
+    """Whether positions of the axis stand in another order than the units they belong to."""
+    return any(
+        isinstance(d, Reordered) or (isinstance(d, Concat) and any(is_reordered(p) for p in d.parts)) for d in layout
+    )
 
 
 def spread(layout: Layout, vectors: Mapping[str, Any], xp: Any = np, ones: Any = None) -> Any:
@@ -114,6 +141,8 @@ def spread(layout: Layout, vectors: Mapping[str, Any], xp: Any = np, ones: Any =
             parts = [spread(p, vectors, xp, xp.ones((1,), dtype=out.dtype)) for p in d.parts]
             lead = max((p.shape[:-1] for p in parts), key=len)
             v = xp.concatenate([xp.broadcast_to(p, (*lead, p.shape[-1])) for p in parts], axis=-1)
+        elif isinstance(d, Reordered):
+            v = spread(d.inner, vectors, xp, xp.ones((1,), dtype=out.dtype))[..., np.asarray(d.index)]
         else:
             v = xp.ones((d.size,), dtype=out.dtype)
         out = out[..., :, None] * v[..., None, :]
@@ -139,6 +168,11 @@ def unit_positions(layout: Layout, group: str) -> np.ndarray | None:
             if not found:
                 continue
             base = np.concatenate(found, axis=1)
+        elif isinstance(d, Reordered):
+            found = unit_positions(d.inner, group)
+            if found is None:
+                continue
+            base = np.argsort(d.index)[found]
         else:
             continue
         cells = base[:, :, None, None] * inner + np.arange(inner)[None, None, None, :]

@@ -15,7 +15,7 @@ from jprune.trace import layout as L
 from jprune.trace import tags as T
 from jprune.trace.analysis import Analysis, Path, Use, Val, user_line
 from jprune.trace.errors import TraceError
-from jprune.trace.layout import Concat, Fixed, Layout, Unit
+from jprune.trace.layout import Concat, Fixed, Layout, Reordered, Unit
 from jprune.trace.tags import Frozen
 
 
@@ -160,6 +160,8 @@ def to_layout(tag: T.Tag, names: Mapping[int, str], symbols: Mapping[int, str]) 
     for d in T.norm(tag):
         if isinstance(d, T.Sum):
             out.append(Concat(tuple(to_layout(p, names, symbols) for p in d.parts), d.n))
+        elif isinstance(d, T.Order):
+            out.append(Reordered(to_layout(d.inner, names, symbols), tuple(d.index.tolist())))
         elif id(d) in names:
             out.append(Unit(names[id(d)], d.n))
         else:

@@ -1,9 +1,10 @@
 """Axis algebra: while a function is traced, every array axis carries a tag, and tags are refined until they agree.
 
-A tag is a product (major to minor) of dims; a dim is an `Atom` (an index nobody has cut yet) or a `Sum`
-(axes concatenated along this one). Meeting axes are unified. Unification substitutes: an atom that turns out
+A tag is a product (major to minor) of dims; a dim is an `Atom` (an index nobody has cut yet), a `Sum` (axes
+concatenated along this one) or an `Order`. Meeting axes are unified. Unification substitutes: an atom that turns out
 to be a product or a concatenation is replaced by it everywhere at once, so atoms only ever get finer and the
-process ends. Why not one label per index: a head axis split from a kernel axis must stay prunable as heads and
+process ends. An axis may also hold the positions of another one in another order (`Order`); where such axes meet,
+`tie` goes position by position. Why not one label per index: a head axis split from a kernel axis must stay prunable as heads and
 as head dims, with the choice made later. What cannot be aligned raises `Misaligned`; the caller then freezes.
 """
 
@@ -13,6 +14,10 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from typing import TypeAlias
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,18 @@ class Sum:
         self.n = sum(size(p) for p in parts)
 
 
-Dim: TypeAlias = Atom | Sum
+class Order:
+    """The positions of an axis in another order: position j is position `index[j]` of `inner`."""
+
+    __slots__ = ("index", "inner", "n")
+
+    def __init__(self, inner: Tag, index: np.ndarray):
+        self.inner = inner
+        self.index = index
+        self.n = len(index)
+
+
+Dim: TypeAlias = Atom | Sum | Order
 Tag: TypeAlias = tuple[Dim, ...]
 
 SINGLE_INDEX, SEGMENT_AXIS, MISALIGNED_SLICE = "SINGLE_INDEX", "SEGMENT_AXIS", "MISALIGNED_SLICE"
@@ -91,6 +107,9 @@ def norm(tag: Tag) -> Tag:
                 d.subst = norm(d.subst)
                 out.extend(d.subst)
             continue
+        if isinstance(d, Order):
+            out.extend(_ordered(norm(d.inner), d.index, d))
+            continue
         parts: list[Tag] = []
         for p in d.parts:
             p = norm(p)
@@ -107,11 +126,59 @@ def norm(tag: Tag) -> Tag:
     return tuple(out)
 
 
+def _ordered(inner: Tag, index: np.ndarray, like: Order | None = None) -> Tag:
+    """The positions `index` (each once) of an axis; dims in front and behind that keep their order are left outside."""
+    if len(inner) == 1 and isinstance(inner[0], Order):
+        inner, index = inner[0].inner, inner[0].index[index]
+    if (index == np.arange(len(index))).all():
+        return inner
+    for i in range(1, len(inner)):
+        front = _blocks(index, size(inner[i:]))
+        if front is not None:
+            return (*_ordered(inner[:i], front), *inner[i:])
+        back = _rows(index, size(inner[:-i]), size(inner[-i:]))
+        if back is not None:
+            return (*inner[:-i], *_ordered(inner[-i:], back))
+    unchanged = like is not None and like.index is index and len(inner) == len(like.inner)
+    if like is not None and unchanged and all(a is b for a, b in zip(inner, like.inner, strict=True)):
+        return (like,)
+    return (Order(inner, index),)
+
+
+def _blocks(index: np.ndarray, m: int) -> np.ndarray | None:
+    """Which blocks of m positions an index takes, if it takes whole ones in order."""
+    if len(index) % m:
+        return None
+    rows = index.reshape(-1, m)
+    whole = (rows[:, 0] % m == 0).all() and (rows == rows[:, :1] + np.arange(m)).all()
+    return rows[:, 0] // m if whole else None
+
+
+def _rows(index: np.ndarray, n: int, m: int) -> np.ndarray | None:
+    """What an index takes from each of n blocks of m positions, if it takes the same from all of them in order."""
+    if len(index) % n:
+        return None
+    rows = index.reshape(n, -1) - np.arange(n)[:, None] * m
+    return rows[0] if (rows == rows[0]).all() and (rows >= 0).all() and (rows < m).all() else None
+
+
+def reordered(tag: Tag) -> Iterator[Atom]:
+    """Every atom of the axis that stands in another order than its own: which units stay decides about indices."""
+    for d in norm(tag):
+        if isinstance(d, Order):
+            yield from atoms(d.inner)
+        elif isinstance(d, Sum):
+            for p in d.parts:
+                yield from reordered(p)
+
+
 def atoms(tag: Tag) -> Iterator[Atom]:
     """Every unsubstituted atom of the axis, with repetition."""
     for d in norm(tag):
         if isinstance(d, Atom):
             yield d
+        elif isinstance(d, Order):
+            yield from atoms(d.inner)
         else:
             for p in d.parts:
                 yield from atoms(p)
@@ -186,6 +253,20 @@ def split_sum(total: Sum, q: int) -> tuple[Tag, Tag]:
     return (Atom(q, Frozen(SEGMENT_AXIS)),), norm(parts[0])
 
 
+def _split_order(d: Order, q: int) -> tuple[Tag, Tag]:
+    """Cut a reordered axis into (major of size q, minor), where the order is one of blocks, or the same in all."""
+    m = d.n // q
+    order = _blocks(d.index, m)
+    if order is not None:
+        front, back = split_front(norm(d.inner), q)
+        return _ordered(norm(front), order), norm(back)
+    order = _rows(d.index, q, m)
+    if order is not None:
+        front, back = split_front(norm(d.inner), q)
+        return norm(front), _ordered(norm(back), order)
+    raise Misaligned
+
+
 def split_front(tag: Tag, n: int) -> tuple[Tag, Tag]:
     """(front of size n, rest) of an axis, cutting the dim that straddles the boundary."""
     tag = norm(tag)
@@ -203,7 +284,10 @@ def split_front(tag: Tag, n: int) -> tuple[Tag, Tag]:
             continue
         if d.n % n:
             raise Misaligned
-        head, back = split_atom(d, n) if isinstance(d, Atom) else split_sum(d, n)
+        if isinstance(d, Order):
+            head, back = _split_order(d, n)
+        else:
+            head, back = split_atom(d, n) if isinstance(d, Atom) else split_sum(d, n)
         # splitting may refine the dims behind as well (they can share atoms)
         return norm((*front, *head)), norm((*back, *tag[i + 1 :]))
     if n != 1:
@@ -253,6 +337,8 @@ def _slice_dim(d: Dim, lo: int, hi: int, where: str) -> Tag:
                 parts.append(slice_tag(p, a, b, where))
             offset += n
         return norm((Sum(tuple(parts)),))
+    if isinstance(d, Order):
+        return take(d.inner, d.index[lo:hi], where)
     if d.reason is not None:
         d.rigid = True
         return (d.piece(hi - lo),)
@@ -274,6 +360,8 @@ def unify(a: Tag, b: Tag) -> None:
         _merge(a[0], b)
     elif len(b) == 1 and isinstance(b[0], Atom):
         _merge(b[0], a)
+    elif any(isinstance(d, Order) for d in (*a, *b)):
+        _unify_ordered(a, b)
     elif len(a) == 1 and len(b) == 1 and isinstance(a[0], Sum) and isinstance(b[0], Sum):
         _unify_sums(a[0], b[0])
     elif a[0].n == 1 or b[0].n == 1:  # a cut-off single unit inside a product
@@ -285,11 +373,127 @@ def unify(a: Tag, b: Tag) -> None:
             freeze((single,), Frozen(SINGLE_INDEX))
             unify(rest, other)
     else:
-        n = min(a[0].n, b[0].n)
-        front_a, rest_a = split_front(a, n)
-        front_b, rest_b = split_front(norm(b), n)
-        unify(front_a, front_b)
-        unify(rest_a, rest_b)
+        _unify_fronts(a, b)
+
+
+def _unify_fronts(a: Tag, b: Tag) -> None:
+    n = min(a[0].n, b[0].n)
+    front_a, rest_a = split_front(a, n)
+    front_b, rest_b = split_front(norm(b), n)
+    unify(front_a, front_b)
+    unify(rest_a, rest_b)
+
+
+def _unify_ordered(a: Tag, b: Tag) -> None:
+    one, other = a[0], b[0]
+    if isinstance(one, Order) and isinstance(other, Order) and len(a) == len(b) == 1 and one.inner == other.inner:  # noqa: SIM102
+        if (one.index == other.index).all():
+            return
+    if 1 < min(one.n, other.n) < size(a):
+        try:
+            return _unify_fronts(a, b)
+        except Misaligned:
+            a, b = norm(a), norm(b)
+    tie(a, b, np.arange(size(a)))
+
+
+def take(tag: Tag, index: np.ndarray, where: str = "") -> Tag:
+    """The tag of positions `index` of an axis: any of them, in any order, also several times.
+
+    An axis that is repeated whole, or position by position, gets a free dim for the copies.
+    """
+    tag = norm(tag)
+    n, k = size(tag), len(index)
+    if k and (index == index[0] + np.arange(k)).all():
+        return slice_tag(tag, int(index[0]), int(index[0]) + k, where)
+    stiffen(tag)
+    if k % n == 0 and (index == np.tile(np.arange(n), k // n)).all():
+        return (Atom(k // n), *tag)
+    if k % n == 0 and (index == np.repeat(np.arange(n), k // n)).all():
+        return (*tag, Atom(k // n))
+    for i in range(1, len(tag)):
+        front = _blocks(index, size(tag[i:]))
+        if front is not None:
+            return norm((*take(tag[:i], front, where), *tag[i:]))
+        back = _rows(index, size(tag[:-i]), size(tag[-i:]))
+        if back is not None:
+            return norm((*tag[:-i], *take(tag[-i:], back, where)))
+    new = Atom(k)
+    tie(tag, (new,), index)
+    return norm((new,))
+
+
+def _owners(tag: Tag, live: list[Atom]) -> tuple[np.ndarray, np.ndarray]:
+    """Per position the live atom it belongs to (its place in `live`, -1: none) and the unit of it."""
+    owner, unit = np.full(1, -1), np.zeros(1, int)
+    for d in norm(tag):
+        if isinstance(d, Order):
+            o, u = (x[d.index] for x in _owners(d.inner, live))
+        elif isinstance(d, Sum):
+            parts = [_owners(p, live) for p in d.parts]
+            o, u = (np.concatenate(x) for x in zip(*parts, strict=True))
+        elif d.reason is not None:
+            o, u = np.full(d.n, -1), np.zeros(d.n, int)
+        else:
+            at = next((i for i, x in enumerate(live) if x is d), len(live))
+            if at == len(live):
+                live.append(d)
+            o, u = np.full(d.n, at), np.arange(d.n)
+        if (owner[:, None] >= 0).any() and (o >= 0).any():
+            raise Misaligned  # positions would belong to two units at once
+        major = owner[:, None] >= 0
+        unit = np.where(major, unit[:, None], u[None]).ravel()
+        owner = np.where(major, owner[:, None], o[None]).ravel()
+    return owner, unit
+
+
+def tie(a: Tag, b: Tag, index: np.ndarray) -> None:
+    """Declare position j of `b` to be position index[j] of `a`, for axes of which each position belongs to one unit.
+
+    Units that meet, directly or through others, become one. Every atom is replaced by what it is made of: the new
+    units by how many of the old units of each atom they hold (so that widths stay sums of products), in the order in
+    which the atom holds them. What meets a frozen position is frozen.
+    """
+    live: list[Atom] = []
+    (left, left_unit), (right, right_unit) = _owners(a, live), _owners(b, live)
+    reason = next((x.reason for t in (a, b) for x in atoms(t) if x.reason is not None), None)
+    starts = np.cumsum([0, *(x.n for x in live)])
+    total = int(starts[-1])
+    node = [np.where(o >= 0, starts[o] + u, total) for o, u in ((left, left_unit), (right, right_unit))]
+    pairs = node[0][index], node[1]
+    graph = coo_array((np.ones(len(index)), pairs), shape=(total + 1, total + 1))
+    merged = connected_components(graph, directed=False)[1]
+    _, first, merged = np.unique(merged, return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))  # classes in the order in which they are first met
+    merged = rank[merged]
+    of_atom = np.repeat(np.arange(len(live)), [x.n for x in live])
+    counts = np.zeros((int(merged.max()) + 1, len(live) + 1), int)
+    np.add.at(counts, (merged[:-1], of_atom), 1)
+    counts[merged[-1], :] = 0
+    counts[merged[-1], -1] = 1  # the class of what is frozen
+    kinds, kind = np.unique(counts, axis=0, return_inverse=True)
+    kind = np.ravel(kind)
+    place = np.zeros(len(counts), int)
+    new: list[Atom] = []
+    for s in range(len(kinds)):
+        mine = np.flatnonzero(kind == s)
+        place[mine] = np.arange(len(mine))
+        new.append(Atom(len(mine), reason if kinds[s, -1] else None))
+    for i, atom in enumerate(live):
+        own = merged[starts[i] : starts[i + 1]]
+        order, parts, offset = np.zeros(atom.n, int), [], 0
+        for s in np.unique(kind[own]):
+            at = np.flatnonzero(kind[own] == s)
+            if kinds[s, -1]:
+                parts.append((Atom(len(at), reason),))
+                order[at] = offset + np.arange(len(at))
+            else:
+                m = kinds[s, i]
+                parts.append((new[s],) if m == 1 else (new[s], Atom(int(m), Frozen(SEGMENT_AXIS))))
+                sort = np.argsort(own[at], kind="stable")
+                order[at[sort]] = offset + place[own[at[sort]]] * m + np.arange(len(at)) % m
+            offset += len(at)
+        substitute(atom, norm(_ordered(norm((Sum(tuple(parts)),)), order)))
 
 
 def _merge(atom: Atom, tag: Tag) -> None:
@@ -297,7 +501,9 @@ def _merge(atom: Atom, tag: Tag) -> None:
     if other is not None and atom.reason is not None and other.reason is None:
         atom, other, tag = other, atom, (atom,)
     if atom.reason is None:
-        if any(x is atom for x in atoms(tag)):  # only possible around size-1 pieces of itself
+        if any(x is atom for x in reordered(tag)):
+            tie((atom,), tag, np.arange(atom.n))
+        elif any(x is atom for x in atoms(tag)):  # only possible around size-1 pieces of itself
             freeze(tag, Frozen(SEGMENT_AXIS))
         else:
             substitute(atom, tag)

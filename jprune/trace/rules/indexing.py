@@ -9,14 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from jprune.trace import tags as T
 from jprune.trace.analysis import Analysis, Eqn, Rule, Val
-from jprune.trace.tags import Tag
+from jprune.trace.rules.shaping import taken
+from jprune.trace.tags import Misaligned, Tag
 
 
 def _gather(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     operand, indices = vals
+    known = _constant_positions(eqn, operand, indices)
+    if known is not None:
+        return _take(a, eqn, operand, *known)
     p, aval = eqn.params, eqn.outvars[0].aval
     dn, sizes = p["dimension_numbers"], p["slice_sizes"]
     gone = (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
@@ -44,6 +50,73 @@ def _gather(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     if operand.leaf is not None and indices.leaf is None:
         a.use(vals, 0, 1, "lookup", (), (), whole)
     return [a.value(aval, tags, zero)]
+
+
+def _constant_positions(eqn: Eqn, operand: Val, indices: Val) -> tuple[int, np.ndarray] | None:
+    """(axis, positions) where a gather takes constant positions of one prunable axis, and all others whole."""
+    p, known = eqn.params, indices.known
+    dn, sizes = p["dimension_numbers"], p["slice_sizes"]
+    axes = [i for i in dn.start_index_map if sizes[i] != operand.shape[i]]
+    if known is None or len(axes) != 1 or dn.operand_batching_dims:
+        return None
+    (axis,), n = axes, operand.shape[axes[0]]
+    if sizes[axis] != 1 or not T.is_live(operand.tags[axis]):
+        return None
+    if any(k != m for i, (k, m) in enumerate(zip(sizes, operand.shape, strict=True)) if i != axis):
+        return None
+    starts = known().astype(np.int64)
+    at = starts[..., dn.start_index_map.index(axis)]
+    if p["mode"] == lax.GatherScatterMode.CLIP:
+        at = at.clip(0, n - 1)
+    elif p["mode"] == lax.GatherScatterMode.FILL_OR_DROP and any(
+        starts[..., k].any() for k, i in enumerate(dn.start_index_map) if i != axis
+    ):
+        return None
+    return (axis, at) if at.size and (at >= 0).all() and (at < n).all() else None
+
+
+def _take(a: Analysis, eqn: Eqn, operand: Val, axis: int, at: np.ndarray) -> list[Val]:
+    """Positions that constants name: a permutation, a repeat, a choice."""
+    dn, aval = eqn.params["dimension_numbers"], eqn.outvars[0].aval
+    a.indices[a.path] = (axis, at)
+    others = iter(dn.offset_dims)
+    tags: list[Tag] = [()] * len(aval.shape)
+    zero = [False] * len(aval.shape)
+    for i in range(len(operand.shape)):
+        if i in dn.collapsed_slice_dims:
+            continue
+        j = next(others)
+        if i != axis:
+            tags[j], zero[j] = operand.tags[i], operand.zero[i]
+    rest = taken(a, operand, axis, at.ravel())
+    owned = {id(x) for x in T.atoms(operand.tags[axis])}
+    # copies of a position are not zero where only some of them are removed
+    stays = operand.zero[axis] and all(id(x) in owned or x.reason is not None for x in T.atoms(rest))
+    rows = [j for j in range(len(aval.shape)) if j not in dn.offset_dims and aval.shape[j] > 1]
+    for j in rows:
+        try:
+            tags[j], rest = T.split_front(rest, aval.shape[j])
+        except Misaligned:
+            a.freeze(rest, "MISALIGNED_RESHAPE", "gather")
+            tags[j], rest = (
+                a.fixed(aval.shape[j], "MISALIGNED_RESHAPE"),
+                a.fixed(T.size(rest) // aval.shape[j], "MISALIGNED_RESHAPE"),
+            )
+        zero[j] = stays
+    return [a.value(aval, tags, zero)]
+
+
+def _take_kept(eqn: Eqn, args: list[Any], s: Any) -> list[Any] | None:
+    """The gather with the positions that its constants name counted among those that are left."""
+    if s.index is None or (s.in_shape(0) == s.full_in_shape(0) and s.out_shape(0) == s.full_out_shape(0)):
+        return None
+    axis, at = s.index
+    dn = eqn.params["dimension_numbers"]
+    rows = [j for j in range(len(s.full_out_shape(0))) if j not in dn.offset_dims]
+    at = at[np.ix_(*(s.out_kept(0, j) for j in rows))] if rows else at
+    starts = np.zeros((*at.shape, len(dn.start_index_map)), args[1].dtype)
+    starts[..., dn.start_index_map.index(axis)] = np.searchsorted(s.kept(0, axis), at)
+    return [eqn.primitive.bind(args[0], jnp.asarray(starts), **_gather_sizes(eqn, s))]
 
 
 def _fills(p: Any, dtype: Any) -> bool:
@@ -145,7 +218,7 @@ def _dynamic_update_slice(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
 
 
 RULES: dict[str, Rule] = {
-    "gather": Rule(_gather, _gather_sizes),
+    "gather": Rule(_gather, _gather_sizes, perform=_take_kept),
     **{
         name: Rule(_scatter)
         for name in (

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
 from jprune.trace import tags as T
 from jprune.trace.analysis import Analysis, Eqn, Rule, Val
 from jprune.trace.tags import Misaligned, Tag
@@ -160,7 +164,7 @@ def _unstack(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     return [a.value(o.aval, [v.tags[i] for i in keep], [v.zero[i] for i in keep]) for o in eqn.outvars]
 
 
-def _cut(a: Analysis, v: Val, axis: int, lo: int, hi: int) -> Tag:
+def cut(a: Analysis, v: Val, axis: int, lo: int, hi: int) -> Tag:
     """The tag of a contiguous range; a single index taken out has to stay."""
     tag = T.slice_tag(v.tags[axis], lo, hi, a.where)
     if hi - lo == 1 and v.shape[axis] != 1:
@@ -169,13 +173,39 @@ def _cut(a: Analysis, v: Val, axis: int, lo: int, hi: int) -> Tag:
     return tag
 
 
+def _every(a: Analysis, v: Val, i: int, at: np.ndarray, step: int) -> Tag:
+    """The tag of every step-th position; where the step divides the axis, its positions are units of `step` each."""
+    if len(at) * step == v.shape[i]:
+        try:
+            front, back = T.split_front(v.tags[i], len(at))
+        except Misaligned:
+            pass
+        else:
+            a.freeze(back, "STRIDED_SLICE")
+            return front
+    return taken(a, v, i, at)
+
+
+def taken(a: Analysis, v: Val, i: int, at: np.ndarray) -> Tag:
+    """The tag of constant positions of an axis, in any order; frozen where they cannot be followed."""
+    if len(at) == 1:
+        return cut(a, v, i, int(at[0]), int(at[0]) + 1)
+    try:
+        return T.take(v.tags[i], at, a.where)
+    except Misaligned:
+        a.freeze(v.tags[i], "ORDER_OR_MIX", a.eqn.primitive.name)
+        return a.fixed(len(at), "ORDER_OR_MIX", a.eqn.primitive.name)
+
+
 def _slice(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     v, p = vals[0], eqn.params
     strides = p["strides"] or (1,) * len(v.shape)
     tags = []
     for i, (lo, hi, step) in enumerate(zip(p["start_indices"], p["limit_indices"], strides, strict=True)):
         if step == 1 and hi > lo:
-            tags.append(_cut(a, v, i, int(lo), int(hi)))
+            tags.append(cut(a, v, i, int(lo), int(hi)))
+        elif hi > lo and T.is_live(v.tags[i]):
+            tags.append(_every(a, v, i, np.arange(lo, hi, step), int(step)))
         else:
             a.freeze(v.tags[i], "STRIDED_SLICE")
             tags.append(a.fixed(eqn.outvars[0].aval.shape[i], "STRIDED_SLICE"))
@@ -195,12 +225,34 @@ def _slice_sizes(eqn: Eqn, s: Any) -> dict[str, Any]:
     return {**p, "start_indices": tuple(start), "limit_indices": tuple(limit)}
 
 
+def _slice_strided(eqn: Eqn, args: list[Any], s: Any) -> list[Any] | None:
+    """Strides over an axis that lost positions: those that are left are taken one by one."""
+    p = eqn.params
+    strided = [i for i, step in enumerate(p["strides"] or ()) if step != 1]
+    if all(s.in_shape(0)[i] == s.full_in_shape(0)[i] for i in strided):
+        return None
+    plain = {**_slice_sizes(eqn, s), "strides": None}
+    shape = s.in_shape(0)
+    start = [0 if i in strided else n for i, n in enumerate(plain["start_indices"])]
+    limit = [shape[i] if i in strided else n for i, n in enumerate(plain["limit_indices"])]
+    x = lax.slice(args[0], start, limit)
+    for i in strided:
+        at = p["start_indices"][i] + p["strides"][i] * s.out_kept(0, i)
+        at = np.searchsorted(s.kept(0, i), at)
+        step = int(at[1] - at[0]) if len(at) > 1 else 1
+        if len(at) and (np.diff(at) == step).all():
+            x = lax.slice_in_dim(x, int(at[0]), int(at[-1]) + 1, step, i)
+        else:
+            x = jnp.take(x, at, axis=i, mode="clip")
+    return [x]
+
+
 def _split(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     v, axis = vals[0], eqn.params["axis"]
     outs, lo = [], 0
     for var, n in zip(eqn.outvars, eqn.params["sizes"], strict=True):
         tags = list(v.tags)
-        tags[axis] = _cut(a, v, axis, lo, lo + int(n)) if n else a.fixed(0, "SEGMENT_AXIS")
+        tags[axis] = cut(a, v, axis, lo, lo + int(n)) if n else a.fixed(0, "SEGMENT_AXIS")
         lo += int(n)
         outs.append(a.value(var.aval, tags, v.zero, scalar=v.scalar, leaf=v.leaf))
     return outs
@@ -274,10 +326,15 @@ def _shape_param(name: str) -> Any:
 
 
 def _rev(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
-    v = vals[0]
+    v, tags = vals[0], list(vals[0].tags)
     for i in eqn.params["dimensions"]:
-        a.freeze(v.tags[i], "ORDER_OR_MIX", "rev")
-    return [a.value(eqn.outvars[0].aval, v.tags, v.zero, scalar=v.scalar)]
+        n = v.shape[i]
+        if T.is_live(v.tags[i]):  # what is left is reversed as well: the primitive stays as it is
+            tags[i] = taken(a, v, i, np.arange(n)[::-1])
+        else:
+            a.freeze(v.tags[i], "ORDER_OR_MIX", "rev")
+            tags[i] = a.fixed(n, "ORDER_OR_MIX", "rev")
+    return [a.value(eqn.outvars[0].aval, tags, v.zero, scalar=v.scalar)]
 
 
 def random_value(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
@@ -306,7 +363,7 @@ RULES: dict[str, Rule] = {
     "concatenate": Rule(_concatenate),
     "stack": Rule(_stack),
     "unstack": Rule(_unstack),
-    "slice": Rule(_slice, _slice_sizes),
+    "slice": Rule(_slice, _slice_sizes, perform=_slice_strided),
     "split": Rule(_split, _split_sizes),
     "pad": Rule(_pad, _pad_sizes),
     "tile": Rule(_tile, _tile_sizes),
