@@ -32,6 +32,7 @@ import jprune
 from experiments import paper_data, record
 from jprune.channels import masksparsity as ms
 from jprune.channels.groupnorm import group_sparsity
+from jprune.channels.masksparsity_run import MaskSparsityConfig, run
 from jprune.data import Dataset, load_digits, steps_per_epoch
 from jprune.importance import batchnorm_scale, magnitude, random
 from jprune.models import rebuild, resnet
@@ -112,6 +113,7 @@ class Seed:
         self.variables = jax.jit(self.model.init)(jax.random.key(seed), x)
         self.graph = jprune.trace(self.model.apply, self.variables, x)
         self.listed = ms.listed_scales(self.graph, setting.coupled)
+        self.trained: dict[str, Any] = {}  # of phases that rows share
 
     def fit(self, name: str, recipe: TrainConfig, variables: Any, transform: Any = None, model: Any = None) -> Any:
         """One phase of training; resumed if it was interrupted."""
@@ -133,36 +135,63 @@ class Seed:
         """On the test split."""
         return evaluate(model or self.model, variables, self.data).accuracy
 
-    def pruned(self, name: str, variables: Any, keep: dict[str, np.ndarray], **more: Any) -> dict[str, Any]:
+    def pruned(self, name: str, variables: Any, keep: dict[str, np.ndarray]) -> dict[str, Any]:
         """Prune, test, fine-tune, test."""
         small = self.graph.compact(variables, keep)
         module = rebuild(self.model, small)
         tuned = self.fit(f"{name}-finetune", self.s.finetune, small, model=module)
+        accuracy = {"before": self.accuracy(variables), "pruned": self.accuracy(small, module),
+                    "finetuned": self.accuracy(tuned, module)}  # fmt: skip
+        return accuracy | self.described(variables, keep)
+
+    def described(self, variables: Any, keep: dict[str, np.ndarray]) -> dict[str, float]:
+        """What pruning these variables so leaves, and takes."""
         gammas = {p: np.abs(_leaf(variables, p)) for paths in self.listed.values() for p in paths}
         kept = np.concatenate([gammas[p][keep[g]] for g, paths in self.listed.items() for p in paths])
         gone = np.concatenate([gammas[p][~keep[g]] for g, paths in self.listed.items() for p in paths])
         cost, dense = self.graph.cost(keep), self.graph.cost()
         return {
-            "before": self.accuracy(variables),
-            "pruned": self.accuracy(small, module),
-            "finetuned": self.accuracy(tuned, module),
             "macs_fraction": cost.macs / dense.macs,
             "params_fraction": cost.params / dense.params,
             "mean_kept_gamma": float(kept.mean()),
             "max_pruned_gamma": float(gone.max(initial=0.0)),
-            **more,
         }
 
-    def penalised(self, name: str, weights: Any, masks: dict[str, np.ndarray], strength: float) -> Any:
-        """Step 1 or 3."""
-        return self.fit(name, self.s.sparse, weights, ms.masked_penalty(masks, strength))
+    def masksparsity(
+        self,
+        name: str,
+        masked: str,
+        w0: Any,
+        ratio: float = 0.5,
+        mask: dict[str, np.ndarray] | None = None,
+        strength: float | None = None,
+        by: str = "mask",
+    ) -> dict[str, Any]:
+        """The method from W0 on: a row, and its masked phase under the name `masked`, which rows may share."""
+        s = self.s
+        config = MaskSparsityConfig(
+            baseline=None, sparse=s.sparse, finetune=s.finetune, strength_global=s.strength,
+            strength=s.strength if strength is None else strength, rule=ms.MaskRule("ratio", ratio=ratio),
+            coupled=s.coupled, prune_threshold=s.threshold, prune_by=by)  # fmt: skip
+        names = {"round1-global": "global", "round1-masked": masked, "round1-finetune": f"{name}-finetune"}
+
+        def fit(phase: str, model: Any, variables: Any, recipe: TrainConfig, transform: Any) -> Any:
+            phase = names[phase]
+            if phase not in self.trained:
+                self.trained[phase] = self.fit(phase, recipe, variables, transform, model)
+            return self.trained[phase]
+
+        (done,) = run(self.model, w0, self.data, config, train_fn=fit, mask=mask).rounds
+        row = done.accuracy | self.described(self.trained[masked], done.decision.keep)
+        if by == "threshold":
+            row |= {k: getattr(done.decision, k) for k in ("masked_survivors", "unmasked_losses")}
+        return row
 
     def run(self) -> dict[str, dict[str, dict[str, Any]]]:
         """{ratio: {method: numbers}}."""
         s, g, listed = self.s, self.graph, self.listed
         w0 = self.fit("baseline", s.baseline, self.variables)
         more = self.fit("longer", s.sparse, w0)  # the budget of the sparse phases, without a penalty
-        slim = self.penalised("global", w0, ms.all_masked(g, listed), s.strength)
         grouped = self.fit("group-norm", dataclasses.replace(s.sparse, weight_decay=0.0), w0,
                            group_sparsity(g, s.group_strength))  # fmt: skip
         out: dict[str, dict[str, dict[str, Any]]] = {}
@@ -173,46 +202,41 @@ class Seed:
                 own = {gid: np.asarray(scores[gid]) for gid in listed}
                 return ms.make_mask(own, {gid: (gid,) for gid in listed}, rule).keep
 
-            mask = ms.make_mask(slim, listed, rule).keep
             at = f"{ratio:g}"
-            masked = self.penalised(f"masked-{at}", w0, ms.leaf_masks(listed, mask), s.strength)
-            by_threshold = ms.decide_pruning(masked, listed, mask, s.threshold)
+            ours = self.masksparsity(f"masked-{at}", f"masked-{at}", w0, ratio)
+            slim = self.trained["global"]  # of the method's first step, which is network slimming
+            mask = ms.make_mask(slim, listed, rule).keep
             rows = {
-                "masksparsity": self.pruned(f"masked-{at}", masked, mask),
-                "masksparsity, by threshold": self.pruned(
-                    f"threshold-{at}", masked, by_threshold.keep,
-                    masked_survivors=by_threshold.masked_survivors, unmasked_losses=by_threshold.unmasked_losses),
+                "masksparsity": ours,
+                "masksparsity, by threshold": self.masksparsity(
+                    f"threshold-{at}", f"masked-{at}", w0, ratio, by="threshold"
+                ),
                 "slimming": self.pruned(f"slimming-{at}", slim, mask),
                 "batchnorm-scale": self.pruned(f"scale-{at}", more, chosen(batchnorm_scale(g, more))),
                 "magnitude-l1": self.pruned(f"l1-{at}", more, chosen(magnitude(g, more, 1))),
                 "group-norm": self.pruned(f"norm-{at}", more, chosen(magnitude(g, more, 2))),
                 "group-norm-sparse": self.pruned(f"normsparse-{at}", grouped, chosen(magnitude(g, grouped, 2))),
                 "random": self.pruned(f"random-{at}", more, chosen(random(g, jax.random.key(self.seed)))),
-            }  # fmt: skip
+            }
             if s.weak is not None and ratio == s.ratios[0]:
-                weak = self.penalised("weak", w0, ms.leaf_masks(listed, mask), s.weak)
                 luck = chosen(random(g, jax.random.key(1000 + self.seed)))
-                other = self.penalised("random-mask", w0, ms.leaf_masks(listed, luck), s.strength)
                 gammas = [np.abs(_leaf(w0, p)).max() for paths in listed.values() for p in paths]
                 rates = learning_rates(s.sparse, steps_per_epoch(self.data.train, s.sparse.batch_size))
                 enough = ms.suggest_s(rates, s.sparse.momentum, float(max(gammas)))
-                surely = self.penalised("random-mask-suggested", w0, ms.leaf_masks(listed, luck), enough)
-                rows["control: network-wide random mask, suggested s"] = self.pruned(
-                    "random-mask-suggested", surely, luck, s=enough
-                )
-                rows["control: penalty too weak"] = self.pruned("weak", weak, mask)
                 shuffled = {gid: np.random.default_rng(self.seed).permutation(k) for gid, k in mask.items()}
-                same = self.penalised("shuffled-mask", w0, ms.leaf_masks(listed, shuffled), s.strength)
-                rows["control: random mask"] = self.pruned("shuffled-mask", same, shuffled)
-                fell = ms.decide_pruning(same, listed, shuffled, s.threshold)
-                rows["control: random mask, by threshold"] = self.pruned(
-                    "shuffled-threshold",
-                    same,
-                    fell.keep,
-                    masked_survivors=fell.masked_survivors,
-                    unmasked_losses=fell.unmasked_losses,
+
+                def control(name: str, masked: str, mask: Any, strength: float = s.strength, by: str = "mask") -> Any:
+                    return self.masksparsity(name, masked, w0, mask=mask, strength=strength, by=by)
+
+                rows["control: network-wide random mask, suggested s"] = {
+                    **control("random-mask-suggested", "random-mask-suggested", luck, enough), "s": enough
+                }  # fmt: skip
+                rows["control: penalty too weak"] = control("weak", "weak", mask, s.weak)
+                rows["control: random mask"] = control("shuffled-mask", "shuffled-mask", shuffled)
+                rows["control: random mask, by threshold"] = control(
+                    "shuffled-threshold", "shuffled-mask", shuffled, by="threshold"
                 )
-                rows["control: network-wide random mask"] = self.pruned("random-mask", other, luck)
+                rows["control: network-wide random mask"] = control("random-mask", "random-mask", luck)
             out[at] = rows
         return out
 

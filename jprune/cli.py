@@ -65,7 +65,13 @@ def prune(
         float | None,
         _option("strength", "FLOAT", "penalty of slimming and masksparsity; 0: what the schedule needs"),
     ] = None,
-    sparsity: Text[float | None, _option("sparsity", "FLOAT", "fraction of channels (and heads) to REMOVE")] = None,
+    threshold: Text[
+        float | None, _option("threshold", "FLOAT", "masksparsity: channels whose scales end at or below it go")
+    ] = None,
+    sparsity: Text[
+        float | None,
+        _option("sparsity", "FLOAT", "fraction of channels (and heads) to REMOVE; masksparsity: of its mask"),
+    ] = None,
     calibration: Text[
         str | None, _option("calibration", "PATH", "text file, or a folder of them, to look at and to recover on")
     ] = None,
@@ -118,7 +124,8 @@ def prune(
         Options, given, f"{model!r} is a classifier of the zoo: leave it out, or give the folder of a language model"
     )
     if out is None:
-        out = Path("jprune-out") / f"{model}-{options.data}-{options.method}-{options.target:g}-seed{seed}"
+        amount = [options.target, options.sparsity or options.threshold][options.method == "masksparsity"]
+        out = Path("jprune-out") / f"{model}-{options.data}-{options.method}-{amount:g}-seed{seed}"
     summary = _interruptible(lambda: Run(options, out, resume, quiet), resumable=True)
     if not quiet:
         from jprune.report.measure import Measured

@@ -28,10 +28,9 @@ class Method:
       about: one line.
       scores: (graph, model, variables, dataset, seed) -> scores; None where the small network is not cut from a
         trained one.
-      sparse: "none"; "global": one more training phase with a penalty on all scales before scoring (network
-        slimming); "masked": that, then again from the baseline with the penalty on the unit that will go only.
-      way: "trained": train, prune, fine-tune; "precrop": widths from densities at initialisation, then training;
-        "lapp": shrink in the first epochs of the only training.
+      sparse: one more training phase with a penalty on all scales before scoring (network slimming).
+      way: "trained": train, prune, fine-tune; "masksparsity": its five steps; "precrop": widths from densities at
+        initialisation, then training; "lapp": shrink in the first epochs of the only training.
       criterion, cap: of "precrop": where the densities come from, and how many times wider a layer may become; the
         criterion of "lapp" is its kind of bypass.
       quantities: what a target may count.
@@ -40,12 +39,12 @@ class Method:
 
     about: str
     scores: Any = None
-    sparse: str = "none"
+    sparse: bool = False
     way: str = "trained"
     criterion: str = ""
     cap: float = 1.0
     quantities: tuple[str, ...] = ("macs", "params", "bytes")
-    fixed: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ("strength", "sparsity", "threshold")
 
 
 def _images(dataset: Dataset, seed: int) -> tuple[jax.Array, jax.Array]:
@@ -73,7 +72,8 @@ def _fisher(graph: Graph, model: Any, variables: Any, dataset: Dataset, seed: in
     return importance.fisher(graph, variables, squares)
 
 
-_ONLY_TRAINED = ("scope", "steps", "schedule", "finetune_epochs", "finetune_learning_rate", "strength")
+_BY_BUDGET = ("scope", "steps", "schedule")
+_ONLY_TRAINED = (*_BY_BUDGET, "finetune_epochs", "finetune_learning_rate", "strength", "sparsity", "threshold")
 
 
 def _precrop(criterion: str, about: str, cap: float = 1.0) -> Method:
@@ -100,9 +100,10 @@ METHODS: dict[str, Method] = {
     "random": Method("uniform random scores, the baseline to beat",
                      lambda g, m, v, d, s: importance.random(g, jax.random.key(s))),
     "slimming": Method("BatchNorm scale after training with a penalty on all scales (network slimming)",
-                       lambda g, m, v, d, s: importance.batchnorm_scale(g, v), "global"),
-    "masksparsity": Method("penalty only on the scales of the units that will go (MaskSparsity)",
-                           lambda g, m, v, d, s: importance.batchnorm_scale(g, v), "masked"),
+                       lambda g, m, v, d, s: importance.batchnorm_scale(g, v), True,
+                       fixed=("sparsity", "threshold")),
+    "masksparsity": Method("penalty only on the scales of the channels that will go, by threshold (MaskSparsity)",
+                           way="masksparsity", fixed=("target", "quantity", "multiple_of", *_BY_BUDGET)),
     "precrop": _precrop("synflow", "widths from SynFlow's densities at initialisation, trained from scratch (PreCrop)"),
     "precrop-snip": _precrop("snip", "the same with SNIP's densities"),
     "precrop-grasp": _precrop("grasp", "the same with GraSP's densities"),

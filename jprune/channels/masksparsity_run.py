@@ -109,6 +109,7 @@ def run(
     out: str | Path | None = None,
     resume: bool = False,
     progress: Any = True,
+    mask: Mapping[str, Any] | None = None,
 ) -> Result:
     """Steps 0 to 5, `config.rounds` times.
 
@@ -121,15 +122,19 @@ def run(
         the transform goes between the gradients (averaged over devices) and weight decay.
       out: folder for the phases' checkpoints and metrics; resume: go on with it.
       progress: show a bar, or a rich Progress to draw on.
+      mask: {group: bool (n,)}, what is to stay, in place of steps 1 and 2: the method is said not to depend on
+        where the mask comes from. For one round.
 
     Raises:
-      ValueError: nothing to regularise, or a phase diverged.
+      ValueError: nothing to regularise, a phase diverged, or a mask that is not of the listed groups.
     """
     fit = train_fn or _trainer(dataset, Path(out) if out is not None else None, resume, progress)
     forward = as_forward(model)
     batch = config.sparse.batch_size
     x = jax.ShapeDtypeStruct((batch, *dataset.image_shape), jnp.float32)
     weights = variables
+    if mask is not None and config.rounds != 1:
+        raise ValueError(f"a mask is given for one round, not for {config.rounds}: its groups shrink with the first")
     if config.baseline is not None:
         weights = fit("baseline", forward, weights, config.baseline, None)
     rounds = []
@@ -137,13 +142,16 @@ def run(
         name = f"round{k + 1}-"
         graph = trace(forward.evaluate, weights, x)
         listed = ms.listed_scales(graph, config.coupled, config.only)
-        everywhere = ms.masked_penalty(ms.all_masked(graph, listed), config.strength_global, config.kind)
-        slim = fit(name + "global", forward, weights, config.sparse, everywhere)
-        mask = ms.make_mask(slim, listed, config.rule)
-        masks = ms.leaf_masks(listed, mask.keep)
+        if mask is None:
+            everywhere = ms.masked_penalty(ms.all_masked(graph, listed), config.strength_global, config.kind)
+            slim = fit(name + "global", forward, weights, config.sparse, everywhere)
+            wanted = ms.make_mask(slim, listed, config.rule).keep
+        else:
+            wanted = _checked(mask, listed, graph)
+        masks = ms.leaf_masks(listed, wanted)
         sparse = fit(name + "masked", forward, weights, config.sparse,
                      ms.masked_penalty(masks, config.strength, config.kind))  # fmt: skip
-        decision = ms.decide_pruning(sparse, listed, mask.keep, config.prune_threshold, config.prune_by, config.rule)
+        decision = ms.decide_pruning(sparse, listed, wanted, config.prune_threshold, config.prune_by, config.rule)
         before = evaluate(forward, sparse, dataset).accuracy
         small_forward, small = prune(forward, sparse, graph, decision.keep, dataset, batch, config.absorb)
         accuracy = {"before": before, "pruned": evaluate(small_forward, small, dataset).accuracy}
@@ -151,10 +159,18 @@ def run(
             small = fit(name + "finetune", small_forward, small, config.finetune, None)
             accuracy["finetuned"] = evaluate(small_forward, small, dataset).accuracy
         macs = tuple(int(c.macs) // batch for c in (graph.cost(), graph.cost(decision.keep)))
-        rounds.append(Round(graph, mask.keep, decision, ms.largest_masked(sparse, masks), accuracy,
+        rounds.append(Round(graph, wanted, decision, ms.largest_masked(sparse, masks), accuracy,
                             (macs[0], macs[1]), graph.plan(decision.keep)))  # fmt: skip
         forward, weights = small_forward, small
     return Result(forward, weights, tuple(rounds))
+
+
+def _checked(mask: Mapping[str, Any], listed: Mapping[str, Any], graph: Graph) -> dict[str, np.ndarray]:
+    keep = {g: np.asarray(k, bool) for g, k in mask.items()}
+    if keep.keys() != listed.keys() or any(k.shape != graph.groups[g].shape for g, k in keep.items()):
+        raise ValueError(f"a mask has one boolean per channel of every listed group, {', '.join(listed)}; not of "
+                         f"{', '.join(f'{g} {k.shape}' for g, k in keep.items())}")  # fmt: skip
+    return keep
 
 
 def prune(

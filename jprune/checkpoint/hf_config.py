@@ -13,7 +13,7 @@ from jprune.json_files import Fields
 from jprune.models.llama_config import FAMILIES, LlamaConfig
 from jprune.models.rope import Rope
 
-OWN = "jprune_"  # model types of folders whose layers differ; stock programs refuse them
+OWN = "jprune_"  # before the model type of folders whose layers differ, in versions up to 0.1
 PER_LAYER = {"intermediate_size": "ffn", "num_attention_heads": "q_heads", "num_key_value_heads": "kv_heads"}
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 MOST_LAYERS = 100_000  # more than any model has; each costs time, also where there are no files to compare with
@@ -188,7 +188,7 @@ def hf_from_config(config: LlamaConfig, family: str, base: Mapping[str, Any] | N
         "max_position_embeddings": c.max_positions,
         "rms_norm_eps": c.eps,
         "rope_theta": c.rope.theta,
-        "rope_scaling": _scaling(c.rope),
+        **({} if c.rope.kind == "default" else {"rope_scaling": _scaling(c.rope)}),
         "tie_word_embeddings": c.tied,
         "torch_dtype": c.dtype,
     }
@@ -208,9 +208,7 @@ def hf_from_config(config: LlamaConfig, family: str, base: Mapping[str, Any] | N
     return out
 
 
-def _scaling(rope: Rope) -> dict[str, Any] | None:
-    if rope.kind == "default":
-        return None
+def _scaling(rope: Rope) -> dict[str, Any]:
     values = (rope.factor, rope.low, rope.high, rope.original)
     return {"rope_type": rope.kind, **dict(zip(_ROPE_KEYS[rope.kind], values, strict=False))}
 
@@ -218,5 +216,5 @@ def _scaling(rope: Rope) -> dict[str, Any] | None:
 _REPLACED = (
     "auto_map", "per_layer_config", "block_configs", "layer_types", "rope_parameters", "rope_scaling", "rope_theta",
     "dtype", "torch_dtype", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers",
-    "transformers_version", "pretraining_tp", "quantization_config",
+    "transformers_version", "pretraining_tp", "quantization_config", "allow_global_per_layer_attribute_access",
 )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jprune.checkpoint.hf_config import CLASSES, OWN, PER_LAYER, hf_from_config
+from jprune.checkpoint.hf_config import CLASSES, PER_LAYER, hf_from_config
 from jprune.models.llama_config import LlamaConfig
 
 CODE_FILE = "modeling_jprune.py"
@@ -94,18 +94,22 @@ def _pad_axis(x: np.ndarray, axis: int, shape: tuple[int, ...], wide: tuple[int,
 
 
 def hetero_config(config: LlamaConfig, base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """config.json of layers that differ: transformers' `per_layer_config`, and `block_configs` where only MLPs do."""
+    """config.json of layers that differ: transformers' `per_layer_config`, and `block_configs` where only MLPs do.
+
+    The model type is the family's and its global widths may be read, so that tokenizers load without our code. The stock
+    classes refuse the model by the shapes of its tensors.
+    """
     c = config
     out = hf_from_config(padded_config(c, 1), c.family, base)  # numbers of heads that LLaMA's own check accepts
     own = f"Jprune{CLASSES[c.family]}"
     module = CODE_FILE.removesuffix(".py")
     out |= {
         "architectures": [f"{own}ForCausalLM"],
-        "model_type": OWN + c.family,
         "auto_map": {
             "AutoConfig": f"{module}.{own}Config",
             "AutoModelForCausalLM": f"{module}.{own}ForCausalLM",
         },
+        "allow_global_per_layer_attribute_access": True,
         "per_layer_config": {
             str(i): {key: getattr(c, name)[i] for key, name in PER_LAYER.items()} for i in range(c.depth)
         },
@@ -137,14 +141,10 @@ from transformers.models.FAMILY.modeling_FAMILY import StockDecoderLayer
 
 
 class JpruneStockConfig(StockConfig):
-    model_type = "jprune_FAMILY"
+    allow_global_per_layer_attribute_access = True  # the layers below never read the global widths
 
     def validate_architecture(self):
         """Heads need not divide the hidden size: head_dim is explicit."""
-
-    @property
-    def allow_global_per_layer_attribute_access(self):
-        return True  # the layers below never read the global widths
 
 
 def layer_config(config, i):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,6 @@ class LanguageRun(Workspace):
         self.method: LanguageMethod = language_method(options.method)
         self.method.check(options, read_config(options.model))
         self.mesh = _mesh(options.mesh)
-        self.warnings: list[str] = []
         with (
             self.claim({**dataclasses.asdict(options), "mesh": list(options.mesh)}, resume),
             display(not quiet) as progress,
@@ -119,11 +117,6 @@ class LanguageRun(Workspace):
                 one = self._measured(self.model, self.params, before, fast["before"])
                 two = self._measured(module, small, after, fast["after"])
         return self._write(graph, found, module, small, one, two)
-
-    def warn(self, text: str) -> None:
-        """Say what a user would not expect: at once, in summary.json and in the report."""
-        self.warnings.append(text)
-        print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def _example(self) -> jax.ShapeDtypeStruct:
         """Ids to trace with: two rows, so that the number of rows stays free."""

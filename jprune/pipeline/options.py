@@ -32,6 +32,8 @@ class Options:
         start from scratch train the small network for `epochs`, as long as the baseline they are compared with.
       learning_rate, finetune_learning_rate, batch_size, weight_decay: of SGD with Nesterov momentum 0.9.
       strength: of the penalty of slimming and masksparsity; 0 means what the schedule needs (`suggest_s`).
+      threshold, sparsity: of masksparsity, which has no target: channels whose scales end at or below the threshold go;
+        with a sparsity the mask is of the channels whose scales are smallest, that fraction of all listed ones.
       seed: of everything.
     """
 
@@ -53,6 +55,8 @@ class Options:
     batch_size: int = 64
     weight_decay: float = 5e-4
     strength: float = 0.0
+    threshold: float = 0.01
+    sparsity: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +71,8 @@ class Options:
             ("min_keep", self.min_keep >= 1, "at least 1"),
             ("finetune_epochs", self.finetune_epochs >= 0, "at least 0"),
             ("strength", self.strength >= 0, "at least 0"),
+            ("threshold", self.threshold > 0, "above 0"),
+            ("sparsity", self.sparsity is None or 0 < self.sparsity < 1, "a fraction to remove, between 0 and 1"),
             ("data_dir", self.data == "digits" or self.data_dir is not None, f"the folder that holds {self.data}"),
         ]
         for name, holds, allowed in rules:

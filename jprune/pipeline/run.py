@@ -16,7 +16,7 @@ from jprune.data import steps_per_epoch
 from jprune.graph import Graph, trace
 from jprune.methods import Method, method
 from jprune.models import build
-from jprune.pipeline import cropped, gradual, trained
+from jprune.pipeline import cropped, gradual, masked, trained
 from jprune.pipeline.options import Options, load_data
 from jprune.pipeline.outcome import Outcome
 from jprune.pipeline.workspace import Workspace
@@ -25,7 +25,13 @@ from jprune.training import evaluate, train
 from jprune.training.forward import as_forward
 from jprune.whole_files import write_json
 
-WAYS: dict[str, Any] = {"trained": trained, "precrop": cropped, "lapp": gradual}  # modules of the same three functions
+# modules of the same three functions
+WAYS: dict[str, Any] = {
+    "trained": trained,
+    "masksparsity": masked,
+    "precrop": cropped,
+    "lapp": gradual,
+}
 
 
 class Run(Workspace):
@@ -110,12 +116,15 @@ class Run(Workspace):
             "achieved_fraction": achieved,
             "widths": {g: list(w) for g, w in outcome.widths.items()},
             **outcome.more,
+            "warnings": self.warnings,
             "seconds": {k: round(v, 1) for k, v in self.seconds.items()},
             "device": jax.devices()[0].device_kind,
         }
         what = f"{o.method} pruned {o.model} on {self.data.name}"
-        got = f"to {achieved:.2%} of its {o.quantity} (target {o.target:.0%})"
-        notes = [f"{what} {got}; timed on batches of {o.batch_size} on {summary['device']}."]
+        got = f"to {achieved:.2%} of its {o.quantity}"
+        if "target" not in self.method.fixed:
+            got += f" (target {o.target:.0%})"
+        notes = [f"{what} {got}; timed on batches of {o.batch_size} on {summary['device']}.", *self.warnings]
         page.write(self.out / "report.html", f"{o.model}: before and after", rows(before, after),
                    dataclasses.asdict(o), self._figures(outcome), notes, _layers(outcome.graph, final))  # fmt: skip
         write_json(self.out / "summary.json", summary)

@@ -29,7 +29,7 @@ CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 def epochs(run: Run) -> int:
     """Of all phases together."""
-    return run.o.epochs * (1 + {"none": 0, "global": 1, "masked": 2}[run.method.sparse]) + run.o.finetune_epochs
+    return run.o.epochs * (1 + run.method.sparse) + run.o.finetune_epochs
 
 
 def check_reachable(run: Run) -> None:
@@ -47,7 +47,7 @@ def small_model(run: Run, graph: Graph, variables: Any, dense: Any, progress: Pr
         fractions, accuracy = _curve(run, graph, pruned_from, scores)
     small, keep = _prune(run, graph, pruned_from, keep, progress)
     module = rebuild(run.model, small)
-    _check(run, graph, keep, module, small)
+    check_rebuilt(run, graph, keep, module, small)
     cost = graph.cost(keep)
     at = cost.macs / graph.cost().macs
 
@@ -74,25 +74,17 @@ def small_model(run: Run, graph: Graph, variables: Any, dense: Any, progress: Pr
 
 def _decide(run: Run, graph: Graph, dense: Any, progress: Progress) -> tuple[Any, Any, Any]:
     """(weights to prune, their scores, what to keep in the first step)."""
-    o = run.o
-    recipe = o.recipe(o.epochs, o.learning_rate)
+    o, weights = run.o, dense
+    if run.method.sparse:
+        recipe = o.recipe(o.epochs, o.learning_rate)
+        rates = learning_rates(recipe, steps_per_epoch(run.data.train, o.batch_size))
+        # on all scales at once a penalty that takes them surely to zero would take the network with them
+        gentle = o.strength or ms.suggest_s(rates, recipe.momentum, safety=1.0)
+        everywhere = ms.masked_penalty(ms.all_masked(graph, ms.listed_scales(graph)), gentle)
+        weights = run.fit("global penalty", recipe, run.model, dense, everywhere, progress)
+    scores = _scores(run, graph, run.model, weights)
     first = budget.Schedule(_kind(run), o.steps, o.target)(1)
-    if run.method.sparse == "none":
-        scores = _scores(run, graph, run.model, dense)
-        return dense, scores, _allocate(run, graph, scores, first).keep
-    listed = ms.listed_scales(graph)
-    rates = learning_rates(recipe, steps_per_epoch(run.data.train, o.batch_size))
-    # on all scales at once a penalty that takes them surely to zero would take the network with them
-    gentle, strength = (o.strength or ms.suggest_s(rates, recipe.momentum, safety=k) for k in (1.0, 3.0))
-    slim = run.fit("global penalty", recipe, run.model, dense,
-                   ms.masked_penalty(ms.all_masked(graph, listed), gentle), progress)  # fmt: skip
-    scores = _scores(run, graph, run.model, slim)
-    keep = _allocate(run, graph, scores, first).keep
-    if run.method.sparse == "global":
-        return slim, scores, keep
-    masks = ms.leaf_masks({g: p for g, p in listed.items() if g in keep}, keep)
-    sparse = run.fit("masked penalty", recipe, run.model, dense, ms.masked_penalty(masks, strength), progress)
-    return sparse, scores, keep
+    return weights, scores, _allocate(run, graph, scores, first).keep
 
 
 def _kind(run: Run) -> str:
@@ -146,7 +138,7 @@ def _prune(run: Run, graph: Graph, variables: Any, keep: Any, progress: Progress
     return small, whole
 
 
-def _check(run: Run, graph: Graph, keep: Any, module: nn.Module, small: Any) -> None:
+def check_rebuilt(run: Run, graph: Graph, keep: Any, module: nn.Module, small: Any) -> None:
     """The rebuilt module has to be the replayed function, on real images."""
     images = jnp.asarray(run.data.test.read(np.arange(min(32, len(run.data.test))))["image"])
     one, other = module.apply(small, images), graph.replay(keep)(small, images)

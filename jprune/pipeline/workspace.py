@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,11 +24,13 @@ class Workspace:
     Attributes:
       out: the folder. quiet: no progress bar.
       seconds: {phase: seconds}, of this call alone where a run was interrupted.
+      warnings: what was said by `warn`.
     """
 
     def __init__(self, out: Path, quiet: bool = False):
         self.out, self.quiet = out, quiet
         self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
         self._lock = FolderLock(out)
 
     @contextlib.contextmanager
@@ -75,6 +78,11 @@ class Workspace:
                     f"{self.out} was started with {k} = {theirs.get(k)!r}, now it is {mine[k]!r}: "
                     "resume with the same options, or choose another --out"
                 )
+
+    def warn(self, text: str) -> None:
+        """Say what a user would not expect: at once, in summary.json and in the report."""
+        self.warnings.append(text)
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def folder(self, phase: str) -> Path:
         """Where a phase keeps its checkpoints and metrics."""

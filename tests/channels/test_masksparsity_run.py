@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jprune
 from jprune.channels import masksparsity as ms
 from jprune.channels.masksparsity_run import MaskSparsityConfig, run
 from jprune.data import load_digits
@@ -77,6 +78,30 @@ def test_the_users_own_training_function_sees_every_phase(ingredients):
     sizes = [sum(k.sum() for k in r.decision.keep.values()) for r in result.rounds]
     assert sizes == [20, 10]
     assert result.rounds[1].graph.cost().macs < result.rounds[0].graph.cost().macs
+
+
+def test_a_mask_of_ones_own_takes_the_place_of_the_first_two_steps(ingredients):
+    model, variables, data = ingredients
+    graph = jprune.trace(model.apply, variables, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32))
+    mask = {g: np.arange(graph.groups[g].size) % 2 == 0 for g in ms.listed_scales(graph, coupled=False)}
+
+    class Seen(Exception):
+        pass
+
+    def fit(name, forward, weights, config, transform):
+        raise Seen(name, transform.init(None).masks)
+
+    config = dataclasses.replace(CONFIG, baseline=None)
+    with pytest.raises(Seen) as found:
+        run(model, variables, data, config, train_fn=fit, mask=mask)
+    name, masks = found.value.args
+    assert name == "round1-masked"
+    for g, (path,) in ms.listed_scales(graph, coupled=False).items():
+        np.testing.assert_array_equal(masks[path], ~mask[g])
+    with pytest.raises(ValueError, match="one boolean per channel of every listed group"):
+        run(model, variables, data, config, train_fn=fit, mask=dict(list(mask.items())[1:]))
+    with pytest.raises(ValueError, match="for one round, not for 2"):
+        run(model, variables, data, dataclasses.replace(config, rounds=2), train_fn=fit, mask=mask)
 
 
 def test_absorbing_constants_repairs_what_the_shifts_did(ingredients):

@@ -328,7 +328,7 @@ def test_layers_that_differ_there_and_back(tmp_path, mode, rest):
         got, want = (jax.jit(Llama(k).apply)(p, ids, mask)[real] for k, p in ((big, padded), (c, v)))
         np.testing.assert_allclose(got, want, atol=2e-5 if c.dtype == "float32" else 0.1)
     else:
-        assert metadata["hf_config"]["model_type"] == f"jprune_{c.family}"
+        assert metadata["hf_config"]["model_type"] == c.family
         assert metadata["hf_config"]["per_layer_config"]["1"] == {
             "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
         (tmp_path / "m" / "jprune.json").unlink()  # the config alone says the widths too

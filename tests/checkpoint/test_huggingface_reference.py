@@ -190,7 +190,7 @@ def test_hetero_models_load_with_the_code_beside_them(tmp_path, name):
     save_hf(v, config, folder, mode="hetero")
     model = check_stock(folder, config, v, f"Jprune{kind}ForCausalLM", trust_remote_code=True)
     assert [layer.mlp.gate_proj.out_features for layer in model.model.layers] == [16, 48, 24]
-    with pytest.raises(Exception, match=r"trust_remote_code|custom code"):  # a stock loader does not half-load it
+    with pytest.raises(Exception, match="mismatch"):  # a stock loader does not half-load it
         tf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     model.save_pretrained(tmp_path / "again")  # and what transformers writes of it, we read
     again, w, _ = load_hf(tmp_path / "again")

@@ -28,6 +28,7 @@ def place(tmp_path_factory):
                                       num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(place / "dense")
     made.save(str(place / "dense" / "tokenizer.json"))
+    (place / "dense" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     return place
 
 
@@ -35,7 +36,8 @@ def place(tmp_path_factory):
     ("form", "more"),
     [("uniform", ["--scope", "uniform"]), ("padded", []), ("hetero", ["--method", "loraprune", "--recover", "12"])],
 )
-def test_three_forms_load_in_transformers_and_generate(place, form, more):
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_three_forms_load_in_transformers_and_generate(place, form, more, monkeypatch):
     torch, transformers = peer("torch"), peer("transformers")
     words = ["--model", place / "dense", "--calibration", place / "text.txt", "--sparsity", 0.5, "--sequences", 8,
              "--length", 32, "--form", form, "--out", place / form, "--quiet", *more]  # fmt: skip
@@ -47,7 +49,11 @@ def test_three_forms_load_in_transformers_and_generate(place, form, more):
     assert summary["form"] == form and summary["removed"]["parameters"] > 0.1
     folder = place / form / "model"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=form == "hetero").eval()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail(f"asked: {text}"))  # whether code may run
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if form == "hetero":
+        with pytest.raises(Exception, match="mismatch"):  # never silently as a stock model
+            transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer("The square of 12 is", return_tensors="pt").input_ids
     with torch.no_grad():
         theirs = model(ids).logits.numpy()
