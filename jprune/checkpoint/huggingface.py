@@ -118,7 +118,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
     with said_of(folder):
         hf, record = _said(folder)
         with said_of(folder / "config.json"):
-            stored = config_from_hf(hf)
+            stored = config_from_hf(hf, layers=layers_in(TensorFiles(folder)))
         return _recorded(folder, stored, record, keep_padding=False)
 
 

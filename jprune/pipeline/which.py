@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jprune.checkpoint.hf_config import OWN
-from jprune.checkpoint.hf_files import read_json
 from jprune.checkpoint.huggingface import read_config
 from jprune.checkpoint.vision import load_vision
+from jprune.json_files import read_json
 from jprune.models import MODELS, build
 from jprune.models.llama import Llama
 from jprune.models.llama_config import FAMILIES

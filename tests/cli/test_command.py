@@ -1,17 +1,20 @@
 """The command itself: what is given is used, names are understood or refused with a remedy, logs, locks and Ctrl-C."""
 
 import io
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
 from jprune import cli
+from jprune.checkpoint import save_hf
+from jprune.models.llama import Llama, llama_config
 from jprune.pipeline import language
 from jprune.pipeline.language_options import LanguageOptions
 from jprune.pipeline.lock import FolderLock
@@ -87,7 +90,7 @@ def test_the_help_says_the_defaults_of_both_kinds(monkeypatch, capsys):
 
 
 def test_options_of_the_other_kind_are_refused_even_with_its_default(said, folder):
-    assert "--sparsity means nothing here: 'resnet20' is a classifier" in said("prune", "--sparsity", 0.3)
+    assert "--length means nothing here: 'resnet20' is a classifier" in said("prune", "--length", 1024)
     line = said("prune", "--model", folder, "--calibration", "x.txt", "--epochs", 20)
     assert "--epochs means nothing here" in line and "is the folder of a language model" in line
 
@@ -245,10 +248,9 @@ def test_ctrl_c_during_a_run_says_how_to_go_on(monkeypatch, capsys):
 
 
 def test_a_language_models_folder_is_explained(tmp_path, monkeypatch, capsys):
-    config = {"model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))  # shapes are enough: there are no weights
+    config = llama_config(32, 16, 24, 2, 4, kv_heads=2)
+    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), np.zeros((1, 4), np.int32))
+    save_hf(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), config, tmp_path / "model")
     monkeypatch.setattr(sys, "argv", ["jprune", "explain", str(tmp_path / "model"), "--length", "8"])
     with pytest.raises(SystemExit) as end:
         cli.main()
