@@ -145,7 +145,7 @@ def flap(
             _put(scores, graph, b.kv, row, sums.reshape(-1) * graph.groups[b.kv].size / len(features))
     target = budget.Target.params(_left(graph, found, sparsity))
     multiples = {b.ffn: multiple_of for b in found}
-    return budget.ranked(graph, scores, target, per_layer="free", multiple_of=multiples, even=True).keep
+    return budget.ranked(graph, scores, target, per_layer="free", multiple_of=multiples).keep
 
 
 def flap_biases(graph: Structure, params: Any, stats: BlockStats, keep: Keep) -> Compensated:

@@ -108,7 +108,8 @@ def test_counts(m, sparsity, channels, step):
     target = width * keep.sum()
     assert abs(exact.sum() - target) <= abs(counts.sum() - target) + 1e-9
     if width % step == 0 and step * len(m) <= target:
-        assert abs(exact.sum() - target) <= step / 2 + 1e-6
+        together = np.unique(keep, return_counts=True)[1].max()  # layers that ask for the same move together
+        assert abs(exact.sum() - target) <= together * step / 2 + 1e-6
 
 
 def test_layers_that_ask_for_the_same_keep_the_same():
