@@ -100,11 +100,11 @@ class LatencyTable:
 
     def __call__(self, widths: Mapping[str, Any]) -> float:
         """Milliseconds of one call at the traced input sizes."""
-        total = 0.0
+        parts = []
         for term, grid in zip(self.graph.contractions, self.grids, strict=True):
             ms = grid.at(*_ratios(term, widths))
-            loops = _loops(term)
-            total += float(np.sum(ms)) * (loops / max(np.size(ms), 1))
+            parts.append(ms * (_loops(term) / max(np.size(ms), 1)))
+        total = float(cost.total_of(self.graph, {"ms": parts}, "ms")["ms"])
         now, full = (float(cost.evaluate(self.graph, w).activation_bytes) for w in (widths, {}))
         return self.scale * total + self.rest * now / full
 

@@ -17,7 +17,8 @@ class Replay:
     """The pruned function `(small_params, *inputs) -> outputs`; pure, jit-able and differentiable.
 
     Input dimensions that nothing in the function depends on (the batch, usually) may differ from the traced ones;
-    `free_dimensions` lists them as (input path, axis).
+    `free_dimensions` lists them as (input path, axis). At each new set of sizes the function is traced once more, to
+    make sure that it is the same one: TraceError names the line where Python code made a number of a size.
     """
 
     def __init__(self, decision: Decision, stacked: str = "pad"):
@@ -54,7 +55,7 @@ class Replay:
     @property
     def free_dimensions(self) -> list[tuple[str, int]]:
         """Input dimensions that may change from call to call."""
-        return [(p, a) for p, dims in self.decision.structure.input_dims for a, symbol in enumerate(dims) if symbol]
+        return self.decision.structure.free_dimensions()
 
     def __call__(self, small: Any, *inputs: Any) -> Any:
         """Evaluate on compacted parameters and inputs of the traced shapes (but for free dimensions)."""

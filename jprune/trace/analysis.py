@@ -139,6 +139,7 @@ class Analysis:
         self.fold_constants = fold_constants
         self.records: dict[Path, tuple[list[Val], list[Val]]] = {}
         self.eqns: dict[Path, Eqn] = {}  # those the function itself evaluates: without derivative rules
+        self.bodies: dict[Path, tuple[Any, Sequence[Any]]] = {}  # each jaxpr walked, with its constants
         self.folded: dict[Path, list[Val]] = {}
         self.uses: dict[tuple[Path, int], Use] = {}
         self.macs: dict[Path, MacTerm] = {}
@@ -146,6 +147,7 @@ class Analysis:
         self.scan_of: dict[Path, T.Atom] = {}  # layer axis of the scan equation at this path
         self.jaxprs: dict[Path, Any] = {}  # jaxprs made on the way (derivative rules), by the path they were walked at
         self.indices: dict[Path, Any] = {}  # what rules knew of constant operands, for replay
+        self.mixes_layers: set[Path] = set()  # equations that do more to a layers' axis than to carry it
         self.shadow = False  # walking a derivative rule: sizes count, certificates and costs do not
         self.unseen = False  # no output depends on the equation: it is only printed, or shown to a callback
         self.path: Path = ()
@@ -215,8 +217,14 @@ class Analysis:
             self.freeze(b, code)
 
     def freeze(self, tag: Tag, code: str, detail: str = "") -> None:
-        """Freeze one axis for a reason at the current equation."""
+        """Freeze one axis for a reason at the current equation.
+
+        Where it is the layers' axis of a scan, its positions are no longer known to be those of the layers: what meets
+        it in this equation must be the same in all of them.
+        """
         T.freeze(tag, Frozen(code, detail, self.where))
+        if self.path and any(a.scan is not None for a in T.atoms(tag)):
+            self.mixes_layers.add(self.path)
 
     def freeze_all(self, vals: Sequence[Val], code: str, detail: str = "") -> None:
         """Freeze every axis of these values."""
@@ -299,6 +307,7 @@ class Analysis:
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Val], path: Path) -> list[Val]:
         """Walk one (open) jaxpr on these values and return its results."""
         env: dict[Any, Val] = {}
+        self.bodies[path] = (jaxpr, consts)
         for k, (var, c) in enumerate(zip(jaxpr.constvars, consts, strict=True)):
             env[var] = c if isinstance(c, Val) else self._held(c, (*path, "const", k))
         env.update(zip(jaxpr.invars, args, strict=True))

@@ -46,6 +46,11 @@ def product(layouts: Iterable[Layout], widths: Widths, one: float = 1) -> Any:
 
     `one` is 1.0 where a width is a jax float: Python integers beyond 32 bits cannot be multiplied with those.
     """
+    return _summed(_per_layer(layouts, widths, one))
+
+
+def _per_layer(layouts: Iterable[Layout], widths: Widths, one: float) -> Any:
+    """`product`, as a vector over the layers where a width is one."""
     total: Any = one
     lengths: Any = 1
     for lay in layouts:
@@ -54,10 +59,71 @@ def product(layouts: Iterable[Layout], widths: Widths, one: float = 1) -> Any:
         else:
             total = L.width(lay, widths) * total
     if getattr(total, "ndim", 0):
-        if lengths == total.shape[0]:
-            return total.sum()
-        return total.sum() * (lengths // total.shape[0])
+        return total if lengths == total.shape[0] else total * (lengths // total.shape[0])
     return lengths * total
+
+
+def _summed(x: Any) -> Any:
+    return x.sum() if getattr(x, "ndim", 0) else x
+
+
+def total_of(structure: Structure, values: Mapping[str, Sequence[Any]], by: str) -> dict[str, Any]:
+    """Sums over the contractions of numbers of each (or of vectors over layers); of a cond's branches one counts.
+
+    That is the dearest by the sum of `values[by]` at these very numbers: where all layers of a scan choose for
+    themselves, each layer's own dearest.
+
+    Args:
+      structure: whose contractions these are.
+      values: {name: one value per contraction}.
+      by: the name of those that say which branch is the dearest.
+    """
+    if not any(c.branches for c in structure.contractions):
+        return {k: sum((_summed(x) for x in v), 0) for k, v in values.items()}
+    rows = [({k: v[i] for k, v in values.items()}, c.branches) for i, c in enumerate(structure.contractions)]
+
+    def add(rows: list[Any], depth: int, layers: int | None) -> dict[str, Any]:
+        out: dict[str, Any] = dict.fromkeys(values, 0)
+        conds: dict[Any, dict[int, list[Any]]] = {}
+        for row, branches in rows:
+            if len(branches) > depth:
+                path, i = branches[depth]
+                conds.setdefault(path, {}).setdefault(i, []).append((row, branches))
+                continue
+            for k, v in row.items():
+                out[k] = _shared(v, layers) + out[k]
+        for path, by_branch in conds.items():
+            inside = structure.loop_around(path)
+            best: dict[str, Any] | None = None
+            for i in sorted(by_branch):
+                found = add(by_branch[i], depth + 1, inside)
+                if best is None:
+                    best = found
+                    continue
+                better = found[by] > best[by]
+                best = {k: _where(better, found[k], best[k]) for k in values}
+            for k, v in (best or {}).items():
+                out[k] = _shared(v, layers) + out[k]
+        return out
+
+    return {k: _summed(v) for k, v in add(rows, 0, None).items()}
+
+
+def _shared(v: Any, layers: int | None) -> Any:
+    """A number for all layers as one per layer where each layer chooses a branch; else a sum over them."""
+    if layers is None:
+        return _summed(v)
+    if getattr(v, "ndim", 0):
+        return v if v.shape[0] == layers else _shared(v.sum(), layers)
+    if isinstance(v, int):
+        return np.full(layers, v // layers, object)
+    return v / layers * (jax.numpy.ones(layers) if isinstance(v, jax.Array) else np.ones(layers))
+
+
+def _where(better: Any, a: Any, b: Any) -> Any:
+    if isinstance(better, jax.Array):
+        return jax.numpy.where(better, a, b)
+    return np.where(better, a, b) if np.ndim(better) else (a if better else b)
 
 
 def evaluate(structure: Structure, widths: Widths) -> Cost:
@@ -70,11 +136,13 @@ def quantities(structure: Structure, widths: Widths, names: Sequence[str]) -> di
     widths = {k: _exact(v) for k, v in widths.items()}
     one: float = 1.0 if any(isinstance(w, jax.Array) for w in widths.values()) else 1
     out: dict[str, Any] = dict.fromkeys(names, 0)
-    for term in structure.contractions:
-        if "macs" in out:
-            out["macs"] = one * term.coefficient * product(term.factors, widths, one) + out["macs"]
+    terms = structure.contractions
+    if {"macs", "activation_bytes"} & set(out):
+        values = {"macs": [one * t.coefficient * _per_layer(t.factors, widths, one) for t in terms]}
         if "activation_bytes" in out:
-            out["activation_bytes"] = term.itemsize * product(term.out, widths, one) + out["activation_bytes"]
+            values["activation_bytes"] = [t.itemsize * _per_layer(t.out, widths, one) for t in terms]
+        found = total_of(structure, values, "macs")
+        out.update({k: found[k] for k in out if k in found})
     for leaf in structure.leaves.values() if {"params", "state", "bytes"} & set(out) else ():
         n = product(leaf.layouts, widths, one)
         if "bytes" in out:
@@ -98,10 +166,9 @@ def fraction(structure: Structure, widths: Widths, total: float) -> Any:
     Each term is divided before it is added: sums of whole multiply-accumulates would lose integers above 2^24. This is
     the differentiable constraint of a loss term.
     """
-    out: Any = 0.0
-    for term in structure.contractions:
-        out = out + term.coefficient / total * product(term.factors, widths, 1.0)
-    return out
+    terms = structure.contractions
+    values = {"macs": [t.coefficient / total * _per_layer(t.factors, widths, 1.0) for t in terms]}
+    return total_of(structure, values, "macs")["macs"] + 0.0
 
 
 def _exact(w: Any) -> Any:
@@ -135,12 +202,19 @@ class LayerCost:
 
 
 def per_layer(structure: Structure, widths: Widths) -> list[LayerCost]:
-    """Cost of every contraction, in program order."""
+    """Cost of every contraction, in program order; nothing for those in a branch of a cond that is not the dearest."""
     widths = {k: _exact(v) for k, v in widths.items()}
+    terms = structure.contractions
+    macs = [t.coefficient * _per_layer(t.factors, widths, 1) for t in terms]
+    paid = {"macs": macs}
+    if any(t.branches for t in terms):  # what each term adds to the whole
+        paid |= {str(i): [m if i == k else 0 for k, m in enumerate(macs)] for i in range(len(terms))}
+        total = total_of(structure, paid, "macs")
+        macs = [total[str(i)] for i in range(len(terms))]
     rows = []
-    for term in structure.contractions:
+    for term, m in zip(terms, macs, strict=True):
         sizes = tuple(int(np.max(L.width(lay, widths))) for lay in term.out)
-        rows.append(LayerCost(term.name, term.primitive, int(term.coefficient * product(term.factors, widths)), sizes))
+        rows.append(LayerCost(term.name, term.primitive, int(_summed(m)), sizes))
     return rows
 
 

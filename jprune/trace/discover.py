@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +19,7 @@ from jprune.trace.errors import TraceError
 from jprune.trace.layout import Fixed
 from jprune.trace.leafpaths import flatten, path_str
 from jprune.trace.rules import BUILT_IN, USER_RULES
+from jprune.trace.state import mirrored_leaf, updated_leaf
 from jprune.trace.structure import Group, Leaf, Member, to_layout
 from jprune.trace.tags import Frozen
 
@@ -40,9 +44,43 @@ def analyse(
     if len(set(paths)) != len(paths):
         twice = [p for p, n in collections.Counter(paths).items() if n > 1]
         raise TraceError(f"two leaves share the path {twice[0]!r}; give them different keys")
-    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params), _input_structs(inputs)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    every = {**BUILT_IN, **USER_RULES, **(rules or {})}
+    given = _input_structs(inputs)
+
+    def at(structs: Any) -> tuple[_Walk, Any]:
+        closed, used, out_shape = _jaxpr_of(fn, shapes, structs)
+        with _no_collection():
+            return _walk(closed, used, flat, structs, Analysis(every, fold_constants)), out_shape
+
+    def again(sizes: Sequence[tuple[int, ...]]) -> Analysis:
+        it = iter(sizes)
+        return at(jax.tree.map(lambda x: jax.ShapeDtypeStruct(next(it), x.dtype, weak_type=x.weak_type), given))[
+            0
+        ].analysis
+
+    walk, out_shape = at(given)
+    with _no_collection():
+        written = _settle_outputs(walk, out_shape, output_free)
+        return _finish(walk, flat, is_param, params, inputs, out_shape, written, again)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: all that a walk makes stays, and to look for garbage in it takes as long as the walk."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        closed, out_shape = jax.make_jaxpr(lambda p, xs: fn(p, *xs), return_shape=True)(*structs)
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _jaxpr_of(fn: Callable[..., Any], params: Any, inputs: Any) -> tuple[Any, list[bool], Any]:
+    """(closed jaxpr without dead code, which of its arguments are left, shapes of the outputs)."""
+    try:
+        closed, out_shape = jax.make_jaxpr(lambda p, xs: fn(p, *xs), return_shape=True)(params, inputs)
     except (
         jax.errors.ConcretizationTypeError,
         jax.errors.TracerArrayConversionError,
@@ -54,43 +92,43 @@ def analyse(
             "the function cannot be traced: it needs concrete values of its arguments "
             f"({str(e).splitlines()[0]}); close over static arguments instead of passing them"
         ) from e
-    used_all = [True] * len(closed.jaxpr.outvars)
-    jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, used_all)
-    closed = type(closed)(jaxpr, closed.consts)
+    jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return type(closed)(jaxpr, closed.consts), list(used), out_shape
 
-    a = Analysis({**BUILT_IN, **USER_RULES, **(rules or {})}, fold_constants)
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """One walk over the whole function: the values of its leaves, inputs, constants and outputs."""
+
+    closed: Any
+    used: Sequence[bool]
+    analysis: Analysis
+    leaves: Sequence[Val]
+    inputs: Sequence[tuple[str, Val]]
+    consts: Sequence[Val]
+    outputs: Sequence[Val]
+
+
+def _walk(closed: Any, used: Sequence[bool], flat: Sequence[tuple[str, Any]], inputs: Any, a: Analysis) -> _Walk:
     leaf_vals = [
         Val(tuple(x.shape), x.dtype, tuple(a.fresh(n) for n in x.shape), (True,) * len(x.shape), leaf=p)
         for p, x in flat
     ]
-    input_atoms: list[T.Atom] = []
+    count = 0
     input_vals: list[tuple[str, Val]] = []
-    for path, x in jax.tree_util.tree_flatten_with_path(structs[1])[0]:
+    for path, x in jax.tree_util.tree_flatten_with_path(inputs)[0]:
         tags = []
         for axis, n in enumerate(x.shape):
-            atom = T.Atom(n, Frozen("MODEL_INPUT", f"input {path_str(path)} axis {axis}"), input_dim=len(input_atoms))
-            input_atoms.append(atom)
+            atom = T.Atom(n, Frozen("MODEL_INPUT", f"input {path_str(path)} axis {axis}"), input_dim=count)
+            count += 1
             tags.append((atom,) if n != 1 else ())  # a size of 1 broadcasts: it cannot stand for other sizes
         input_vals.append((path_str(path), Val(tuple(x.shape), x.dtype, tuple(tags), (False,) * len(tags))))
     every = [*leaf_vals, *(v for _, v in input_vals)]
     consts = [a.constant(c, sliceable=True) for c in closed.consts]
     outputs = a.run(closed.jaxpr, consts, [v for v, u in zip(every, used, strict=True) if u], ())
+    a.bodies[()] = (closed.jaxpr, closed.consts)
     a.eqn = None
-    _settle_outputs(a, outputs, out_shape, [v for v, u in zip(leaf_vals, used, strict=False) if u], output_free)
-    return _finish(
-        a,
-        closed,
-        flat,
-        leaf_vals,
-        used,
-        outputs,
-        consts,
-        input_vals,
-        is_param,
-        jax.tree.structure((params, tuple(inputs))),
-        jax.tree.structure(out_shape),
-        jax.tree.structure(params),
-    )
+    return _Walk(closed, used, a, leaf_vals, input_vals, consts, outputs)
 
 
 def _input_structs(inputs: Sequence[Any]) -> Any:
@@ -109,25 +147,20 @@ def _input_structs(inputs: Sequence[Any]) -> Any:
     return jax.tree_util.tree_map_with_path(one, tuple(inputs))
 
 
-def _settle_outputs(
-    a: Analysis,
-    outputs: Sequence[Val],
-    out_shape: Any,
-    leaf_vals: Sequence[Val],
-    output_free: Sequence[tuple[str, int]],
-) -> None:
-    """Freeze what leaves the function, but for state that returns to its leaf and axes declared free.
+def _settle_outputs(walk: _Walk, out_shape: Any, output_free: Sequence[tuple[str, int]]) -> set[str]:
+    """Freeze what leaves the function, but for new values of leaves and axes declared free; returns the written leaves.
 
     Only paths with a name in them can mean a leaf: a bare array or the second of a tuple matches by chance.
     """
     free = {(p, axis) for p, axis in output_free}
-    by_path = {v.leaf: v for v in leaf_vals if any(k != "." and not k.isdigit() for k in str(v.leaf).split("/"))}
+    read = {str(v.leaf) for v, u in zip(walk.leaves, walk.used, strict=False) if u}
     named = flatten(out_shape)
-    for (path, _), v in zip(named, outputs, strict=True):
-        own = next((v for p, v in by_path.items() if path == p or path.endswith(f"/{p}")), None)
-        if own is not None and own.shape == v.shape:
+    paths = [p for p, _ in named]
+    owns = [updated_leaf(p, v, paths, walk.leaves, read) for p, v in zip(paths, walk.outputs, strict=True)]
+    for path, v, own in zip(paths, walk.outputs, owns, strict=True):
+        if own is not None:
             for t, u in zip(v.tags, own.tags, strict=True):
-                a.unify(t, u)
+                walk.analysis.unify(t, u)
             continue
         for axis, t in enumerate(v.tags):
             key = (path, axis if (path, axis) in free else axis - len(v.tags))
@@ -136,34 +169,51 @@ def _settle_outputs(
             else:
                 T.freeze(t, Frozen("MODEL_OUTPUT", f"output {path} axis {axis}"))
     if free:
-        known = ", ".join(f"{p!r} with {len(v.shape)} axes" for (p, _), v in zip(named, outputs, strict=True))
+        known = ", ".join(f"{p!r} with {len(v.shape)} axes" for p, v in zip(paths, walk.outputs, strict=True))
         raise TraceError(f"output_free names {sorted(free)[0]}, but the outputs are {known}")
+    return {str(own.leaf) for own in owns if own is not None}
+
+
+def _settle_unread(walk: _Walk, written: set[str], is_param: Callable[[str], bool]) -> dict[str, str]:
+    """{leaf that the function neither reads nor writes: the leaf it is cut along with}, their axes tied.
+
+    A parameter that is not read has no neighbours to go by; in a tree without collections nothing tells it from state.
+    """
+    known = [v for v, u in zip(walk.leaves, walk.used, strict=False) if u or v.leaf in written]
+    found = {}
+    for v, u in zip(walk.leaves, walk.used, strict=False):
+        if u or v.leaf in written:
+            continue
+        mirror = mirrored_leaf(v, known, is_param(str(v.leaf)))
+        if mirror is not None:
+            found[str(v.leaf)] = str(mirror.leaf)
+            for t, own in zip(v.tags, mirror.tags, strict=True):
+                walk.analysis.unify(t, own)
+    return found
 
 
 def _finish(
-    a: Analysis,
-    closed: Any,
+    walk: _Walk,
     flat: Sequence[tuple[str, Any]],
-    leaf_vals: Sequence[Val],
-    used: Sequence[bool],
-    outputs: Sequence[Val],
-    consts: Sequence[Val],
-    inputs: Sequence[tuple[str, Val]],
     is_param: Callable[[str], bool] | None,
-    in_tree: Any,
-    out_tree: Any,
-    param_treedef: Any,
+    params: Any,
+    inputs: Sequence[Any],
+    out_shape: Any,
+    written: set[str],
+    again: Callable[[Sequence[tuple[int, ...]]], Analysis],
 ) -> dict[str, Any]:
-    if is_param is None:
-        collections_ = any(p.startswith("params/") for p, _ in flat)
-        is_param = (lambda p: p.startswith("params/")) if collections_ else (lambda p: True)
+    a, leaf_vals, used = walk.analysis, walk.leaves, walk.used
+    if is_param is None and any(p.startswith("params/") for p, _ in flat):
+        is_param = _under_params
+    mirrors = _settle_unread(walk, written, is_param or (lambda p: False))
+    is_param = is_param or (lambda p: True)
     leaf_used = {v.leaf: u for v, u in zip(leaf_vals, used, strict=False)}
     # live atoms in the order the leaves present them
     owners: dict[int, list[tuple[str, int]]] = collections.OrderedDict()
     atom_of: dict[int, T.Atom] = {}
-    for v in leaf_vals:
-        if not leaf_used[v.leaf]:
-            continue
+    known = [v for v in leaf_vals if leaf_used[v.leaf]]
+    unread = [v for v in leaf_vals if v.leaf in written or v.leaf in mirrors]
+    for v in (*known, *(v for v in unread if not leaf_used[v.leaf])):  # groups are named after leaves that are read
         for axis, t in enumerate(v.tags):
             for atom in T.atoms(t):
                 if atom.reason is None and atom.n > 0:
@@ -177,13 +227,20 @@ def _finish(
     names: dict[int, str] = {}
     taken: dict[str, list[int]] = {}
     for key, where in owners.items():
-        best = min(where, key=lambda w: (PREFERENCE.index(roles.get((w[0], key), ("other", ""))[0]), where.index(w)))
+        best = min(
+            where,
+            key=lambda w: (
+                not leaf_used[w[0]],
+                PREFERENCE.index(roles.get((w[0], key), ("other", ""))[0]),
+                where.index(w),
+            ),
+        )
         taken.setdefault(f"{best[0]}:{best[1]}", []).append(key)
     for base, keys in taken.items():
         for i, key in enumerate(keys):
             names[key] = base if len(keys) == 1 else f"{base}#{i}"
     symbols: dict[int, str] = {}
-    for tag in (t for _, v in inputs for t in v.tags):
+    for tag in (t for _, v in walk.inputs for t in v.tags):
         settled = T.norm(tag)
         if (
             len(settled) == 1
@@ -200,7 +257,7 @@ def _finish(
         scan_index.setdefault(id(settled), f"@scan{len(scan_index)}")
         scan_symbols[path] = symbols[id(settled)] = scan_index[id(settled)]
         lengths[scan_symbols[path]] = atom.n
-    local = _body_local(a, set(owners), leaf_vals, scan_index, scan_symbols, outputs)
+    local = _body_local(a, set(owners), leaf_vals, scan_index, scan_symbols, walk.outputs)
 
     leaves = {}
     for (path, x), v in zip(flat, leaf_vals, strict=True):
@@ -211,7 +268,7 @@ def _finish(
             if len(lay) == 1 and isinstance(lay[0], Fixed) and lay[0].symbol and lay[0].symbol.startswith("@scan")
         ]
         frozen = tuple(next((atom.reason for atom in T.atoms(t) if atom.reason is not None), None) for t in v.tags)
-        if not leaf_used[path]:
+        if not leaf_used[path] and path not in written and path not in mirrors:
             frozen = tuple(Frozen("UNUSED", "no output depends on this leaf") for _ in v.tags)
             layouts = tuple((Fixed(n),) for n in x.shape)
         leaves[path] = Leaf(
@@ -223,6 +280,7 @@ def _finish(
             scans[0] if scans else None,
             is_param(path),
             leaf_used[path],
+            mirrors.get(path),
         )
     groups = {}
     for key, where in owners.items():
@@ -241,21 +299,26 @@ def _finish(
             gid, atom.n, tuple(members), not hard, not notes, notes, lengths[scan] if scan else None, scan
         )
     return {
-        "closed": closed,
+        "closed": walk.closed,
         "analysis": a,
         "leaves": leaves,
         "groups": groups,
         "names": names,
         "input_symbols": symbols,
         "scan_symbols": scan_symbols,
-        "in_tree": in_tree,
-        "out_tree": out_tree,
-        "param_treedef": param_treedef,
+        "in_tree": jax.tree.structure((params, tuple(inputs))),
+        "out_tree": jax.tree.structure(out_shape),
+        "param_treedef": jax.tree.structure(params),
         "used_invars": used,
-        "outputs": outputs,
-        "const_vals": consts,
-        "inputs": inputs,
+        "outputs": walk.outputs,
+        "const_vals": walk.consts,
+        "inputs": walk.inputs,
+        "again": again,
     }
+
+
+def _under_params(path: str) -> bool:
+    return path.startswith("params/")
 
 
 PREFERENCE = ["out", "lookup", "scale", "shift", "other", "in"]
@@ -285,7 +348,8 @@ def _body_local(
 ) -> dict[int, str]:
     """Atoms that may be kept differently in every layer of a scan, with the symbol of that scan.
 
-    An atom is local to a scan if every value outside the scan's body that contains it also has the layer axis.
+    An atom is local to a scan if every value outside the scan's body that contains it also has the layer axis, and
+    nothing reorders or mixes that axis.
     """
     if not scan_index:
         return {}
@@ -311,10 +375,10 @@ def _body_local(
             for atom in T.reordered(t):  # an index written for the units that stay is one for all layers
                 candidates.pop(id(atom), None)
 
-    def check(v: Val, inside: set[str]) -> None:
+    def check(v: Val, inside: set[str], ordered: bool = True) -> None:
         ids = {id(x) for t in v.tags for x in T.atoms(t)} & candidates.keys()
         if ids:
-            ok = scans_of(v) | inside
+            ok = scans_of(v) | inside if ordered else inside
             for k in ids:
                 candidates[k] = candidates[k] & ok
 
@@ -323,5 +387,5 @@ def _body_local(
     for path, (ins, outs) in a.records.items():
         inside = {scan_symbols[path[:i]] for i in range(1, len(path)) if path[:i] in scan_symbols and path[i] == "body"}
         for v in (*ins, *outs):
-            check(v, inside)
+            check(v, inside, path not in a.mixes_layers)
     return {k: min(s) for k, s in candidates.items() if s}

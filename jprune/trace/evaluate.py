@@ -198,7 +198,7 @@ class Evaluator:
         for i, eqn in enumerate(jaxpr.eqns):
             here = (*path, i)
             if here in self.folded:
-                outs = list(self.folded[here])
+                outs = self._folded_at(here)
             else:
                 ins = [read(v, k, here) for k, v in enumerate(eqn.invars)]
                 outs = self._eval(eqn, ins, here)
@@ -207,6 +207,13 @@ class Evaluator:
                     outs = outs if replaced is None else replaced
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v, k, path) for k, v in enumerate(jaxpr.outvars)]
+
+    def _folded_at(self, path: Path) -> list[Any]:
+        """Constants evaluated while tracing, at the sizes that the inputs have now."""
+        outs = list(self.folded[path])
+        if self.layouts is None or not any(k.startswith("@in") for k in self.widths):
+            return outs
+        return [resized(x, lay, self.widths) for x, lay in zip(outs, self.layouts(path)[1], strict=True)]
 
     def _held(self, value: Any, key: Path) -> Any:
         """A constant that a jaxpr holds itself, or its slice."""
@@ -277,6 +284,22 @@ class Evaluator:
             part = [self.layers_of(symbol, x, ins[k], j) for k, x in enumerate(args)]
             runs.append(self.segment(symbol, j)._eval(eqn, part, path))
         return [self.join(symbol, [r[k] for r in runs], outs[k]) for k in range(len(eqn.outvars))]
+
+
+def resized(constant: Any, layouts: tuple[Layout, ...], widths: Mapping[str, Any]) -> Any:
+    """A constant that is the same along the inputs' axes, at the sizes these have now."""
+    for axis, lay in enumerate(layouts):
+        if len(lay) == 1 and isinstance(lay[0], L.Fixed) and str(lay[0].symbol).startswith("@in"):
+            n = widths.get(str(lay[0].symbol), lay[0].size)
+            if n != constant.shape[axis]:
+                shape = (*constant.shape[:axis], n, *constant.shape[axis + 1 :])
+                first = constant[(slice(None),) * axis + (slice(0, 1),)]
+                constant = (
+                    np.broadcast_to(first, shape)
+                    if isinstance(constant, np.ndarray)
+                    else jnp.broadcast_to(first, shape)
+                )
+    return constant
 
 
 def layer_axis(layout: tuple[Layout, ...], symbol: str) -> int | None:

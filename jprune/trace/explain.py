@@ -35,7 +35,9 @@ def explain(s: Structure, path: str | None = None, axis: int | None = None) -> s
         for m in g.members:
             per_unit = m.positions.shape[1]
             each = "" if per_unit == 1 else f", {per_unit} positions per unit"
-            lines.append(f"    {m.path} axis {m.axis} [{m.role}]{each}")
+            leaf = s.leaves[m.path]
+            role = m.role if leaf.used else "written" if leaf.follows is None else f"unread; follows {leaf.follows}"
+            lines.append(f"    {m.path} axis {m.axis} [{role}]{each}")
         lines += [f"    note: {n}" for n in g.notes if not g.exact]
     frozen = [
         (leaf, i)

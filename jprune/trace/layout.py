@@ -9,7 +9,10 @@ of a scan; the walks below only use `+` and `*`, so integers stay exact and trac
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
@@ -39,6 +42,18 @@ class Concat:
 
     parts: tuple[Layout, ...]
     size: int
+
+    def __hash__(self) -> int:  # asked for once per group on the axis, of which there may be hundreds
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.parts, self.size))
+
+    @functools.cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each part starts, and last where the axis ends."""
+        return tuple(itertools.accumulate((full_size(p) for p in self.parts), initial=0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +118,10 @@ def prefix(layout: Layout, position: int, widths: Mapping[str, Any]) -> int:
     if isinstance(major, Fixed):
         before = index
     elif isinstance(major, Concat):
-        before = 0
-        for part in major.parts:
-            n = full_size(part)
-            before += prefix(part, min(index, n), widths)
-            index -= min(index, n)
+        last = bisect.bisect_right(major.offsets, index) - 1
+        before = sum(width(part, widths) for part in major.parts[:last])
+        if index > major.offsets[last]:
+            before += prefix(major.parts[last], index - major.offsets[last], widths)
     elif isinstance(major, Reordered):
         raise AssertionError(
             "in a reordered axis the units that stay say how many lie before a position, not the widths"
@@ -152,32 +166,36 @@ def spread(layout: Layout, vectors: Mapping[str, Any], xp: Any = np, ones: Any =
 
 def unit_positions(layout: Layout, group: str) -> np.ndarray | None:
     """(n, m) int32: the m axis positions that belong to each of the group's n units; None if it is not there."""
-    pieces: list[np.ndarray] = []
-    for i, d in enumerate(layout):
-        inner = full_size(layout[i + 1 :])
-        outer = full_size(layout[:i])
-        if isinstance(d, Unit) and d.group == group:
-            base = np.arange(d.size)[:, None]
+    return _cached_positions(layout).get(group)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_positions(layout: Layout) -> dict[str, np.ndarray]:
+    return _positions(layout)
+
+
+def _positions(layout: Layout) -> dict[str, np.ndarray]:
+    """`unit_positions` of every group on the axis, in one walk: a concatenation may hold hundreds of them."""
+    pieces: dict[str, list[np.ndarray]] = {}
+    total, outer = full_size(layout), 1
+    for d in layout:
+        if d.size == 0:
+            return {}
+        inner = total // (outer * d.size)
+        found: dict[str, list[np.ndarray]] = {}
+        if isinstance(d, Unit):
+            found[d.group] = [np.arange(d.size)[:, None]]
         elif isinstance(d, Concat):
-            found, offset = [], 0
-            for part in d.parts:
-                p = unit_positions(part, group)
-                if p is not None:
-                    found.append(p + offset)
-                offset += full_size(part)
-            if not found:
-                continue
-            base = np.concatenate(found, axis=1)
+            for part, offset in zip(d.parts, d.offsets, strict=False):
+                for g, p in _positions(part).items():
+                    found.setdefault(g, []).append(p + offset)
         elif isinstance(d, Reordered):
-            found = unit_positions(d.inner, group)
-            if found is None:
-                continue
-            base = np.argsort(d.index)[found]
-        else:
-            continue
-        cells = base[:, :, None, None] * inner + np.arange(inner)[None, None, None, :]
-        cells = cells + (np.arange(outer) * d.size * inner)[None, None, :, None]
-        pieces.append(cells.reshape(base.shape[0], -1))
-    if not pieces:
-        return None
-    return np.sort(np.concatenate(pieces, axis=1), axis=1).astype(np.int32)
+            at = np.argsort(d.index)
+            found = {g: [at[p]] for g, p in _positions(d.inner).items()}
+        for g, bases in found.items():
+            base = np.concatenate(bases, axis=1) if len(bases) > 1 else bases[0]
+            cells = base[:, :, None, None] * inner + np.arange(inner)[None, None, None, :]
+            cells = cells + (np.arange(outer) * d.size * inner)[None, None, :, None]
+            pieces.setdefault(g, []).append(cells.reshape(base.shape[0], -1))
+        outer *= d.size
+    return {g: np.sort(np.concatenate(p, axis=1), axis=1).astype(np.int32) for g, p in pieces.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jprune.trace import tags as T
 from jprune.trace.analysis import Analysis, Path, Use, Val, user_line
 from jprune.trace.errors import TraceError
 from jprune.trace.layout import Concat, Fixed, Layout, Reordered, Unit
+from jprune.trace.polymorphism import difference
 from jprune.trace.tags import Frozen
 
 
@@ -31,6 +32,7 @@ class Leaf:
       layer_axis: the axis over the layers of a scan, if it is stacked.
       is_param: counts as a parameter (rather than as state such as running statistics).
       used: whether any output depends on it.
+      follows: the leaf that it is cut along with, where the function neither reads nor returns it.
     """
 
     path: str
@@ -41,6 +43,7 @@ class Leaf:
     layer_axis: int | None
     is_param: bool
     used: bool
+    follows: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +144,7 @@ class Contraction:
       itemsize: bytes per entry of the result.
       path: call path of the equation.
       eqn: the equation.
+      branches: (call path of a cond, which of its branches) for each around it, outermost first; one branch runs.
     """
 
     name: str
@@ -152,6 +156,7 @@ class Contraction:
     itemsize: int
     path: Path = dataclasses.field(repr=False, compare=False)
     eqn: Any = dataclasses.field(repr=False, compare=False)
+    branches: tuple[tuple[Path, int], ...] = ()
 
 
 def to_layout(tag: T.Tag, names: Mapping[int, str], symbols: Mapping[int, str]) -> Layout:
@@ -202,6 +207,7 @@ class Structure:
         outputs: Sequence[Val],
         const_vals: Sequence[Val],
         inputs: Sequence[tuple[str, Val]],
+        again: Callable[[Sequence[Any]], Any],
     ):
         self.groups = dict(groups)
         self.leaves = dict(leaves)
@@ -214,10 +220,13 @@ class Structure:
         self._names = names
         self._symbols = input_symbols
         self._layout_cache: dict[Path, Any] = {}
+        self._tag_cache: dict[int, tuple[T.Tag, Layout]] = {}  # by identity: one value has many uses
         self.const_vals = tuple(const_vals)
         self.rules = analysis.rules
         self.input_dims = [(path, [_symbol(to_layout(t, names, input_symbols)) for t in v.tags]) for path, v in inputs]
         self.input_shapes = [v.shape for _, v in inputs]
+        self._again = again
+        self._differences: dict[tuple[tuple[str, int], ...], str | None] = {}
         self.output_layouts = tuple(tuple(self.layout(t) for t in v.tags) for v in outputs)
         self.loops_counted_once = tuple(sorted(self._while_lines(closed.jaxpr)))
         self.contractions = tuple(self._contractions())
@@ -227,7 +236,10 @@ class Structure:
 
     def layout(self, tag: T.Tag) -> Layout:
         """The static layout of a settled tag."""
-        return to_layout(tag, self._names, self._symbols)
+        found = self._tag_cache.get(id(tag))
+        if found is None or found[0] is not tag:
+            found = self._tag_cache[id(tag)] = (tag, to_layout(tag, self._names, self._symbols))
+        return found[1]
 
     def _axes(self, values: Sequence[Val]) -> list[tuple[Layout, ...]]:
         return [tuple(self.layout(t) for t in v.tags) for v in values]
@@ -258,7 +270,55 @@ class Structure:
                     )
                 if symbol is not None and symbols.setdefault(symbol, m) != m:
                     raise TraceError(f"axis {axis} of input {path} has size {m}; another input has {symbols[symbol]}")
+        changed = self.difference_at(symbols)
+        if changed is not None:
+            sizes = ", ".join(f"axis {a} of input {p}: {n} instead of {m}" for p, a, n, m in self._changes(symbols))
+            raise TraceError(
+                f"the function was traced at other input sizes ({sizes}) and is another function at these: {changed}; "
+                "trace again with the new sizes"
+            )
         return [x if hasattr(x, "dtype") else jax.numpy.asarray(x) for _, x in flat], symbols
+
+    def difference_at(self, symbols: Mapping[str, int]) -> str | None:
+        """What the function does otherwise at these sizes of its inputs than the trace says; None: nothing.
+
+        Python code can make a number of a size (a mean written by hand), which the trace then holds. The function is
+        traced once more at each new set of sizes; of an empty batch there is nothing that could be wrong.
+        """
+        if not any(self._changes(symbols)) or 0 in symbols.values():
+            return None
+        key = tuple(sorted(symbols.items()))
+        if key not in self._differences:
+            leaves = iter(
+                tuple(symbols.get(str(s), n) if s else n for s, n in zip(dims, shape, strict=True))
+                for (_, dims), shape in zip(self.input_dims, self.input_shapes, strict=True)
+            )
+            second = self._again(list(leaves))
+            self._differences[key] = difference(self.analysis, second, self.layouts_at, symbols)
+        return self._differences[key]
+
+    def _changes(self, symbols: Mapping[str, int]) -> Iterator[tuple[str, int, int, int]]:
+        for (path, dims), shape in zip(self.input_dims, self.input_shapes, strict=True):
+            for axis, (symbol, n) in enumerate(zip(dims, shape, strict=True)):
+                if symbol is not None and symbols.get(symbol, n) != n:
+                    yield path, axis, symbols[symbol], n
+
+    def free_dimensions(self) -> list[tuple[str, int]]:
+        """Input axes, as (input path, axis), at whose other sizes the function is the traced one; tried with twice it."""
+        free = []
+        tried: dict[str, bool] = {}
+        for (path, dims), shape in zip(self.input_dims, self.input_shapes, strict=True):
+            for axis, (symbol, n) in enumerate(zip(dims, shape, strict=True)):
+                if symbol is None:
+                    continue
+                if symbol not in tried:
+                    try:
+                        tried[symbol] = self.difference_at({symbol: 2 * n}) is None
+                    except Exception:  # whatever the function raises, it does not take this size
+                        tried[symbol] = False
+                if tried[symbol]:
+                    free.append((path, axis))
+        return free
 
     def select_used(self, leaves: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """The arguments of the traced jaxpr: those leaves and inputs that an output depends on."""
@@ -291,9 +351,19 @@ class Structure:
                     term.itemsize,
                     path,
                     term.eqn,
+                    tuple(
+                        (path[:i], int(str(key).removeprefix("branch")))
+                        for i, key in enumerate(path)
+                        if str(key).startswith("branch")
+                    ),
                 )
             )
         return out
+
+    def loop_around(self, path: Path) -> int | None:
+        """Number of layers of the innermost scan whose body holds the equation at a call path."""
+        around = self._loops(path)
+        return L.full_size(around[-1]) if around else None
 
     def _taps(self) -> dict[str, Tap]:
         by_leaf = collections.defaultdict(list)

@@ -101,11 +101,7 @@ def norm(tag: Tag) -> Tag:
     out: list[Dim] = []
     for d in tag:
         if isinstance(d, Atom):
-            if d.subst is None:
-                out.append(d)
-            else:
-                d.subst = norm(d.subst)
-                out.extend(d.subst)
+            out.extend(_resolved(d))
             continue
         if isinstance(d, Order):
             out.extend(_ordered(norm(d.inner), d.index, d))
@@ -124,6 +120,20 @@ def norm(tag: Tag) -> Tag:
         else:
             out.append(Sum(tuple(parts)))
     return tuple(out)
+
+
+def _resolved(atom: Atom) -> Tag:
+    """What an atom stands for; a residual stream makes chains of substitutions too long for recursion."""
+    chain: list[Atom] = []
+    tag: Tag = (atom,)
+    while len(tag) == 1 and isinstance(tag[0], Atom) and tag[0].subst is not None:
+        chain.append(tag[0])
+        tag = tag[0].subst
+    if chain:
+        tag = norm(tag)
+        for a in chain:
+            a.subst = tag
+    return tag
 
 
 def _ordered(inner: Tag, index: np.ndarray, like: Order | None = None) -> Tag:

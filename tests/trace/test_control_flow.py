@@ -384,13 +384,88 @@ def test_outputs_that_only_happen_to_have_a_leaf_s_place_and_shape_keep_their_si
     assert not jprune.trace(lambda p, x: (x.sum(), (x @ p[0], 1.0)), [square], x).groups
 
 
-def test_state_that_is_written_but_never_read_keeps_its_size():
-    """Nothing reads the leaf, so nothing would cut it: what replaces it has to keep its shape as well."""
+def test_state_that_is_written_but_never_read_shrinks_with_what_replaces_it():
+    """A layer's last statistics: training writes them, and only evaluation reads them."""
 
     def f(p, x):
         h = x @ p["A"]
         return {"y": h @ p["C"], "last": h.mean(0)}
 
-    graph = jprune.trace(f, {**HIDDEN, "last": jnp.zeros(8)}, X)
-    assert graph.leaves["last"].frozen[0].code == "UNUSED"
-    assert not graph.groups and graph.leaves["A"].frozen[1].code == "MODEL_OUTPUT"
+    params = {**HIDDEN, "last": jnp.zeros(8)}
+    graph = jprune.trace(f, params, X)
+    assert members(graph, "A:1") == {("A", 1), ("C", 0), ("last", 0)}
+    assert not graph.leaves["last"].used and "last axis 0 [written]" in graph.explain()
+    keep = {"A:1": np.arange(8) < 5}
+    small = graph.compact(params, keep)
+    assert small["last"].shape == graph.replay(keep)(small, X)["last"].shape == (5,)
+    assert graph.verify(params, keep, X) < 1e-5
+
+
+def hidden_layer(p, x):
+    return jax.nn.relu(x @ p["A"])
+
+
+ACTIVATIONS = {  # each is returned under the name, and happens to have the shape and type, of a leaf that is read
+    "in a flat tree": (lambda p, x: {"y": hidden_layer(p, x) @ p["C"], "A": hidden_layer(p, x)}, normal(3, 6, 6)),
+    "of another input axis": (lambda p, x: {"A": hidden_layer(p, x), "C": p["C"] * 2}, normal(3, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_with_a_leaf_s_name_and_shape_keeps_its_size(name):
+    f, x = ACTIVATIONS[name]
+    graph = jprune.trace(f, HIDDEN, x)
+    keep = {g: np.arange(i.size) < 5 for g, i in graph.groups.items()}
+    assert graph.replay(keep)(graph.compact(HIDDEN, keep), x)["A"].shape == (6, 8)
+    assert graph.leaves["A"].frozen[1].code == "MODEL_OUTPUT"
+
+
+def test_a_whole_collection_that_is_returned_is_state_whatever_it_is_computed_from():
+    def step(p, x):
+        h = x @ p["A"] + p["carry"]["h"]
+        return h @ p["C"], {"carry": {"h": jnp.tanh(h).mean(0), "n": p["carry"]["n"] + 1}}
+
+    params = {**HIDDEN, "carry": {"h": jnp.zeros(8), "n": jnp.zeros(())}}
+    graph = jprune.trace(step, params, X)
+    keep = {"A:1": np.arange(8) < 5}
+    assert ("carry/h", 0) in members(graph, "A:1")
+    assert graph.replay(keep)(graph.compact(params, keep), X)[1]["carry"]["h"].shape == (5,)
+
+
+def test_state_that_only_another_mode_reads_is_cut_along():
+    """Evaluation reads the averages; training also reads biased ones beside them, and a copy of the weights exists."""
+    params = {
+        "params": {"up": {"w": HIDDEN["A"], "b": normal(6, 8)}, "out": {"w": HIDDEN["C"]}},
+        "stats": {"up": {"average": normal(7, 8), "hidden": normal(8, 8), "count": jnp.zeros((), jnp.int32)}},
+        "last": {"up": {"mean": normal(9, 8)}},
+        "slow": {"up": {"w": HIDDEN["A"], "b": normal(6, 8)}, "out": {"w": HIDDEN["C"]}},
+        "other": {"table": normal(1, 8, 8)},
+    }
+
+    def f(v, x):
+        p = v["params"]
+        return jax.nn.relu(x @ p["up"]["w"] + p["up"]["b"] - v["stats"]["up"]["average"]) @ p["out"]["w"]
+
+    graph = jprune.trace(f, params, X)
+    keep = {"params/up/w:1": np.arange(8) % 2 == 0}
+    small = graph.compact(params, keep)
+    for tree in (small["params"], small["slow"]):
+        assert tree["up"]["w"].shape == (6, 4) and tree["up"]["b"].shape == (4,) and tree["out"]["w"].shape == (4, 3)
+    np.testing.assert_array_equal(small["slow"]["up"]["w"], HIDDEN["A"][:, ::2])
+    assert small["stats"]["up"]["hidden"].shape == small["last"]["up"]["mean"].shape == (4,)
+    assert small["other"]["table"].shape == (8, 8) and graph.leaves["other/table"].frozen[0].code == "UNUSED"
+    assert "stats/up/hidden axis 0 [unread; follows stats/up/average]" in graph.explain()
+    assert "params/up/w:1" in graph.groups, "groups are named after what the function reads"
+
+
+def test_unread_parameters_beside_read_ones_stay_whole():
+    """A second bias of the same length may belong to another layer of another mode: nothing says which."""
+    params = {"params": {"net": {"A": HIDDEN["A"], "C": HIDDEN["C"], "b": jnp.ones(8), "b2": jnp.ones(8)}}}
+
+    def f(v, x):
+        p = v["params"]["net"]
+        return jax.nn.relu(x @ p["A"] + p["b"]) @ p["C"]
+
+    graph = jprune.trace(f, params, X)
+    small = graph.compact(params, {"params/net/A:1": np.arange(8) < 3})["params"]["net"]
+    assert small["b"].shape == (3,) and small["b2"].shape == (8,)

@@ -1,5 +1,6 @@
 """The cost polynomial: XLA's own count, exact differences, soft widths, sizes beyond 32 and 53 bits."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -253,3 +254,45 @@ def test_while_loops_are_named():
     graph = jprune.trace(f, params, struct(2, 4))
     assert graph.cost().macs == 2 * 4 * 4
     assert len(graph.loops_counted_once) == 1 and "test_cost.py" in graph.loops_counted_once[0]
+
+
+# -- branches: the dearest one is paid for, at the widths asked about ---------------------------------------------------
+
+
+def two_ways(p, x):
+    return jax.lax.cond(x.sum() > 0, lambda: jnp.tanh(x @ p["a"]) @ p["b"], lambda: jnp.tanh(x @ p["c"]) @ p["d"])
+
+
+WAYS = {"a": normal(0, 3, 10), "b": normal(1, 10, 2), "c": normal(2, 3, 9), "d": normal(3, 9, 2)}
+
+
+@pytest.mark.parametrize(("a", "c"), [(10, 9), (2, 9), (9, 9), (8, 9), (10, 1)])
+def test_a_cond_costs_its_dearest_branch_after_pruning(a, c):
+    x = normal(4, 5, 3)
+    graph = jprune.trace(two_ways, WAYS, x)
+    keep = {"a:1": np.arange(10) < a, "c:1": np.arange(9) < c}
+    cost = graph.cost(keep)
+    assert cost.macs == 5 * (3 + 2) * max(a, c)
+    again = jprune.trace(graph.replay(keep), graph.compact(WAYS, keep), x)
+    assert dataclasses.astuple(again.cost()) == dataclasses.astuple(cost)
+    assert sum(row.macs for row in graph.layer_costs(keep)) == cost.macs
+    soft = jax.jit(lambda w: graph.cost(widths=w).macs)({"a:1": jnp.float32(a), "c:1": jnp.float32(c)})
+    assert float(soft) == cost.macs
+
+
+def test_every_layer_of_a_scan_pays_for_its_own_dearest_branch():
+    layers = {k: jnp.stack([v, v + 1, v - 1]) for k, v in WAYS.items()}
+    layers = {**layers, "b": jnp.ones((3, 10, 3)), "d": jnp.ones((3, 9, 3))}
+
+    def f(p, x):
+        return jax.lax.scan(lambda h, w: (h + two_ways(w, h), None), x, p)[0]
+
+    x = normal(4, 5, 3)
+    graph = jprune.trace(f, layers, x)
+    kept = {"a:2": (10, 2, 5), "c:2": (9, 7, 5)}
+    keep = {g: np.arange(graph.groups[g].size) < np.array(n)[:, None] for g, n in kept.items()}
+    by_hand = sum(5 * (3 + 3) * max(a, c) for a, c in zip(*kept.values(), strict=True))
+    assert graph.cost(keep, stacked="unstack").macs == by_hand
+    again = jprune.trace(graph.replay(keep, stacked="unstack"), graph.compact(layers, keep, stacked="unstack"), x)
+    assert again.cost().macs == by_hand
+    assert graph.cost(keep).macs == 3 * 5 * 6 * 10  # padded to the widest

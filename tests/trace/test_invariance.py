@@ -9,6 +9,7 @@ import pytest
 from laws import check_laws, lively, members, normal, relative, same_numbers, subset
 
 import jprune
+from jprune.trace import taps
 
 X = normal(99, 5, 6)
 TERMS = 6 + 12 + 4 + 5 + 8 + 12 + 10 + 12  # products behind an output of the model below
@@ -311,3 +312,68 @@ def test_what_depends_on_the_traced_batch_is_refused_at_another(name):
     again = jprune.trace(f, PARAMS, x)
     assert partition(again) == partition(graph)
     assert relative(again.dense(PARAMS, x), f(PARAMS, x)) < 1e-6
+
+
+@jax.custom_vjp
+def averaged(x):
+    return x
+
+
+averaged.defvjp(lambda x: (x, None), lambda _, g: (g / g.shape[0],))
+
+
+BAKED = {  # Python made a number, a shape or a choice of the size: nothing in the jaxpr tells it from another
+    "divided by the size": lambda p, x: rows(p, x) / x.shape[0],
+    "mean by hand": lambda p, x: rows(p, x) - rows(p, x).sum(0) / len(x),
+    "table of the size": lambda p, x: rows(p, x) * np.linspace(0, 1, len(x), dtype=np.float32).sum(),
+    "choice": lambda p, x: rows(p, x) if len(x) > 6 else 2 * rows(p, x),
+    "loop": lambda p, x: jax.lax.fori_loop(0, len(x), lambda i, h: h / 2, rows(p, x)),
+    "inside jit": lambda p, x: jax.jit(lambda h: h / h.shape[0])(rows(p, x)),
+    "derivative": lambda p, x: averaged(rows(p, x)),
+}
+
+
+@pytest.mark.parametrize("name", BAKED)
+def test_a_number_made_of_the_batch_s_size_is_refused_at_another(name):
+    """Silently wrong it would be: the batch looks free, for no axis of anything has its size but its own."""
+    f = BAKED[name]
+    graph = jprune.trace(f, PARAMS, X)
+    keep = subset(graph, np.random.default_rng(3))
+    run, small, masked = graph.replay(keep), graph.compact(PARAMS, keep), graph.mask(PARAMS, keep)
+    assert relative(run(small, X), f(masked, X)) < 1e-5
+    assert run.free_dimensions == []
+    with pytest.raises(jprune.TraceError, match=r"axis 0 of input 0(: 7 instead of 5| has size 7).*trace again"):
+        run(small, normal(12, 7, 6))
+    with pytest.raises(jprune.TraceError, match="trace again"):
+        graph.calibrate(PARAMS, [X, normal(12, 7, 6)], {"m": taps.absolute_maximum()})
+
+
+def test_the_refusal_names_the_line_where_the_number_is_used():
+    graph = jprune.trace(BAKED["divided by the size"], PARAMS, X)
+    with pytest.raises(jprune.TraceError, match=r"the number 5\.0 becomes 7\.0 in div at .*test_invariance\.py:\d+"):
+        graph.dense(PARAMS, normal(12, 7, 6))
+
+
+def test_folded_constants_follow_the_batch_or_refuse_it():
+    """A causal mask is the same for every row of a batch, a table of positions along the batch is not."""
+
+    def masked_scores(p, x):
+        h = jnp.tanh(x @ p["embed"])
+        a = jnp.einsum("btd,bsd->bts", h, h)
+        return jnp.where(jnp.tril(jnp.ones(a.shape[-2:], bool)), a, 0.0)
+
+    def numbered(p, x):
+        return masked_scores(p, x) + jnp.arange(x.shape[0], dtype=jnp.float32)[:, None, None]
+
+    params, x = {"embed": PARAMS["embed"]}, normal(14, 3, 5, 6)
+    graph = jprune.trace(masked_scores, params, x, fold_constants=True)
+    keep = subset(graph, np.random.default_rng(3))
+    run, small, masked = graph.replay(keep), graph.compact(params, keep), graph.mask(params, keep)
+    assert run.free_dimensions == [("0", 0)]
+    for batch in (3, 7, 1):
+        x = normal(15, batch, 5, 6)
+        assert relative(run(small, x), masked_scores(masked, x)) < 1e-5
+    graph = jprune.trace(numbered, params, normal(14, 3, 5, 6), fold_constants=True)
+    assert graph.replay().free_dimensions == []
+    with pytest.raises(jprune.TraceError, match="trace again"):
+        graph.dense(params, normal(15, 7, 5, 6))

@@ -434,3 +434,48 @@ def test_constants_that_differ_by_layer_follow_their_layers(mode):
     keep = choice((20, 20, 7), (5, 5, 5))
     want = per_layer_constant(graph.mask(SCAN, keep), TOKENS)
     assert relative(pruned(graph, SCAN, keep, mode), want) < 1e-5
+
+
+# -- layers that are no longer in their order ---------------------------------------------------------------------------
+
+
+def emitted(p, x):
+    return jax.lax.scan(lambda h, w: (h, jnp.tanh(h @ w)), x, p["a"])[1]
+
+
+def consumed(p, x, skips):
+    return jax.lax.scan(lambda h, s: (h + s[0] @ s[1], None), x, (skips, p["b"]))[0]
+
+
+REORDERED = {  # what an encoder's scan emits, before a decoder's scan reads it
+    "reversed": lambda p, x: consumed(p, x, emitted(p, x)[::-1]),
+    "summed up": lambda p, x: consumed(p, x, jnp.cumsum(emitted(p, x), 0)),
+    "sorted": lambda p, x: consumed(p, x, jnp.sort(emitted(p, x), 0)),
+    "rolled": lambda p, x: consumed(p, x, jnp.roll(emitted(p, x), 1, 0)),
+    "permuted": lambda p, x: consumed(p, x, emitted(p, x)[np.array([2, 0, 1])]),
+    "weights reversed": lambda p, x: consumed({"b": p["b"][::-1]}, x, emitted(p, x)),
+}
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_layers_out_of_order_keep_the_same_units(name):
+    """One keep set for all layers: the third layer of the one scan is not the third of the other."""
+    f = REORDERED[name]
+    params, x = {"a": normal(0, 3, 4, 6), "b": normal(1, 3, 6, 4)}, normal(2, 5, 4)
+    graph = jprune.trace(f, params, x)
+    assert all(g.layers is None for g in graph.groups.values())
+    for gid, info in graph.groups.items():
+        if info.exact:
+            assert graph.verify(params, {gid: np.arange(info.size) % 2 == 0}, x) < 1e-5
+
+
+def test_layers_in_order_may_keep_different_units():
+    def f(p, x):
+        return consumed(p, x, 2 * emitted(p, x))
+
+    params, x = {"a": normal(0, 3, 4, 6), "b": normal(1, 3, 6, 4)}, normal(2, 5, 4)
+    graph = jprune.trace(f, params, x)
+    (gid,) = graph.groups
+    assert graph.groups[gid].layers == 3
+    keep = {gid: np.array([[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 1]], bool)}
+    assert graph.verify(params, keep, x) < 1e-5

@@ -309,18 +309,7 @@ def _eval_while(ev: Evaluator, eqn: Eqn, args: list[Any], path: Path) -> list[An
 
 
 def _cond(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
-    results, work = [], []
-    path = a.path
-    for i, branch in enumerate(eqn.params["branches"]):
-        results.append(a.run_closed(branch, vals[1:], f"branch{i}"))
-        below = [k for k in a.macs if k[: len(path) + 1] == (*path, f"branch{i}")]
-        work.append((sum(a.macs[k].coefficient * T.size(sum(a.macs[k].factors, ())) for k in below), below))
-    # only one branch runs: the most expensive one is what has to be paid for
-    dearest = max(range(len(work)), key=lambda i: work[i][0])
-    for i, (_, below) in enumerate(work):
-        if i != dearest:
-            for k in below:
-                del a.macs[k]
+    results = [a.run_closed(branch, vals[1:], f"branch{i}") for i, branch in enumerate(eqn.params["branches"])]
     outs = []
     for k, first in enumerate(results[0]):
         others = [r[k] for r in results[1:]]
