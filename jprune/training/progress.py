@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias, TypeVar
 
 from rich import progress as rich_progress
 from rich.console import Console
 
 Update: TypeAlias = Callable[[int, str], None]
+
+T = TypeVar("T")
 
 EVERY = 5.0  # seconds between two lines of a log
 
@@ -45,6 +48,23 @@ class Lines(rich_progress.Progress):
         if self._announce and self.tasks[-1].visible:
             self._say(description)
         return task
+
+    def track(
+        self,
+        sequence: Iterable[T],
+        total: float | None = None,
+        completed: int = 0,
+        task_id: rich_progress.TaskID | None = None,
+        description: str = "Working...",
+        update_period: float = 0.1,
+    ) -> Iterator[T]:
+        """As rich's, whose own counts in a thread that ends where there is no live display."""
+        del update_period
+        total = total if total is not None else operator.length_hint(sequence) or None
+        task = self.add_task(description, total=total, completed=completed) if task_id is None else task_id
+        for value in sequence:
+            yield value
+            self.advance(task)
 
     def _write_lines(self) -> None:
         while not self._over.wait(self._every):

@@ -165,6 +165,15 @@ def test_a_log_gets_lines_while_the_work_goes_on():
     assert log.getvalue() == end
 
 
+def test_what_is_tracked_counts_without_a_display():
+    log = Seen()
+    with Lines(Console(file=log), every=0.02) as progress:
+        for value in progress.track([1, 2, 3], description="calibrating"):
+            time.sleep(0.2)  # longer than rich's own thread lives
+            assert progress.tasks[0].completed == value - 1
+        assert progress.finished and "calibrating: 2 of 3" in log.getvalue()
+
+
 def test_terminals_get_bars_and_the_quiet_nothing():
     assert isinstance(display(True, Console(file=io.StringIO())), Lines)
     assert not isinstance(display(True, Console(file=io.StringIO(), force_terminal=True)), Lines)
