@@ -222,6 +222,16 @@ def test_haiku():
     keep = {group: np.arange(8) < 5}
     small = graph.compact(variables, keep)
     assert relative(f(small, ROWS, width=5), graph.replay(keep)(small, ROWS)) < 1e-6
+    # so the same net of width 5 trains on what was compacted from the trace of its evaluation
+    out, after = module.apply(small["params"], small["state"], ROWS, True, 5)
+    assert out.shape == (len(ROWS), 4) and jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, small["state"])
+
+    def training(v, x):
+        return module.apply(v["params"], v["state"], x, True)
+
+    trained = jprune.trace(lambda v, x: dict(zip(("y", "state"), training(v, x), strict=True)), variables, ROWS)
+    assert members(trained, group) == members(graph, group)  # there `average` is written and `hidden` is read
+    assert jax.tree.map(jnp.shape, trained.compact(variables, keep)) == jax.tree.map(jnp.shape, small)
 
 
 def test_plain_functions_over_any_pytree():
