@@ -16,6 +16,7 @@ from jprune.channels.lapp import LappConfig
 from jprune.channels.lapp_network import init, prepare, slice_lapp
 from jprune.data import steps_per_epoch
 from jprune.graph import Graph, trace
+from jprune.json_files import Fields
 from jprune.models import build
 from jprune.pipeline.outcome import Outcome
 from jprune.report import plots
@@ -76,13 +77,22 @@ def small_model(run: Run, graph: Graph, variables: Any, dense: Any, progress: Pr
 
 def load(metadata: Mapping[str, Any]) -> Forward:
     """The small network of a finished run, from what its checkpoint says; its variables lie beside it."""
-    saved = metadata["lapp"]
-    settings: dict[str, Any] = {**saved["config"], "only": tuple(saved["config"]["only"])}
-    config = LappConfig(**settings)
-    model = build(metadata["model"], metadata["num_classes"])
-    x = jax.ShapeDtypeStruct((saved["batch"], *metadata["image_shape"]), jnp.float32)
+    f = Fields(metadata)
+    saved = f.fields("lapp")
+    settings, kept = saved.fields("config"), saved.fields("keep")
+    if odd := set(settings) ^ {field.name for field in dataclasses.fields(LappConfig)}:
+        raise ValueError(f"{settings.name} has or lacks {min(odd)!r}: another version of jprune wrote it")
+    config = LappConfig(**{**settings, "only": settings.texts("only")})
+    model = build(f.text("model"), f.integer("num_classes", least=1))
+    shape = (saved.integer("batch", least=1), *f.integers("image_shape", count=3, least=1))
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     net = prepare(model, variables, x, config)
-    keep = {layer: np.isin(np.arange(net.layers[layer].size), kept) for layer, kept in saved["keep"].items()}
+    if odd := set(kept) - set(net.layers):
+        raise ValueError(f"{kept.name} has the layer {min(odd)!r}, which {f['model']} has not")
+    keep = {}
+    for layer in kept:
+        size = net.layers[layer].size
+        keep[layer] = np.isin(np.arange(size), kept.integers(layer, most=size - 1))
     whole = jax.eval_shape(lambda v: init(jax.random.key(0), net, v), variables)
     return slice_lapp(net, whole, keep).forward

@@ -11,7 +11,6 @@ report.html, widths.png
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,13 @@ from jprune.models.layouts import LINEN, kept_of_plan
 from jprune.models.llama import Llama
 from jprune.models.llama_config import LlamaConfig
 from jprune.models.llama_placement import placement
+from jprune.pipeline.decision_files import load_decision, save_decision
 from jprune.pipeline.language_methods import Found, LanguageMethod, language_method
 from jprune.pipeline.language_options import LanguageOptions, Texts, load_texts
 from jprune.pipeline.workspace import Workspace
 from jprune.report import measure, page, plots
 from jprune.training.progress import display
-from jprune.whole_files import whole_folder, write_json
+from jprune.whole_files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,28 +150,13 @@ class LanguageRun(Workspace):
         folder = self.folder("decision")
         if self.method.trains:  # its training is what can be gone on with
             return self.method.find(self, graph, progress)
-        if (folder / "notes.json").is_file():
-            said = json.loads((folder / "notes.json").read_text())
-            with np.load(folder / "keep.npz") as arrays:
-                keep = {g: arrays[str(k)] for k, g in enumerate(said["groups"])}
-            return Found(keep, self.params, said["notes"], said["ranks"] and tuple(said["ranks"]),
-                         warnings=tuple(said.get("warnings", ())))  # fmt: skip
+        made = load_decision(folder, {name: group.shape for name, group in graph.groups.items()})
+        if made is not None:
+            keep, notes, ranks, warnings = made
+            return Found(keep, self.params, notes, ranks, warnings=warnings)
         found = self.method.find(self, graph, progress)
-        if found.params is not self.params:  # it made weights too, of which nothing is kept: it is found again
-            return found
-        with whole_folder(folder, overwrite=True) as unfinished:
-            np.savez(
-                unfinished / "keep.npz", allow_pickle=False, **{str(k): v for k, v in enumerate(found.keep.values())}
-            )
-            write_json(
-                unfinished / "notes.json",
-                {
-                    "groups": list(found.keep),
-                    "notes": dict(found.notes),
-                    "ranks": found.ranks,
-                    "warnings": list(found.warnings),
-                },
-            )
+        if found.params is self.params:  # else it made weights too, of which nothing is kept: it is found again
+            save_decision(folder, found.keep, found.notes, found.ranks, found.warnings)
         return found
 
     def _recover(self, module: Llama, small: Any, found: Found, progress: Progress) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jprune import checkpoint
+from jprune.json_files import Fields, said_of
 from jprune.models import build, rebuild
 from jprune.surgery.plan import Plan
 
@@ -20,13 +21,19 @@ def load_pruned(folder: str | Path) -> tuple[Any, Any, dict[str, Any]]:
       ValueError: the folder holds no finished run, or a damaged one.
     """
     variables, metadata = checkpoint.load(Path(folder) / "checkpoint")
+    with said_of(Path(folder) / "checkpoint" / "metadata.json"):
+        return _rebuilt(folder, variables, metadata)
+
+
+def _rebuilt(folder: str | Path, variables: Any, metadata: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     if not {"model", "num_classes"} <= metadata.keys():
         raise ValueError(f"{folder} holds a checkpoint that no pruning run wrote: load it with jprune.checkpoint.load")
     if "lapp" in metadata:
         from jprune.pipeline.gradual import load
 
         return load(metadata), variables, metadata
-    return rebuild(build(metadata["model"], metadata["num_classes"]), variables), variables, metadata
+    f = Fields(metadata)
+    return rebuild(build(f.text("model"), f.integer("num_classes", least=1)), variables), variables, metadata
 
 
 def load_plan(folder: str | Path) -> Plan:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from jprune.json_files import read_json
 from jprune.pipeline.lock import FolderLock
 from jprune.training.progress import display
 from jprune.whole_files import write_json
@@ -68,10 +69,7 @@ class Workspace:
             return
         if not resume:
             raise ValueError(f"{self.out} already holds a run: give --resume to go on with it, or another --out")
-        try:
-            theirs = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged ({error}): choose another --out") from error
+        theirs = read_json(file, "choose another --out")
         for k in mine:
             if theirs.get(k) != mine[k]:
                 raise ValueError(
