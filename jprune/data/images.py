@@ -166,16 +166,21 @@ class ImageFolder:
         return {**batch, "label": self.labels[indices]} if self.labelled else batch
 
     def _decode(self, file: Path, rng: np.random.Generator | None) -> UInt8[np.ndarray, "s s 3"]:
-        try:
-            with Image.open(file) as opened:
-                image = opened.convert("RGB")
-        except OSError as error:  # Pillow's for everything from a missing file to a torn one
-            raise ValueError(f"cannot decode {file} ({error}): replace or remove it") from error
+        image = read_image(file)
         if rng is None:
             return centre(image, self.size, self.resize, self.interpolation, self.squash)
         window = random_window(rng, *image.size)
         small = np.asarray(image.resize((self.size, self.size), FILTERS[self.interpolation], box=window))
         return small[:, ::-1] if rng.random() < 0.5 else small
+
+
+def read_image(file: str | Path) -> Image.Image:
+    """The picture of a file, in RGB; raises ValueError if there is none, or it is torn or too large to be one."""
+    try:
+        with Image.open(file) as opened:
+            return opened.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise a dozen unrelated types for damaged files
+        raise ValueError(f"cannot decode {file} ({error}): replace or remove it") from error
 
 
 def load_image_folder(folder: str | Path, size: int = 224, resize: int = 256) -> Dataset:

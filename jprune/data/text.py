@@ -7,7 +7,6 @@ evaluation = windows(stream, t=1024)                       # one after the other
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Int32, Integer
+
+from jprune.json_files import parse_json
 
 Chat: TypeAlias = Callable[[Sequence[Mapping[str, str]]], str]  # messages of a chat -> one text
 
@@ -67,7 +68,7 @@ def _one_file(file: Path, field: str | None, separator: str, chat: Chat) -> str:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError as error:
             raise ValueError(
                 f"line {number} of {file} is not JSON ({error}): write one object or string a line"

@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 from rich.progress import Progress
 
 from jprune.checkpoint.llava import load_llava
+from jprune.data.images import read_image
 from jprune.models.llava_answer import VisualPruning, answer, read_prompt
 from jprune.pipeline.lock import FolderLock
 from jprune.report import measure
@@ -74,11 +74,7 @@ def chat(options: ChatOptions, out: Path, rounds: int = 5, quiet: bool = False) 
 
 
 def _chat(o: ChatOptions, out: Path, rounds: int, progress: Progress) -> dict[str, Any]:
-    try:
-        with Image.open(o.image) as opened:
-            picture = opened.convert("RGB")
-    except OSError as error:  # Pillow's for everything from a missing file to a torn one
-        raise ValueError(f"cannot decode {o.image} ({error}): give a picture's file") from error
+    picture = read_image(o.image)
     task = progress.add_task("loading", total=1)
     module, variables, processor = load_llava(o.model, vision=o.vision, dtype=o.dtype)
     progress.update(task, advance=1)

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from rich.progress import Progress
 
+from jprune.json_files import Fields, parse_json, said_of
 from jprune.tokens.flops import Dims, count_flops
 from jprune.tokens.reducer import Seen, TokenReducer, Tokens
 from jprune.tokens.schedules import check_fraction, fitted, share
@@ -156,8 +157,8 @@ class _Log:
             found: list[dict[str, Any]] = []
             for line in self.path.read_text().splitlines():
                 try:
-                    found.append(json.loads(line))
-                except json.JSONDecodeError:  # cut off while it was written
+                    found.append(parse_json(line))
+                except ValueError:  # cut off while it was written
                     break
             if found and found[0] != json.loads(json.dumps(lines[0])):
                 raise ValueError(
@@ -165,7 +166,12 @@ class _Log:
                     "give another file, or remove it"
                 )
             lines = found or lines
-        self.scores = {(e["stage"], e["trial"]): e["score"] for e in lines[1:]}
+        with said_of(self.path):
+            entries = [Fields(e, f"line {i}") for i, e in enumerate(lines[1:], 2)]
+            for e in entries:
+                if not isinstance(e.get("score"), float | int):  # NaN is one that a model may have
+                    raise ValueError(f"{e.name} has no score: remove the line")
+                self.scores[e.text("stage"), e.integer("trial")] = float(e["score"])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(e) + "\n" for e in lines))
 

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jprune.json_files import Fields, parse_json
+
 
 class Averages:
     """Means over the steps of an epoch; `sums` goes into checkpoints, so that a resumed epoch has the same means."""
@@ -66,9 +68,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            if not {"step", "kind"} <= set(record):
-                raise ValueError("no step or kind")
+            record = parse_json(line)
+            fields = Fields(record)
+            fields.integer("step"), fields.text("kind")
         except ValueError as error:
             if number == len(lines):
                 break

@@ -10,6 +10,7 @@ import pytest
 import test_vision as vision
 from decoders import tiny, weights
 from hostile import check, cut, damaged_json, damaged_safetensors, flipped, odd_number
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from test_huggingface import tensors, write
 
@@ -20,6 +21,9 @@ from jprune.checkpoint import load, load_hf, load_safetensors, load_tokenizer, s
 from jprune.checkpoint.huggingface import read_config
 from jprune.checkpoint.llava import load_llava
 from jprune.checkpoint.vision import load_vision
+from jprune.data.cifar import read_records
+from jprune.data.images import read_image
+from jprune.data.text import read_text
 from jprune.language.adapters import load_peft, save_peft
 from jprune.language.lora import LoraConfig, init
 from jprune.models.llama import Llama
@@ -175,6 +179,26 @@ def test_arrays(tmp_path):
         lambda: load_safetensors(file),
         lambda found: differs(found[0], whole),
     )
+
+
+def test_pictures_and_records(tmp_path):
+    rng = np.random.default_rng(0)
+    for ending in ("png", "jpg", "bmp", "webp"):
+        file = tmp_path / f"p.{ending}"
+        Image.fromarray(rng.integers(0, 256, (9, 7, 3), np.uint8)).save(file)
+        data = file.read_bytes()
+        # a picture has no digest: changed bytes may be other colours, and are a picture all the same
+        check(file, [*cut(data), *flipped(data, 40)], lambda file=file: read_image(file), lambda found: None)
+    labels, pixels = rng.integers(0, 10, (3, 1), np.uint8), rng.integers(0, 256, (3, 3072), np.uint8)
+    file = tmp_path / "data_batch_1.bin"
+    file.write_bytes(np.concatenate([labels, pixels], axis=1).tobytes())
+    data = file.read_bytes()
+    assert (
+        check(file, cut(data), lambda: read_records(file, 10), lambda found: None if len(found[0]) < 3 else "all") > 5
+    )
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "a word"}')
+    assert check(file, damaged_json(file.read_text()), lambda: read_text(file), lambda text: None) > 10
 
 
 def test_tokenizers(tmp_path):
