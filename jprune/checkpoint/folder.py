@@ -83,6 +83,8 @@ def load(folder: str | Path, *, like: Any = None, sharding: Placement | None = N
 
     def target(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         name = path_str(path)
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise ValueError(f"{damaged} (leaf {name!r} is no array there)")
         found = (tuple(leaf.shape), str(leaf.dtype))
         if recorded.get(name) != found:
             raise ValueError(f"{damaged} (leaf {name!r} is {found}, metadata.json says {recorded.get(name)})")

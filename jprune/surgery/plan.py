@@ -117,6 +117,8 @@ def _check(plan: Plan, leaves: Fields) -> None:
         shape, rank = f.integers("shape", least=1), len(f["shape"])
         layer = f.integer("layer_axis", None, most=rank - 1)
         axes, made = f.fields("axes"), f.fields("made_of")
+        if "layer_axis" not in f:
+            raise ValueError(f"leaf {path!r} has no layer_axis")
         if set(axes) != set(made) or not set(axes) <= set(map(str, range(rank))) - {str(layer)}:
             raise ValueError(f"leaf {path!r} of shape {list(shape)} is cut along the axes {sorted(axes)}")
         layouts: list[Layout] = [()] * rank

@@ -152,8 +152,14 @@ def test_plans_and_latency_tables(tmp_path, every):
     plan.save(file)
     p = {k: np.arange(x.size, dtype=np.float32).reshape(x.shape) for k, x in p.items()}
     whole = plan.apply(p)
-    sound = lambda found: differs(found, whole)  # noqa: E731
-    assert check(file, damaged_json(file.read_text(), every), lambda: Plan.load(file).apply(p), sound) > 10
+
+    def sound(found):
+        try:
+            return differs(found.apply(p), whole)
+        except jprune.KeepError:  # a plan for other shapes; the leaf is named
+            return None
+
+    assert check(file, damaged_json(file.read_text(), every), lambda: Plan.load(file), sound) > 10
     file = tmp_path / "table.json"
     measure_latency(graph, lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], (p, jnp.ones((2, 3))), (0.5, 1.0),
                     timer=lambda *_: 1.0, progress=False).save(file)  # fmt: skip
