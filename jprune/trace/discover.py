@@ -267,7 +267,7 @@ def _finish(
             for i, lay in enumerate(layouts)
             if len(lay) == 1 and isinstance(lay[0], Fixed) and lay[0].symbol and lay[0].symbol.startswith("@scan")
         ]
-        frozen = tuple(next((atom.reason for atom in T.atoms(t) if atom.reason is not None), None) for t in v.tags)
+        frozen = tuple(_why(t, n) for t, n in zip(v.tags, x.shape, strict=True))
         if not leaf_used[path] and path not in written and path not in mirrors:
             frozen = tuple(Frozen("UNUSED", "no output depends on this leaf") for _ in v.tags)
             layouts = tuple((Fixed(n),) for n in x.shape)
@@ -319,6 +319,12 @@ def _finish(
 
 def _under_params(path: str) -> bool:
     return path.startswith("params/")
+
+
+def _why(tag: T.Tag, n: int) -> Frozen | None:
+    """Why an axis, or part of it, is unprunable; single positions laid together have no atom that says it."""
+    single = Frozen(T.SINGLE_INDEX) if n > 1 and not any(T.atoms(tag)) else None
+    return next((atom.reason for atom in T.atoms(tag) if atom.reason is not None), single)
 
 
 PREFERENCE = ["out", "lookup", "scale", "shift", "other", "in"]

@@ -466,7 +466,8 @@ def tie(a: Tag, b: Tag, index: np.ndarray) -> None:
     """
     live: list[Atom] = []
     (left, left_unit), (right, right_unit) = _owners(a, live), _owners(b, live)
-    reason = next((x.reason for t in (a, b) for x in atoms(t) if x.reason is not None), None)
+    single = Frozen(SINGLE_INDEX)  # a position that no atom stands for: padding, or a unit that was taken out
+    reason = next((x.reason for t in (a, b) for x in atoms(t) if x.reason is not None), single)
     starts = np.cumsum([0, *(x.n for x in live)])
     total = int(starts[-1])
     node = [np.where(o >= 0, starts[o] + u, total) for o, u in ((left, left_unit), (right, right_unit))]

@@ -222,6 +222,20 @@ def test_slices_of_an_axis_in_another_order():
     check_values(g, params, (X,))
 
 
+def test_a_position_that_nobody_owns_stays_with_those_it_meets():
+    """The padded column 7 is added to 1, 4 and 0, in turn: none of them can be removed alone."""
+    params = {"a": A, "b": B}
+    order = np.array([1, 4, 3, 2, 7, 6, 5, 0])
+
+    def f(p, x):
+        h = jnp.pad(jnp.tanh(x @ p["a"])[:, 1:], ((0, 0), (0, 1)))
+        return (h + h[:, order]) @ p["b"]
+
+    graph = check_values(f, params, (X,))
+    owned = sorted(tuple(u) for g in graph.groups for u in positions(graph, g, "a"))
+    assert owned == [(0,), (3, 4), (6, 7)] and graph.leaves["a"].frozen[1].code == "SINGLE_INDEX"
+
+
 def test_an_order_is_kept_by_flattening_and_by_concatenation():
     params = {"a": normal(0, 6, 4, 2), "b": normal(1, 8, 3), "c": normal(2, 12, 3)}
 

@@ -154,7 +154,7 @@ def test_a_window_of_padding_alone_is_not_zero():
     def f(p, x):
         h = jnp.einsum("be,etc->btc", x, p["a"])
         h = lax.reduce_window(h, -jnp.inf, lax.max, (1, 2, 1), (1, 1, 1), ((0, 0), (3, 0), (0, 0)))
-        return jnp.exp(-h.clip(-5, None)).sum((1, 2)) * 0 + jnp.maximum(h, -5.0).sum((1, 2))
+        return jnp.maximum(h, -5.0).sum((1, 2))
 
     graph = jprune.trace(f, CUBE, X)
     assert not next(i for g, i in graph.groups.items() if ("a", 2) in members(graph, g)).exact

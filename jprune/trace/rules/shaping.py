@@ -240,8 +240,12 @@ def _slice_strided(eqn: Eqn, args: list[Any], s: Any) -> list[Any] | None:
         at = p["start_indices"][i] + p["strides"][i] * s.out_kept(0, i)
         at = np.searchsorted(s.kept(0, i), at)
         step = int(at[1] - at[0]) if len(at) > 1 else 1
-        if len(at) and (np.diff(at) == step).all():
-            x = lax.slice_in_dim(x, int(at[0]), int(at[-1]) + 1, step, i)
+        if (np.diff(at) == step).all():
+            x = (
+                lax.slice_in_dim(x, int(at[0]), int(at[-1]) + 1, step, i)
+                if len(at)
+                else lax.slice_in_dim(x, 0, 0, 1, i)
+            )
         else:
             x = jnp.take(x, at, axis=i, mode="clip")
     return [x]
