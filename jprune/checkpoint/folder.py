@@ -37,7 +37,7 @@ def save(
     an array that each process has for itself, the first process writes its own.
 
     Raises ValueError if the folder exists and `overwrite` is False, or if a leaf or the metadata cannot be stored, and
-    RuntimeError in every process if another one failed.
+    OSError in every process if another one failed.
     """
     folder = Path(folder).absolute()
     if jax.process_count() == 1 and folder.exists() and not overwrite:  # else the first process alone looks

@@ -26,7 +26,7 @@ def shared_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> It
 
     Raises:
       ValueError: the folder exists and `overwrite` is False.
-      RuntimeError: another process failed, or did not come within SECONDS.
+      OSError: another process failed, or did not come within SECONDS.
     """
     with contextlib.ExitStack() as stack:
         if jax.process_count() == 1:
@@ -53,7 +53,7 @@ def _step() -> Iterator[list[str]]:
     """What is done inside is done when all processes have done it. The list: what the first process puts into it, for all.
 
     Raises:
-      RuntimeError: another process raised an error inside, or did not come within SECONDS.
+      OSError: another process raised an error inside, or did not come within SECONDS.
     """
     client, me, key = multihost.get_jax_distributed_client(), jax.process_index(), f"jprune/step/{next(_steps)}"
     told: list[str] = []
@@ -67,8 +67,8 @@ def _step() -> Iterator[list[str]]:
         try:
             said = client.blocking_key_value_get(f"{key}/{process}", 1000 * SECONDS)
         except Exception as error:  # the client's own type, for a time that is over and for a connection that is gone
-            raise RuntimeError(f"process {process} did not come within {SECONDS} seconds ({error})") from error
+            raise OSError(f"process {process} did not come within {SECONDS} seconds ({error})") from error
         if said.startswith("-"):
-            raise RuntimeError(f"process {process} failed: {said[2:]}")
+            raise OSError(f"process {process} failed: {said[2:]}")
         if process == 0:
             told[:] = [said[2:]]

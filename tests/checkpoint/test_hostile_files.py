@@ -24,6 +24,7 @@ from jprune.checkpoint.vision import load_vision
 from jprune.data.cifar import read_records
 from jprune.data.images import read_image
 from jprune.data.text import read_text
+from jprune.json_files import parse_json
 from jprune.language.adapters import load_peft, save_peft
 from jprune.language.lora import LoraConfig, init
 from jprune.models.llama import Llama
@@ -214,6 +215,38 @@ def test_tokenizers(tmp_path):
     words.save(str(file))
     sound = lambda found: None if found.encode("a").ids in ([0], [2]) else "another tokenizer"  # noqa: E731
     assert check(file, damaged_json(file.read_text(), 3), lambda: load_tokenizer(tmp_path), sound) > 10
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' twice"),
+        ("[" * 66 + "]" * 66, "nested more than 64 deep"),
+        ("[" * 10**6, "nested more than 64 deep"),
+        (b'{"a": "\xff"}', "utf-8"),
+        ('{"a": ' + "9" * 5000 + "}", "digits"),
+        ("", "Expecting value"),
+    ],
+)
+def test_json_that_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_json(text)
+    assert parse_json("[" * 64 + "1" + "]" * 64) and parse_json('{"a": {"b": 1}, "b": 2}') == {"a": {"b": 1}, "b": 2}
+
+
+def test_a_tensor_that_a_header_names_twice_is_refused(tmp_path):
+    folder = write(tmp_path / "m")
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length]
+    twice = header.replace(b"layers.0.mlp.up_proj", b"layers.0.mlp.gate_proj")  # two tensors of one shape, one name
+    file.write_bytes(len(twice).to_bytes(8, "little") + twice + data[8 + length :])
+    for read in (lambda: load_hf(folder), lambda: load_safetensors(file)):
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors .*the key 'model.layers.0.mlp.gate_proj.weight' twice"
+        ):
+            read()
 
 
 def test_a_tensor_in_two_shards_and_too_many_layers_are_refused_at_once(tmp_path):

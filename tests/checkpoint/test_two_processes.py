@@ -23,7 +23,7 @@ def test_two_processes_write_read_replace_and_fail_together(tmp_path):
         for rank in (0, 1)
     ]  # fmt: skip
     try:
-        said = [p.communicate(timeout=300)[0] for p in started]
+        said = [p.communicate(timeout=150)[0] for p in started]
     finally:
         for p in started:
             p.kill()

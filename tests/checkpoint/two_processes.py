@@ -53,7 +53,7 @@ def refused(kind, message, **more):
 
 save(folder, tree(1), {"k": 1})
 check(1)
-refused(RuntimeError if rank else ValueError, "overwrite=True")  # the first process looks, the other hears of it
+refused(OSError if rank else ValueError, "overwrite=True")  # the first process looks, the other hears of it
 save(folder, tree(2), {"k": 2}, overwrite=True)
 check(2)
 
@@ -84,7 +84,7 @@ else:
         save = lambda self, *args: None  # noqa: E731
 
     own, module.ocp.StandardCheckpointer = module.ocp.StandardCheckpointer, Nothing
-    refused(RuntimeError, "process 1 failed: OSError: [Errno 28] No space left", overwrite=True)
+    refused(OSError, "process 1 failed: OSError: [Errno 28] No space left", overwrite=True)
     module.ocp.StandardCheckpointer = own
 check(2)
 save(folder, {"a": jnp.ones(2)}, {"k": 3}, overwrite=True)  # an array that each process has on its own device
