@@ -174,17 +174,17 @@ def _settle_outputs(walk: _Walk, out_shape: Any, output_free: Sequence[tuple[str
     return {str(own.leaf) for own in owns if own is not None}
 
 
-def _settle_unread(walk: _Walk, written: set[str], is_param: Callable[[str], bool]) -> dict[str, str]:
+def _settle_unread(walk: _Walk, written: set[str], is_param: Callable[[str], bool] | None) -> dict[str, str]:
     """{leaf that the function neither reads nor writes: the leaf it is cut along with}, their axes tied.
 
-    A parameter that is not read has no neighbours to go by; in a tree without collections nothing tells it from state.
+    A parameter that is not read has nothing to go by; in a tree without collections nothing tells it from state.
     """
     known = [v for v, u in zip(walk.leaves, walk.used, strict=False) if u or v.leaf in written]
     found = {}
     for v, u in zip(walk.leaves, walk.used, strict=False):
-        if u or v.leaf in written:
+        if u or v.leaf in written or (is_param is not None and is_param(str(v.leaf))):
             continue
-        mirror = mirrored_leaf(v, known, is_param(str(v.leaf)))
+        mirror = mirrored_leaf(v, known, is_param is not None)
         if mirror is not None:
             found[str(v.leaf)] = str(mirror.leaf)
             for t, own in zip(v.tags, mirror.tags, strict=True):
@@ -205,7 +205,7 @@ def _finish(
     a, leaf_vals, used = walk.analysis, walk.leaves, walk.used
     if is_param is None and any(p.startswith("params/") for p, _ in flat):
         is_param = _under_params
-    mirrors = _settle_unread(walk, written, is_param or (lambda p: False))
+    mirrors = _settle_unread(walk, written, is_param)
     is_param = is_param or (lambda p: True)
     leaf_used = {v.leaf: u for v, u in zip(leaf_vals, used, strict=False)}
     # live atoms in the order the leaves present them

@@ -26,12 +26,22 @@ States = dict[str, Any]
 Observer = Callable[[Path, Eqn, list[Any], list[Any], States], "list[Any] | None"]
 
 
+@jax.tree_util.register_pytree_node_class
 class Segments:
     """A value whose layers (along one axis) come in runs of different widths."""
 
     def __init__(self, symbol: str, parts: Sequence[Any]):
         self.symbol = symbol
         self.parts = list(parts)
+
+    def tree_flatten(self) -> tuple[list[Any], str]:
+        """The runs, so that calls, branches and loops can be given such a value."""
+        return self.parts, self.symbol
+
+    @classmethod
+    def tree_unflatten(cls, symbol: str, parts: Sequence[Any]) -> Segments:
+        """From the runs."""
+        return cls(symbol, parts)
 
 
 class Sizes:
@@ -222,7 +232,8 @@ class Evaluator:
     def _eval(self, eqn: Eqn, args: list[Any], path: Path) -> list[Any]:
         rule = self.rules.get(eqn.primitive.name)
         if rule is not None and rule.evaluate is not None:
-            if any(isinstance(x, Segments) for x in args) and path not in self.scan_symbols:
+            cut = {x.symbol for x in args if isinstance(x, Segments)}
+            if cut and not cut & {s for p, s in self.scan_symbols.items() if p[: len(path)] == path}:
                 return self._per_segment(eqn, args, path)
             return rule.evaluate(self, eqn, args, path)
         if any(isinstance(x, Segments) for x in args):

@@ -7,7 +7,7 @@ sizes, and both jaxprs are compared equation by equation: what replay would make
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,33 +29,47 @@ def difference(first: Analysis, second: Analysis, layouts: Layouts, symbols: Map
       layouts: axis layouts of operands and results of the first, by call path.
       symbols: the new sizes.
     """
+    needed: dict[tuple[Path, int], None] = {}  # folded constants that meet values which are not
     for path, (jaxpr, consts) in first.bodies.items():
         if path not in second.bodies:
             return f"the call {'/'.join(map(str, path))} is made at one of the sizes only"
         other, other_consts = second.bodies[path]
-        if len(jaxpr.eqns) != len(other.eqns):
+        if any(
+            len(a) != len(b)
+            for a, b in ((jaxpr.eqns, other.eqns), (jaxpr.outvars, other.outvars), (consts, other_consts))
+        ):
             return "more or fewer operations are made"
         known = [dict(zip((*j.constvars, *j.invars), range(len(j.invars) + len(j.constvars)))) for j in (jaxpr, other)]
         for a, b in zip(consts, other_consts, strict=True):
             if not _same(a, b):
                 return f"a constant array of shape {np.shape(a)} is another, of shape {np.shape(b)}"
         for i, (eqn, new) in enumerate(zip(jaxpr.eqns, other.eqns, strict=True)):
-            found = _equation((*path, i), eqn, new, known, first, layouts, symbols)
-            if found is not None:
-                where = user_line(eqn)
-                return f"{found} at {where}" if where else found
+            if (*path, i) not in first.folded:
+                found = _equation((*path, i), eqn, new, known, first, layouts, symbols)
+                if found is not None:
+                    where = user_line(eqn)
+                    return f"{found} at {where}" if where else found
+                needed |= dict.fromkeys(_folded_operands(eqn.invars, path, known[0], first))
             for seen, e in zip(known, (eqn, new), strict=True):
                 seen.update({v: (i, k) for k, v in enumerate(e.outvars)})
-        if [_operand(v, known[0]) for v in jaxpr.outvars] != [_operand(v, known[1]) for v in other.outvars]:
+        needed |= dict.fromkeys(_folded_operands(jaxpr.outvars, path, known[0], first))
+        returned = [[_operand(v, seen) for v in j.outvars] for j, seen in zip((jaxpr, other), known, strict=True)]
+        if not _same(*returned):
             return "other values are returned"
-    for path, vals in first.folded.items():
-        for k, v in enumerate(vals):
-            if path in first.records and path in second.folded:
-                fitted = resized(np.asarray(v.const), layouts(path)[1][k], symbols)
-                if not _same(fitted, second.folded[path][k].const):
-                    where = user_line(first.eqns[path])
-                    return f"a folded constant changes along an axis of the input, at {where}"
+    for path, k in needed:
+        fitted = resized(np.asarray(first.folded[path][k].const), layouts(path)[1][k], symbols)
+        if path not in second.folded or not _same(fitted, np.asarray(second.folded[path][k].const)):
+            return f"a folded constant changes along an axis of the input, at {user_line(first.eqns[path])}"
     return None
+
+
+def _folded_operands(
+    operands: Sequence[Any], path: Path, known: Mapping[Any, Any], analysis: Analysis
+) -> Iterator[tuple[Path, int]]:
+    for v in operands:
+        made = None if isinstance(v, jex.Literal) else known[v]
+        if isinstance(made, tuple) and (*path, made[0]) in analysis.folded:
+            yield (*path, made[0]), made[1]
 
 
 def _equation(
@@ -70,6 +84,8 @@ def _equation(
     name = eqn.primitive.name
     if name != new.primitive.name:
         return f"{name} becomes {new.primitive.name}"
+    if len(eqn.invars) != len(new.invars):
+        return f"{name} takes {len(new.invars)} operands instead of {len(eqn.invars)}"
     for v, w in zip(eqn.invars, new.invars, strict=True):
         a, b = _operand(v, known[0]), _operand(w, known[1])
         if not _same(a, b):
@@ -87,8 +103,8 @@ def _equation(
         operands = [v.val if isinstance(v, jex.Literal) else v.aval for v in new.invars]
         shapes = [jax.ShapeDtypeStruct(np.shape(x), v.aval.dtype) for x, v in zip(operands, new.invars, strict=True)]
         params = rule.rewrite(eqn, Sizes((ins, outs), symbols, shapes, eqn))
-    for key, value in params.items():
-        if key in new.params and not _same(value, new.params[key]):
+    for key, value in params.items():  # the precision is a matter of the configuration around a call, not of sizes
+        if key != "precision" and key in new.params and not _same(value, new.params[key]):
             return f"the {key} of {name} changes from {_short(value)} to {_short(new.params[key])}"
     return None
 

@@ -54,31 +54,30 @@ def _different_inputs(a: T.Tag, b: T.Tag) -> bool:
     return len(found) == 2 and found[0] is not found[1] and all(x.input_dim is not None for x in found)
 
 
-def mirrored_leaf(leaf: Val, known: Sequence[Val], is_param: bool) -> Val | None:
+def mirrored_leaf(leaf: Val, known: Sequence[Val], collections: bool) -> Val | None:
     """The leaf that one nothing reads or writes has to be cut along with, or None.
 
     The nearest of these places that holds leaves of this shape decides, if all of them there have the same axes:
-    the same path in another collection (an average of the weights); for a vector, the same node (a biased average
-    beside the unbiased one), and then the same module in another collection (statistics beside the scale).
+    the same path among the parameters (an average of the weights); for a vector, the same node (a biased average
+    beside the unbiased one), and then the same module in another collection (statistics beside the scale). Without
+    collections only the same node: two parts of a model may be built alike and have nothing to do with each other.
 
     Args:
-      leaf: the leaf in question.
+      leaf: the leaf in question; state, not a parameter, where the tree tells.
       known: those that the function reads or writes.
-      is_param: whether it counts as a parameter in a tree that has other collections; only state has neighbours.
+      collections: whether the tree's first keys are collections, the parameters' being "params".
     """
     parts = str(leaf.leaf).split("/")
     vector = sum(n > 1 for n in leaf.shape) == 1
 
     def places() -> Iterator[list[Val]]:
-        others = [v for v in known if v.shape == leaf.shape]
-        keys = [(v, str(v.leaf).split("/")) for v in others]
-        if len(parts) > 2:
-            yield [v for v, k in keys if k[1:] == parts[1:]]
-        if vector and not is_param:
-            if len(parts) > 1:
-                yield [v for v, k in keys if k[:-1] == parts[:-1]]
-            if len(parts) > 2:
-                yield [v for v, k in keys if k[1:-1] == parts[1:-1]]
+        keys = [(v, str(v.leaf).split("/")) for v in known if v.shape == leaf.shape]
+        if collections and len(parts) > 1:
+            yield [v for v, k in keys if k[0] == "params" and k[1:] == parts[1:]]
+        if vector and len(parts) > 1:
+            yield [v for v, k in keys if k[:-1] == parts[:-1]]
+        if vector and collections and len(parts) > 2:
+            yield [v for v, k in keys if k[1:-1] == parts[1:-1]]
 
     for found in places():
         if found:

@@ -16,6 +16,7 @@ from jprune.trace import tags as T
 from jprune.trace.analysis import Analysis, Path, Use, Val, user_line
 from jprune.trace.errors import TraceError
 from jprune.trace.layout import Concat, Fixed, Layout, Reordered, Unit
+from jprune.trace.leafpaths import path_str
 from jprune.trace.polymorphism import difference
 from jprune.trace.tags import Frozen
 
@@ -225,6 +226,7 @@ class Structure:
         self.rules = analysis.rules
         self.input_dims = [(path, [_symbol(to_layout(t, names, input_symbols)) for t in v.tags]) for path, v in inputs]
         self.input_shapes = [v.shape for _, v in inputs]
+        self._input_dtypes = [jax.dtypes.result_type(jax.ShapeDtypeStruct((), v.dtype)) for _, v in inputs]
         self._again = again
         self._differences: dict[tuple[tuple[str, int], ...], str | None] = {}
         self.output_layouts = tuple(tuple(self.layout(t) for t in v.tags) for v in outputs)
@@ -259,6 +261,17 @@ class Structure:
         symbols: dict[str, int] = {}
         if len(flat) != len(self.input_dims):
             raise TraceError(f"{len(flat)} input arrays given, {len(self.input_dims)} were traced")
+        given, traced_paths = [path_str(p) for p, _ in flat], [p for p, _ in self.input_dims]
+        if given != traced_paths:
+            odd = next(p for p, q in zip(given, traced_paths, strict=True) if p != q)
+            raise TraceError(f"input {odd} was not traced: the inputs traced with are {', '.join(traced_paths)}")
+        for path, dtype, (_, x) in zip(traced_paths, self._input_dtypes, flat, strict=True):
+            now = jax.dtypes.result_type(x)
+            if now != dtype and not all(jax.numpy.issubdtype(t, np.inexact) for t in (now, dtype)):
+                raise TraceError(
+                    f"input {path} is {now}, but {dtype} was traced: a cast that did nothing then is not in the trace; "
+                    "cast it, or trace again with this type"
+                )
         for (path, dims), traced, (_, x) in zip(self.input_dims, self.input_shapes, flat, strict=True):
             if len(np.shape(x)) != len(traced):
                 raise TraceError(f"input {path} has {len(np.shape(x))} axes, {len(traced)} were traced")

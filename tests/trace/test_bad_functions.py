@@ -206,3 +206,49 @@ def test_numeric_verification_tells_exact_from_inexact():
         GRAPH.compact(HIDDEN, HALF, verify="numeric")
     with pytest.raises(ValueError, match="verify must be 'shape', 'numeric' or None, not 'shapes'"):
         GRAPH.compact(HIDDEN, HALF, verify="shapes")
+
+
+# -- inputs other than the traced ones ---------------------------------------------------------------------------------
+
+
+def optional(p, x, mask=None, bias=None):
+    x = x if mask is None else x * mask
+    return good(p, x if bias is None else x + bias)
+
+
+def test_inputs_are_told_apart_by_their_places():
+    """As many arrays as were traced, in other places: the bias is no mask."""
+    graph = jprune.trace(optional, HIDDEN, X, X, None)
+    np.testing.assert_allclose(graph.dense(HIDDEN, X, X, None), optional(HIDDEN, X, X), rtol=1e-5, atol=1e-6)
+    with pytest.raises(jprune.TraceError, match="input 2 was not traced: the inputs traced with are 0, 1"):
+        graph.dense(HIDDEN, X, None, X)
+    named = jprune.trace(lambda p, i: optional(p, i["x"], i.get("mask"), i.get("bias")), HIDDEN, {"x": X, "mask": X})
+    with pytest.raises(jprune.TraceError, match="input 0/bias was not traced"):
+        named.dense(HIDDEN, {"x": X, "bias": X})
+
+
+def test_inputs_of_another_type_are_refused():
+    """A cast to the traced type leaves nothing in the trace; without it whole numbers wrap around."""
+
+    def squares(p, x):
+        return good(p, x.astype(jnp.float32) ** 2)
+
+    whole = (jnp.arange(X.size) * 5).astype(jnp.uint8).reshape(X.shape)
+    with pytest.raises(jprune.TraceError, match=r"input 0 is uint8, but float32 was traced.*cast it, or trace again"):
+        jprune.trace(squares, HIDDEN, X).dense(HIDDEN, whole)
+    graph = jprune.trace(squares, HIDDEN, whole)
+    np.testing.assert_allclose(graph.dense(HIDDEN, whole), squares(HIDDEN, whole), rtol=1e-5)
+
+
+def test_random_numbers_for_each_of_an_array_of_keys():
+    """Dropout under vmap, as Equinox has it: one key for each sample."""
+
+    def f(p, x, key):
+        def one(row, key):
+            return good(p, row * jax.random.bernoulli(key, 0.5, row.shape))
+
+        return jax.vmap(one)(x, jax.random.split(key, len(x)))
+
+    graph = jprune.trace(f, HIDDEN, X, jax.random.key(0))
+    assert list(graph.groups) == ["A:1"]
+    assert graph.verify(HIDDEN, HALF, X, jax.random.key(1)) < 1e-5

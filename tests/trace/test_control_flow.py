@@ -469,3 +469,15 @@ def test_unread_parameters_beside_read_ones_stay_whole():
     graph = jprune.trace(f, params, X)
     small = graph.compact(params, {"params/net/A:1": np.arange(8) < 3})["params"]["net"]
     assert small["b"].shape == (3,) and small["b2"].shape == (8,)
+
+
+def test_averages_of_a_flat_tree_and_twins_of_a_tree_without_collections():
+    """What lies under the parameters' own paths is a copy of them; two towers built alike are not."""
+    flat = {"params": {"A": HIDDEN["A"], "C": HIDDEN["C"]}, "slow": {"A": HIDDEN["A"], "C": HIDDEN["C"]}}
+    graph = jprune.trace(lambda v, x: hidden_layer(v["params"], x) @ v["params"]["C"], flat, X)
+    small = graph.compact(flat, {"params/A:1": np.arange(8) < 3})
+    assert jax.tree.map(jnp.shape, small["slow"]) == jax.tree.map(jnp.shape, small["params"])
+    towers = {"image": {"net": {**HIDDEN, "b": jnp.ones(8)}}, "text": {"net": {**HIDDEN, "b": jnp.ones(8)}}}
+    graph = jprune.trace(lambda v, x: hidden_layer(v["image"]["net"], x) @ v["image"]["net"]["C"], towers, X)
+    small = graph.compact(towers, {"image/net/A:1": np.arange(8) < 3})
+    assert jax.tree.map(jnp.shape, small["text"]) == jax.tree.map(jnp.shape, towers["text"])

@@ -330,6 +330,7 @@ BAKED = {  # Python made a number, a shape or a choice of the size: nothing in t
     "loop": lambda p, x: jax.lax.fori_loop(0, len(x), lambda i, h: h / 2, rows(p, x)),
     "inside jit": lambda p, x: jax.jit(lambda h: h / h.shape[0])(rows(p, x)),
     "derivative": lambda p, x: averaged(rows(p, x)),
+    "rows beside": lambda p, x: (rows(p, x), jnp.concatenate([p["scale"][None]] * len(x))),
 }
 
 
@@ -362,17 +363,22 @@ def test_folded_constants_follow_the_batch_or_refuse_it():
         a = jnp.einsum("btd,bsd->bts", h, h)
         return jnp.where(jnp.tril(jnp.ones(a.shape[-2:], bool)), a, 0.0)
 
+    def positions(p, x):  # as flax.linen.make_causal_mask makes it: a grid of positions for each row of the batch
+        grid = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        return jnp.where(grid[:, :, None] >= grid[:, None], masked_scores(p, x), 1.0)
+
     def numbered(p, x):
         return masked_scores(p, x) + jnp.arange(x.shape[0], dtype=jnp.float32)[:, None, None]
 
     params, x = {"embed": PARAMS["embed"]}, normal(14, 3, 5, 6)
-    graph = jprune.trace(masked_scores, params, x, fold_constants=True)
-    keep = subset(graph, np.random.default_rng(3))
-    run, small, masked = graph.replay(keep), graph.compact(params, keep), graph.mask(params, keep)
-    assert run.free_dimensions == [("0", 0)]
-    for batch in (3, 7, 1):
-        x = normal(15, batch, 5, 6)
-        assert relative(run(small, x), masked_scores(masked, x)) < 1e-5
+    for f in (masked_scores, positions):
+        graph = jprune.trace(f, params, x, fold_constants=True)
+        keep = subset(graph, np.random.default_rng(3))
+        run, small, masked = graph.replay(keep), graph.compact(params, keep), graph.mask(params, keep)
+        assert run.free_dimensions == [("0", 0)]
+        for batch in (3, 7, 1):
+            other = normal(15, batch, 5, 6)
+            assert relative(run(small, other), f(masked, other)) < 1e-5
     graph = jprune.trace(numbered, params, normal(14, 3, 5, 6), fold_constants=True)
     assert graph.replay().free_dimensions == []
     with pytest.raises(jprune.TraceError, match="trace again"):

@@ -479,3 +479,27 @@ def test_layers_in_order_may_keep_different_units():
     assert graph.groups[gid].layers == 3
     keep = {gid: np.array([[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 1]], bool)}
     assert graph.verify(params, keep, x) < 1e-5
+
+
+AROUND = {
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "cond": lambda f: lambda p, x: jax.lax.cond(x.sum() > -1e9, f, lambda p, x: x, p, x),
+    "loop": lambda f: lambda p, x: jax.lax.fori_loop(0, 2, lambda i, h: f(p, h), x),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_uneven_layers_of_a_scan_inside_a_call(around):
+    def layers(p, x):
+        return jax.lax.scan(lambda h, w: (h + jnp.tanh(h @ w[0]) @ w[1], None), x, (p["a"], p["b"]))[0]
+
+    params, x = {"a": normal(0, 3, 4, 6), "b": normal(1, 3, 6, 4)}, normal(2, 5, 4)
+    f = AROUND[around](layers)
+    graph = jprune.trace(f, params, x)
+    (gid,) = graph.groups
+    keep = {gid: np.arange(6) < np.array([[2], [4], [4]])}
+    masked = f(graph.mask(params, keep), x)
+    for stacked in ("unstack", "bucket", "pad"):
+        small = graph.compact(params, keep, stacked=stacked)
+        assert relative(graph.replay(keep, stacked=stacked)(small, x), masked) < 1e-5

@@ -342,15 +342,24 @@ def _rev(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
 
 
 def random_value(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
-    """Random numbers: sizes follow what they meet, but pruned positions shift the stream, so that is noted."""
+    """Random numbers: sizes follow what they meet, but pruned positions shift the stream, so that is noted.
+
+    An array of keys gives numbers for each of them: its axes come first.
+    """
     a.freeze_all(vals, "RNG", eqn.primitive.name)
     outs = []
     for var in eqn.outvars:
-        v = a.value(var.aval, [a.fresh(n) for n in var.aval.shape])
-        for t in v.tags:
+        keys = len(var.aval.shape) - len(eqn.params["shape"])
+        drawn = [a.fresh(n) for n in var.aval.shape[keys:]]
+        for t in drawn:
             a.inexact(t, "random numbers drawn along this axis")
-        outs.append(v)
+        outs.append(a.value(var.aval, [*(vals[0].tags[:keys] if keys else ()), *drawn]))
     return outs
+
+
+def _drawn_shape(eqn: Eqn, s: Any) -> dict[str, Any]:
+    keys = len(eqn.outvars[0].aval.shape) - len(eqn.params["shape"])
+    return {**eqn.params, "shape": s.out_shape(0)[keys:]}
 
 
 def _random_opaque(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
@@ -377,8 +386,8 @@ RULES: dict[str, Rule] = {
         _shape_param("shape"),
     ),
     "rev": Rule(_rev),
-    "random_bits": Rule(random_value, _shape_param("shape")),
-    "rng_uniform": Rule(random_value, _shape_param("shape")),
+    "random_bits": Rule(random_value, _drawn_shape),
+    "rng_uniform": Rule(random_value, _drawn_shape),
     **{
         name: Rule(_random_opaque)
         for name in (
