@@ -149,11 +149,10 @@ def keep_sharding(x: Any, path: str, f: Callable[[Any], Any]) -> Any:
     sharding = None if isinstance(x, Tracer | np.ndarray) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not any(s is not None for s in sharding.spec):
         if sharding is not None and len(sharding.device_set) == 1 and next(iter(sharding.device_set)).platform == "cpu":
-            # a CPU array is host memory already: numpy gathers from it without a compilation per shape
+            # a CPU array is host memory already: numpy moves its entries without a compilation per shape
             small = f(np.asarray(x))
-            return (
-                jax.device_put(small, sharding) if getattr(x, "committed", True) else jnp.asarray(small)
-            )  # free to move
+            # an array that was not committed stays so, free to move
+            return jax.device_put(small, sharding if getattr(x, "committed", True) else None)
         return f(x)
     shape = jax.eval_shape(f, x).shape
     sizes = dict(sharding.mesh.shape)
@@ -210,7 +209,6 @@ def _scatter(x: Any, leaf: Leaf, indices: Indices) -> Any:
         return x
 
     def scatter(x: Any) -> Any:
-        x = jnp.asarray(x)  # scattering needs jax's indexed update also where the leaf is numpy
         for axis, (index, valid) in indices.items():
             size = index.shape[axis if index.ndim > 1 else 0]
             if x.shape[axis] != size:
@@ -218,7 +216,9 @@ def _scatter(x: Any, leaf: Leaf, indices: Indices) -> Any:
                     f"axis {axis} of leaf {leaf.path!r} has size {x.shape[axis]}; this decision keeps {size}"
                 )
             shape = (*x.shape[:axis], leaf.shape[axis], *x.shape[axis + 1 :])
-            if index.ndim == 1:
+            if isinstance(x, np.ndarray):
+                x = _scatter_on_host(x, axis, index, valid, shape)
+            elif index.ndim == 1:
                 at = (slice(None),) * axis + (index,)
                 x = jnp.zeros(shape, x.dtype).at[at].set(x)
             else:  # positions past the end are dropped, so that padding lands nowhere
@@ -229,3 +229,13 @@ def _scatter(x: Any, leaf: Leaf, indices: Indices) -> Any:
         return x
 
     return keep_sharding(x, leaf.path, scatter)
+
+
+def _scatter_on_host(x: np.ndarray, axis: int, index: np.ndarray, valid: np.ndarray, shape: tuple[int, ...]) -> Any:
+    """Zeros of `shape` with the entries of x at the positions of `axis` that are valid."""
+    out = np.zeros((*shape[:axis], shape[axis] + 1, *shape[axis + 1 :]), x.dtype)  # padding lands in the last place
+    if index.ndim == 1:
+        out[(slice(None),) * axis + (index,)] = x
+    else:
+        np.put_along_axis(out, np.broadcast_to(np.where(valid, index, shape[axis]), x.shape), x, axis)
+    return out[(slice(None),) * axis + (slice(shape[axis]),)]

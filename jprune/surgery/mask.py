@@ -16,13 +16,17 @@ from jprune.trace.structure import Leaf, Structure
 
 
 def leaf_mask(leaf: Leaf, keep: Keep, dtype: Any) -> Any:
-    """Product of the keep vectors over a leaf's axes, broadcastable against it; None where nothing applies."""
+    """Product of the keep vectors over a leaf's axes, broadcastable against it; None where nothing applies.
+
+    A decision that lies in numpy makes a mask in numpy, without a compilation per shape.
+    """
     mask = None
+    xp = np if all(isinstance(v, np.ndarray) for v in keep.values()) else jnp
     for axis, lay in enumerate(leaf.layouts):
         if not touched(lay, keep):
             continue
-        vectors = {g: jnp.asarray(keep[g]).astype(dtype) for g in set(L.groups_in(lay)) if g in keep}
-        v = L.spread(lay, vectors, jnp, jnp.ones((1,), dtype))
+        vectors = {g: xp.asarray(keep[g]).astype(dtype) for g in set(L.groups_in(lay)) if g in keep}
+        v = L.spread(lay, vectors, xp, xp.ones((1,), dtype))
         shape = [1] * len(leaf.shape)
         shape[axis] = v.shape[-1]
         if v.ndim == 2:
@@ -39,7 +43,7 @@ def _masked(leaf: Leaf, x: Any, keep: Keep) -> Any:
     """One leaf that `keep` touches, in its dtype."""
     x = jnp.asarray(x)
     own = {g for layout in leaf.layouts for g in L.groups_in(layout) if g in keep}
-    if all(jnp.asarray(keep[g]).dtype == jnp.bool_ for g in own):
+    if all((v if hasattr(v, "dtype") else np.asarray(v)).dtype == np.bool_ for v in map(keep.get, own)):
         return jnp.where(leaf_mask(leaf, keep, jnp.bool_), x, jnp.zeros((), x.dtype))
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         gates = leaf_mask(leaf, keep, jnp.float32)
