@@ -1,6 +1,62 @@
-"""Hypothesis repeats the same examples in every run: a test that failed once fails again."""
+"""What all tests share: repeatable examples, checked shapes, programs that are compiled once, memory that is given back."""
 
+import gc
+import os
+
+import jax
+import pytest
+import typecheck
 from hypothesis import settings
 
-settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # a test that failed once fails again
 settings.load_profile("repeatable")
+typecheck.check("jprune", "pallas_kernels")
+jax.config.update("jax_traceback_filtering", "off")  # tests refuse shapes by the thousand: a third of the time each
+
+
+# Compiling for small arrays takes longer than running: without optimisation and without the emitters that compile every
+# fusion by itself it takes 40 % of the time. A flag that a release of XLA does not know would end the process.
+QUICKLY = "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * (
+    jax.__version_info__ < (0, 11)
+)
+
+
+def pytest_configure(config):
+    compile_quickly(config)
+    keep_programs(config)
+
+
+def compile_quickly(config):
+    """Programs of the fast tests are not optimised; those of the slow and reference tests are, as users' are.
+
+    Flags of the caller's own in XLA_FLAGS come behind these and so outweigh them.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "not slow" in config.option.markexpr and QUICKLY not in flags:
+        os.environ["XLA_FLAGS"] = f"{QUICKLY} {flags}".strip()
+
+
+def keep_programs(config):
+    """Compiled programs are kept in pytest's cache folder, for all workers, the commands that tests start, and later runs.
+
+    JAX's own variables come first: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=0
+    compiles everything anew. `pytest --cache-clear` empties the folder.
+    """
+    cache = getattr(config, "cache", None)
+    if cache is None:
+        return
+    for name, value in {
+        "jax_compilation_cache_dir": str(cache.mkdir("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }.items():
+        if os.environ.setdefault(name.upper(), str(value)) == str(value):
+            jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_of_compiled_programs_is_given_back():
+    """A program holds megabytes for as long as jax remembers it; the next file has programs of its own."""
+    yield
+    jax.clear_caches()
+    gc.collect()
