@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from laws import on_device
 
 from jprune.models.llama import Llama, llama_config
 from jprune.models.rope import Rope
@@ -51,7 +52,7 @@ def weights(config, seed=0, scanned=False):
         else:
             inputs = leaf.shape[:-1] if path[-2].key == "o" else leaf.shape[:1]
             value = rng.normal(size=leaf.shape) * np.sqrt(1.5 / np.prod(inputs))
-        return jnp.asarray(value, leaf.dtype)
+        return on_device(value, leaf.dtype)
 
     tree = jax.tree_util.tree_map_with_path(one, shapes)
     return stack_layers(tree) if scanned else tree

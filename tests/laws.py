@@ -10,7 +10,12 @@ from jprune.trace.leafpaths import flatten
 
 def normal(seed, *shape):
     """Normal weights scaled by the first axis."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / np.sqrt(shape[0]), jnp.float32)
+    return on_device(np.random.default_rng(seed).normal(size=shape) / np.sqrt(shape[0]))
+
+
+def on_device(x, dtype=np.float32):
+    """The jax array of a numpy one; jnp.asarray would compile a program for every new shape."""
+    return jax.device_put(np.asarray(x).astype(dtype))
 
 
 def members(graph, group):
@@ -31,7 +36,7 @@ def lively(tree, seed=0):
         else:
             fan = int(np.prod(leaf.shape[:-1])) if len(leaf.shape) == 4 else leaf.shape[-2]
             value = rng.normal(size=leaf.shape) * np.sqrt(2.0 / max(fan, 1))
-        return jnp.asarray(value, leaf.dtype)
+        return on_device(value, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

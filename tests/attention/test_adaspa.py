@@ -166,7 +166,7 @@ def small_dit():
     blocks = (DiTBlock("double", 2, 6, 24), DiTBlock("single", 2, 6, 24))
     module = VideoDiT(DiTConfig(12, (1, 2, 2), 1, 5, blocks, (1, 1, 1), frequencies=8, gain=3.0))
     video, text = normal(0, 2, 4, 8, 8, 1), normal(1, 2, 4, 5)
-    v = module.init(jax.random.key(0), video, jnp.ones(2), text)
+    v = jax.jit(module.init)(jax.random.key(0), video, jnp.ones(2), text)
     keys = iter(jax.random.split(jax.random.key(1), 200))
     return module, jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), v), video, text
 

@@ -25,7 +25,7 @@ def counting(fn, args):
 def resnet():
     model = build("resnet_digits")
     x = jnp.zeros((2, 8, 8, 1))
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     graph = jprune.trace(model.apply, variables, x)
     table = measure_latency(graph, model.apply, (variables, x), timer=counting, progress=False)
     return graph, model, variables, x, table

@@ -30,7 +30,7 @@ CONFIG = MaskSparsityConfig(
 @pytest.fixture(scope="module")
 def ingredients():
     model = resnet.small((1, 1, 1), widths=(8, 16, 16))
-    return model, model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))), load_digits()
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1))), load_digits()
 
 
 def test_the_pipeline_prunes_what_it_masked_and_resumes(ingredients, tmp_path):
@@ -129,7 +129,7 @@ def test_absorbing_constants_repairs_what_the_shifts_did(ingredients):
     dense = jax.tree_util.tree_map_with_path(
         lambda p, v: v * (1 - masks.get(jax.tree_util.keystr(p, simple=True, separator="/"), 0)), variables
     )
-    wanted = np.asarray(model.apply(dense, x))
+    wanted = np.asarray(jax.jit(model.apply)(dense, x))
     error = {k: np.abs(v - wanted).mean() for k, v in logits.items()}
     assert error[True] < 0.95 * error[False]  # zero-padded borders are most of such small images
 

@@ -139,7 +139,7 @@ def test_norms_that_are_stored_more_precisely_stay_so(tmp_path):
     assert config.dtype == "bfloat16" and v["params"]["layer0"]["input_norm"]["scale"].dtype == jnp.float32
     _, stacked, _ = load_hf(folder, scanned=True)
     equal(stacked, stack_layers(v))
-    logits = [Llama(config, s).apply(p, ids) for s, p in ((False, v), (True, stacked))]
+    logits = [jax.jit(Llama(config, s).apply)(p, ids) for s, p in ((False, v), (True, stacked))]
     np.testing.assert_allclose(*logits, atol=0.1)
     save_hf(v, config, tmp_path / "n")
     equal(load_hf(tmp_path / "n")[1], v)

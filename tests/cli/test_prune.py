@@ -243,7 +243,7 @@ def test_help_teaches(subcommand):
 def test_every_method_scores_every_group_of_a_network_with_batchnorm(name):
     model = build("resnet_digits")
     data = load_digits()
-    variables = model.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
     graph = jprune.trace(model.apply, variables, jnp.zeros((2, 8, 8, 1)))
     scores = METHODS[name].scores(graph, model, variables, data, 0)
     assert scores.keys() == graph.groups.keys()

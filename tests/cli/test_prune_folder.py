@@ -31,7 +31,7 @@ CONFIG = llama_config(256, 32, 48, 3, 4, kv_heads=2)
 def place(tmp_path_factory):
     """A folder with a model of bytes and a text."""
     place = tmp_path_factory.mktemp("language")
-    v = Llama(CONFIG).init(jax.random.key(0), np.zeros((1, 4), np.int32))
+    v = jax.jit(Llama(CONFIG).init)(jax.random.key(0), np.zeros((1, 4), np.int32))
     save_hf(jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, v), CONFIG, place / "dense")
     (place / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(900)))
     return place
@@ -88,7 +88,10 @@ def test_heads_and_channels_go_while_adapters_train(place):
     summary = run(place, "loraprune", method="loraprune", sparsity=0.5, recover=12)
     assert summary["widths"] == {"ffn": [24, 24, 48], "q_heads": [2, 2, 4], "kv_heads": [1, 1, 2]}
     config, params, _ = load_hf(place / "loraprune" / "model")
-    assert config.kv_heads == (1, 1, 2) and np.isfinite(Llama(config).apply(params, np.ones((1, 5), np.int32))).all()
+    assert (
+        config.kv_heads == (1, 1, 2)
+        and np.isfinite(jax.jit(Llama(config).apply)(params, np.ones((1, 5), np.int32))).all()
+    )
 
 
 @pytest.mark.slow
@@ -226,7 +229,7 @@ def test_a_method_for_heads_that_removes_none_says_so(alike, place):
     assert html.escape(text) in (place / "alike" / "report.html").read_text()
     least = float(re.search(r"first goes at --sparsity (\S+)", text)[1])
     model = Llama(CONFIG)
-    params = jax.tree.map(np.ones_like, model.init(jax.random.key(0), np.zeros((1, 4), np.int32)))
+    params = jax.tree.map(np.ones_like, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32)))
     graph = jprune.trace(model.apply, params, np.zeros((2, 4), np.int32))
     for sparsity, gone in ((least, 1), (round(least - 0.001, 3), 0)):
         keep = baselines.taylor(graph, params, params, sparsity, heads=True)

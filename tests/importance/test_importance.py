@@ -4,6 +4,7 @@ One network has everything that changes a sum: a convolution with a bias and Bat
 (several rows per unit) and a scan (scores per layer, one leaf stacked on its last axis).
 """
 
+import functools
 import itertools
 
 import jax
@@ -109,7 +110,9 @@ def loss(variables, x):
     return (network(variables, x[None]) ** 2).sum()
 
 
-GRADS = jax.jit(jax.grad(lambda v: sum(loss(v, x) for x in X)))(VARIABLES)
+@functools.cache
+def grads():
+    return jax.jit(jax.grad(lambda v: sum(loss(v, x) for x in X)))(VARIABLES)
 
 
 def of_unit(leaf, axis, positions, layer_axis, layer):
@@ -274,10 +277,10 @@ def test_batchnorm_scale_is_found_by_its_use():
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_taylor_in_both_forms(reduce):
-    want = reduced(sums(lambda w, g: np.abs(w * g).sum(), VARIABLES, GRADS), reduce)
-    assert_scores(importance.taylor(GRAPH, VARIABLES, GRADS, reduce=reduce, normalise="none"), want)
-    want = reduced(sums(lambda w, g: np.abs((w * g).sum()), VARIABLES, GRADS), reduce)
-    got = importance.taylor(GRAPH, VARIABLES, GRADS, signed_sum=True, reduce=reduce, normalise="none")
+    want = reduced(sums(lambda w, g: np.abs(w * g).sum(), VARIABLES, grads()), reduce)
+    assert_scores(importance.taylor(GRAPH, VARIABLES, grads(), reduce=reduce, normalise="none"), want)
+    want = reduced(sums(lambda w, g: np.abs((w * g).sum()), VARIABLES, grads()), reduce)
+    got = importance.taylor(GRAPH, VARIABLES, grads(), signed_sum=True, reduce=reduce, normalise="none")
     assert_scores(got, want, rtol=1e-3, atol=1e-5)  # sums of mixed sign cancel
 
 
@@ -291,7 +294,7 @@ def test_fisher_is_the_mean_over_samples_of_squared_gradients():
         np.testing.assert_allclose(value, squared[path], rtol=1e-4, atol=1e-5 * scale, err_msg=path)
     want = reduced(sums(lambda w, g: (w**2 * g).sum(), VARIABLES, tree_of(squared)), "mean")
     assert_scores(importance.fisher(GRAPH, VARIABLES, got, normalise="none"), want, rtol=1e-4)
-    total = flat_of(GRADS)  # the square of the mean is something else: the samples must not be added up first
+    total = flat_of(grads())  # the square of the mean is something else: the samples must not be added up first
     assert not np.allclose(squared["params/head"], (total["params/head"] / len(X)) ** 2, rtol=0.1)
 
 
@@ -322,11 +325,11 @@ CRITERIA = {
 def test_jit_and_vmap_change_nothing(name):
     stack = jax.tree.map(lambda *x: jnp.stack(x), VARIABLES, weights(1), weights(2))
     compiled = jax.jit(CRITERIA[name])
-    together = jax.jit(jax.vmap(CRITERIA[name], (0, None)))(stack, GRADS)
+    together = jax.jit(jax.vmap(CRITERIA[name], (0, None)))(stack, grads())
     for k in range(3):
         variables = jax.tree.map(lambda x, k=k: x[k], stack)
-        eager = CRITERIA[name](variables, GRADS) if k == 0 else compiled(variables, GRADS)
-        assert_scores(compiled(variables, GRADS), eager, rtol=1e-5)
+        eager = CRITERIA[name](variables, grads()) if k == 0 else compiled(variables, grads())
+        assert_scores(compiled(variables, grads()), eager, rtol=1e-5)
         assert_scores({g: s[k] for g, s in together.items()}, eager, rtol=1e-4)
 
 
@@ -375,7 +378,7 @@ def test_trees_that_do_not_fit_are_refused_by_name():
     with pytest.raises(ValueError, match="params/conv"):
         importance.fpgm(GRAPH, small)
     with pytest.raises(ValueError, match=r"params/conv.*\(3, 3, 2, 3\)"):
-        importance.taylor(GRAPH, VARIABLES, GRAPH.compact(GRADS, keep))
+        importance.taylor(GRAPH, VARIABLES, GRAPH.compact(grads(), keep))
     with pytest.raises(ValueError, match="lack leaf 'params/"):
         importance.fisher(GRAPH, VARIABLES, {"params": {}})
     with pytest.raises(ValueError, match="lack leaf 'params/"):

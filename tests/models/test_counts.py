@@ -1,5 +1,7 @@
 """Multiply-accumulates, parameters, groups and units of every network of the zoo, against numbers computed by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,6 +10,7 @@ import jprune
 from jprune.models import MODELS, build, densenet, mobilenet, resnet, shufflenet, unet, vgg, vit
 
 
+@functools.lru_cache(64)  # many networks are in several of the tables
 def graph_of(module, image):
     """The graph of a module for two images, from shapes alone."""
     x = jax.ShapeDtypeStruct((2, *image), jnp.float32)

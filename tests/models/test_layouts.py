@@ -302,10 +302,10 @@ def test_to_our_tree_and_back(name):
 
 def test_a_converted_tree_computes_the_same():
     ids, _ = prompt()
-    want = Llama(CONFIG).apply(linen(False), ids)
+    want = jax.jit(Llama(CONFIG).apply)(linen(False), ids)
     for name in TREES.keys() - {"gemma"}:
         ours = convert(TREES[name](), LAYOUTS[name], LINEN, CONFIG, read=jnp.asarray)
-        np.testing.assert_allclose(Llama(CONFIG).apply(ours, ids), want, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(jax.jit(Llama(CONFIG).apply)(ours, ids), want, atol=1e-5, err_msg=name)
 
 
 def test_fused_queries_keys_and_values():
@@ -392,11 +392,11 @@ def test_sliced_equals_zeroed_columns_of_o_and_down(kept):
             if rows is not None:
                 on = np.isin(np.arange(found[name, i].shape[1]) // width, rows[i])
                 zeroed[name, i] = found[name, i] * on
-    want = Llama(CONFIG).apply(update(tree, LINEN, zeroed), ids, mask)
-    got = Llama(kept.config(CONFIG)).apply(small, ids, mask)
+    want = jax.jit(Llama(CONFIG).apply)(update(tree, LINEN, zeroed), ids, mask)
+    got = jax.jit(Llama(kept.config(CONFIG)).apply)(small, ids, mask)
     real = np.asarray(mask, bool)
     np.testing.assert_allclose(got[real], want[real], atol=1e-4)
-    assert np.abs(Llama(CONFIG).apply(tree, ids, mask)[real] - want[real]).max() > 1e-2
+    assert np.abs(jax.jit(Llama(CONFIG).apply)(tree, ids, mask)[real] - want[real]).max() > 1e-2
 
 
 def test_stacked_layers_keep_equally_many_or_are_padded():
@@ -412,13 +412,17 @@ def test_stacked_layers_keep_equally_many_or_are_padded():
     wide = dataclasses.replace(CONFIG, ffn=(30,) * L)
     apart = slice_kept(linen(False), LINEN, uneven, CONFIG)
     np.testing.assert_allclose(
-        Llama(wide, scanned=True).apply(padded, ids), Llama(uneven.config(CONFIG)).apply(apart, ids), atol=1e-5
+        jax.jit(Llama(wide, scanned=True).apply)(padded, ids),
+        jax.jit(Llama(uneven.config(CONFIG)).apply)(apart, ids),
+        atol=1e-5,
     )
     heads = Kept.of(CONFIG, kv_heads=[(0,), (0, 1), (1,)])
     padded = slice_kept(tree, LINEN_SCAN, heads, CONFIG, pad=True)
     apart = slice_kept(linen(False), LINEN, heads, CONFIG)
     np.testing.assert_allclose(
-        Llama(CONFIG, scanned=True).apply(padded, ids), Llama(heads.config(CONFIG)).apply(apart, ids), atol=1e-5
+        jax.jit(Llama(CONFIG, scanned=True).apply)(padded, ids),
+        jax.jit(Llama(heads.config(CONFIG)).apply)(apart, ids),
+        atol=1e-5,
     )
     shifting = Kept.of(CONFIG, q_heads=[(0, 2), (0, 1, 2, 3), (1, 3)])
     with pytest.raises(ValueError, match="shift queries to other keys"):

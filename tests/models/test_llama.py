@@ -108,12 +108,12 @@ def test_layers_of_different_widths():
 def test_padding_does_not_matter_wherever_it_stands():
     c, v, ids, _, _ = model("mistral")
     short = ids[:, 3:]
-    alone = Llama(c).apply(v, short)
-    left = Llama(c).apply(v, ids, jnp.ones(ids.shape, bool).at[:, :3].set(False))
+    alone = jax.jit(Llama(c).apply)(v, short)
+    left = jax.jit(Llama(c).apply)(v, ids, jnp.ones(ids.shape, bool).at[:, :3].set(False))
     np.testing.assert_allclose(left[:, 3:], alone, atol=2e-4)
-    right = Llama(c).apply(v, ids[:, ::-1], jnp.ones(ids.shape, bool).at[:, 6:].set(False))
-    np.testing.assert_allclose(right[:, :6], Llama(c).apply(v, ids[:, ::-1][:, :6]), atol=2e-4)
-    assert np.abs(Llama(c).apply(v, ids)[:, 3:] - alone).max() > 0.1  # else the mask is never looked at
+    right = jax.jit(Llama(c).apply)(v, ids[:, ::-1], jnp.ones(ids.shape, bool).at[:, 6:].set(False))
+    np.testing.assert_allclose(right[:, :6], jax.jit(Llama(c).apply)(v, ids[:, ::-1][:, :6]), atol=2e-4)
+    assert np.abs(jax.jit(Llama(c).apply)(v, ids)[:, 3:] - alone).max() > 0.1  # else the mask is never looked at
 
 
 def test_the_initial_tree_is_the_documented_one():
@@ -165,10 +165,12 @@ def test_one_block_stands_alone():
     x = v["params"]["embed"]["embedding"][ids]
     at, _ = context(c, ids.shape[1])
     for i in range(c.depth):
-        x, _ = Block(c, i).apply({"params": v["params"][f"layer{i}"]}, x, at)
+        x, _ = jax.jit(Block(c, i).apply)({"params": v["params"][f"layer{i}"]}, x, at)
     x = np.asarray(x, np.float64)
     x = x / np.sqrt((x * x).mean(-1, keepdims=True) + c.eps) * np.asarray(v["params"]["final_norm"]["scale"])
-    np.testing.assert_allclose(x @ np.asarray(v["params"]["embed"]["embedding"]).T, Llama(c).apply(v, ids), atol=5e-4)
+    np.testing.assert_allclose(
+        x @ np.asarray(v["params"]["embed"]["embedding"]).T, jax.jit(Llama(c).apply)(v, ids), atol=5e-4
+    )
 
 
 def test_bfloat16_weights():

@@ -74,7 +74,7 @@ def check_merged(fn, params, inputs, tolerance=1e-5, graph=None, taps=None):
     assert relative(got_grad, want_grad) < 10 * tolerance
     assert relative(fn(params, *inputs), want) > 1e-2, "the adapters change nothing: the test is blind"
     nothing = {t: (a, jnp.zeros_like(b)) for t, (a, b) in factors.items()}
-    same_numbers(adapted(params, nothing, *inputs), graph.dense(params, *inputs), terms=100)
+    same_numbers(jax.jit(adapted)(params, nothing, *inputs), jax.jit(graph.dense)(params, *inputs), terms=100)
     return graph
 
 

@@ -26,7 +26,7 @@ def setup():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(4, 9, 9, 2)), jnp.float32)
     net = Network()
-    variables = net.init(jax.random.key(0), x)
+    variables = jax.jit(net.init)(jax.random.key(0), x)
     variables = jax.tree.map(lambda v: jnp.asarray(v + 0.3 * rng.normal(size=v.shape) ** 2, jnp.float32), variables)
     return net, variables, x, jprune.trace(net.apply, variables, x)
 
@@ -48,7 +48,7 @@ def test_constant_channels_move_exactly():
         layer[key] = layer[key].at[..., np.array(gone)].set(0)
     out = compensate(graph, variables, keep, means(graph, variables, x))
     assert not out.skipped
-    dense = net.apply(variables, x)
+    dense = jax.jit(net.apply)(variables, x)
     small = graph.replay(keep)
     repaired = small(graph.compact(out.params, keep), x)
     plain = small(graph.compact(variables, keep), x)
@@ -67,7 +67,7 @@ def test_varying_channels_move_on_average():
     graph = jprune.trace(f, p, x)
     keep = {"a:1": np.array([1, 1, 0, 1, 0, 0], bool)}
     out = compensate(graph, p, keep, means(graph, p, x))
-    small = graph.replay(keep)(graph.compact(out.params, keep), x)
+    small = jax.jit(graph.replay(keep))(graph.compact(out.params, keep), x)
     np.testing.assert_allclose(small.mean(0), f(p, x).mean(0), atol=1e-5)
 
 

@@ -81,7 +81,10 @@ def test_a_plan_needs_no_graph_and_fits_every_copy(saved):
     assert plan.apply(structs) == shapes
     assert_same(jax.jit(plan.apply)(other), want)
     np.testing.assert_allclose(
-        GRAPH.replay(KEEP)(plan.apply(other), X), network(GRAPH.mask(other, KEEP), X), rtol=1e-4, atol=1e-5
+        jax.jit(GRAPH.replay(KEEP))(plan.apply(other), X),
+        jax.jit(network)(GRAPH.mask(other, KEEP), X),
+        rtol=1e-4,
+        atol=1e-5,
     )
     extra = plan.apply({**other, "step": jnp.ones(3)})  # what was not traced passes through
     np.testing.assert_array_equal(extra["step"], np.ones(3))

@@ -80,20 +80,20 @@ def test_stacked_layers_get_one_width():
 @pytest.mark.parametrize(
     "name", ["resnet20", "resnet18", "resnet50", "mobilenet_v2_small", "shufflenet_v2_small", "vgg16_bn", "vit_digits"]
 )
-@pytest.mark.parametrize("factor", [0.6, 1.7])
-def test_the_zoo_is_rebuilt_at_other_widths_and_runs(name, factor):
+def test_the_zoo_is_rebuilt_at_other_widths_and_runs(name):
     module = build(name, 10)
     x = jnp.zeros((2, *((8, 8, 1) if name == "vit_digits" else (32, 32, 3))))
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
     graph = jprune.trace(module.apply, variables, x)
-    widths = {g: max(1, round(i.size * factor)) for g, i in graph.groups.items()}
-    target = graph.resize(variables, widths)
-    other = rebuild(module, target)
-    fresh = jax.eval_shape(other.init, jax.random.key(0), x)
-    assert shapes(fresh) == shapes(target) != shapes(variables)
-    assert jax.eval_shape(other.apply, fresh, x).shape == (2, 10)
-    cost, again = graph.cost(widths=widths), jprune.trace(other.apply, fresh, x).cost()
-    assert (cost.params, cost.macs, cost.state) == (again.params, again.macs, again.state)
+    for factor in (0.6, 1.7):
+        widths = {g: max(1, round(i.size * factor)) for g, i in graph.groups.items()}
+        target = graph.resize(variables, widths)
+        other = rebuild(module, target)
+        fresh = jax.eval_shape(other.init, jax.random.key(0), x)
+        assert shapes(fresh) == shapes(target) != shapes(variables)
+        assert jax.eval_shape(other.apply, fresh, x).shape == (2, 10)
+        cost, again = graph.cost(widths=widths), jprune.trace(other.apply, fresh, x).cost()
+        assert (cost.params, cost.macs, cost.state) == (again.params, again.macs, again.state)
 
 
 def test_the_widened_module_is_the_one_built_wider():

@@ -72,7 +72,7 @@ def test_a_linen_module_reads_its_width_from_the_compacted_tree():
     graph = jprune.trace(module.apply, variables, IMAGES)
     keep = {"params/up/kernel:1": np.arange(12) % 3 > 0}
     small = graph.compact(variables, keep)
-    assert relative(Linen(hidden=8).apply(small, IMAGES), graph.replay(keep)(small, IMAGES)) < 1e-6
+    assert relative(Linen(hidden=8).apply(small, IMAGES), jax.jit(graph.replay(keep))(small, IMAGES)) < 1e-6
 
 
 def test_statistics_that_a_training_step_returns_shrink_with_their_leaf():
@@ -179,7 +179,7 @@ def test_equinox():
     keep = {"mlp/layers/0/weight:0": np.arange(10) < 4}
     small = graph.compact(arrays, keep)
     model = eqx.combine(small, static)  # a module again; linear layers read no widths from their static fields
-    assert relative(jax.vmap(model)(ROWS), graph.replay(keep)(small, ROWS)) < 1e-6
+    assert relative(jax.vmap(model)(ROWS), jax.jit(graph.replay(keep))(small, ROWS)) < 1e-6
 
 
 def test_equinox_module_with_its_static_fields_in_is_refused():
@@ -221,7 +221,7 @@ def test_haiku():
     assert not hidden.used and hidden.follows == "state/norm/~/mean_ema/average"
     keep = {group: np.arange(8) < 5}
     small = graph.compact(variables, keep)
-    assert relative(f(small, ROWS, width=5), graph.replay(keep)(small, ROWS)) < 1e-6
+    assert relative(f(small, ROWS, width=5), jax.jit(graph.replay(keep))(small, ROWS)) < 1e-6
     # so the same net of width 5 trains on what was compacted from the trace of its evaluation
     out, after = module.apply(small["params"], small["state"], ROWS, True, 5)
     assert out.shape == (len(ROWS), 4) and jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, small["state"])

@@ -161,7 +161,7 @@ def test_rows_of_a_ragged_product_may_change_from_call_to_call():
     keep = {"up:2": np.arange(8) < 5}
     graph = jprune.trace(experts, EXPERTS, TOKENS, SIZES)
     more, sizes = normal(8, 11, 6), jnp.array([1, 8, 2], jnp.int32)
-    got = graph.replay(keep)(graph.compact(EXPERTS, keep), more, sizes)
+    got = jax.jit(graph.replay(keep))(graph.compact(EXPERTS, keep), more, sizes)
     np.testing.assert_allclose(got, experts(graph.mask(EXPERTS, keep), more, sizes), rtol=1e-5, atol=1e-6)
 
 

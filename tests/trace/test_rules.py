@@ -334,4 +334,4 @@ def test_rotated_pairs_are_units(turn, pairs):
     small = graph.compact(params, keep)
     assert small["q"].shape == (6, 12)
     masked = {**params, **{n: params[n].at[:, np.ravel(group.members[0].positions[1])].set(0) for n in "qk"}}
-    np.testing.assert_allclose(graph.replay(keep)(small, x), f(masked, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(graph.replay(keep))(small, x), jax.jit(f)(masked, x), rtol=1e-5, atol=1e-6)

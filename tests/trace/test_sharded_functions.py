@@ -64,7 +64,7 @@ def test_one_shard_is_the_function_itself(checked):
     # the batch is free
     keep = {"a:1": np.arange(8) < 5}
     more = normal(8, 7, 6)
-    got = graph.replay(keep)(graph.compact(PARAMS, keep), more)
+    got = jax.jit(graph.replay(keep))(graph.compact(PARAMS, keep), more)
     np.testing.assert_allclose(got, tensor_parallel(graph.mask(PARAMS, keep), more, mesh(1, 1)), rtol=1e-5, atol=1e-6)
 
 

@@ -252,5 +252,5 @@ def test_experts_without_hidden_channels():
 
     keep = {"up:2": np.zeros(8, bool)}
     graph = jprune.trace(f, params, X)
-    got = graph.replay(keep, allow_empty=True)(graph.compact(params, keep, allow_empty=True), X)
+    got = jax.jit(graph.replay(keep, allow_empty=True))(graph.compact(params, keep, allow_empty=True), X)
     np.testing.assert_array_equal(got, f(graph.mask(params, keep), X))

@@ -25,7 +25,7 @@ class ToyCNN(nn.Module):
 
 def init(model=None):
     """Variables of the toy network."""
-    return (model or ToyCNN()).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    return jax.jit((model or ToyCNN()).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
 
 
 def small_dataset(n_train=96, n_test=50):
