@@ -12,6 +12,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)  # a te
 settings.load_profile("repeatable")
 typecheck.check("jprune", "pallas_kernels")
 jax.config.update("jax_traceback_filtering", "off")  # tests refuse shapes by the thousand: a third of the time each
+jax.config.update("jax_include_full_tracebacks_in_locations", False)  # which nobody reads, in programs by the thousand
 
 
 # Compiling for small arrays takes longer than running: without optimisation and without the emitters that compile every
@@ -52,6 +53,13 @@ def keep_programs(config):
     }.items():
         if os.environ.setdefault(name.upper(), str(value)) == str(value):
             jax.config.update(name, value)
+
+
+def pytest_collection_finish():
+    """What is loaded by now stays; looking it through again and again was a fifth of the time of tracing."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -255,7 +255,7 @@ def test_slicing_changes_nothing(name, kind):
     small = slice_lapp(net, v, keep)
     want = jax.jit(forward.evaluate)(v, x)
     assert relative(jax.jit(small.forward.evaluate)(small.variables, x), want) < 1e-5
-    plain = net.forward.evaluate(original(net, v), x)
+    plain = jax.jit(net.forward.evaluate)(original(net, v), x)
     assert (kind == "none" and name != "residual") or relative(plain, want) > 1e-2  # masks and bypasses matter
     logits, updates = jax.jit(forward.train)(v, x, KEY)
     got, after = jax.jit(small.forward.train)(small.variables, x, KEY)
@@ -404,12 +404,13 @@ def test_what_moves_thresholds_and_weights():
     assert closed.any() and float(jnp.abs(grads["network"][block][layer]["kernel"][..., closed]).max()) == 0
     dense = dataclasses.replace(net, config=dataclasses.replace(net.config, regrow="dense"))
     again = gated_forward(dense, 5, 10)
-    same_numbers(again.train(v, x, KEY)[0], forward.train(v, x, KEY)[0], terms=TERMS)
+    same_numbers(jax.jit(again.train)(v, x, KEY)[0], jax.jit(forward.train)(v, x, KEY)[0], terms=TERMS)
     assert float(jnp.abs(task(again)["network"][block][layer]["kernel"][..., closed]).max()) > 0
     # the score's own gradient is off unless asked for
 
     def first(c):
-        return jax.grad(lambda p: gates(c, p)[name].sum() * 1.0)(v["params"])["network"][block][layer]["kernel"]
+        gradient = jax.jit(jax.grad(lambda p: gates(c, p)[name].sum() * 1.0))(v["params"])
+        return gradient["network"][block][layer]["kernel"]
 
     scored = dataclasses.replace(net, config=dataclasses.replace(net.config, score_grad=True))
     assert float(jnp.abs(first(net)).max()) == 0 and float(jnp.abs(first(scored)).max()) > 0
@@ -428,7 +429,8 @@ def test_warm_up_keeps_masks_open_and_thresholds_where_they_are():
     assert float(updates["losses"]["constraint"]) == 0 and int(updates["lapp"]["step"]) == 5
     assert float(updates["metrics"]["ratio"]) > 1  # the bypasses
     open_masks = {**v, "params": {**v["params"], "threshold": dict.fromkeys(net.layers, jnp.float32(-4.0))}}
-    np.testing.assert_array_equal(forward.evaluate(v, x), forward.evaluate(open_masks, x))
+    run = jax.jit(forward.evaluate)
+    np.testing.assert_array_equal(run(v, x), run(open_masks, x))
 
 
 def test_other_scores():

@@ -302,7 +302,7 @@ def test_grasp_against_the_full_hessian():
         return sum(at_init.classification(mlp(unflat(w), x) / 3.0, y) for x, y in batches)
 
     w = jnp.concatenate([v["a"].ravel(), v["b"].ravel()])
-    s = np.asarray(w * (jax.hessian(total)(w) @ jax.grad(total)(w)), np.float64)
+    s = np.asarray(jax.jit(lambda w: w * (jax.hessian(total)(w) @ jax.grad(total)(w)))(w), np.float64)
     s /= abs(s.sum())
     got = importance.grasp(mlp, v, batches, ("a", "b"), temperature=3.0)
     np.testing.assert_allclose(np.concatenate([got[p].ravel() for p in "ab"]), s, rtol=2e-3, atol=1e-5)

@@ -234,6 +234,7 @@ def test_another_models_tree_is_refused():
         rebuild(module, wrong)
 
 
+@pytest.mark.slow
 def test_seven_billion_parameters_are_traced_without_a_weight():
     c = llama.llama_config(32000, 4096, 11008, 32, 32, eps=1e-5, dtype="bfloat16")
     ids = jax.ShapeDtypeStruct((2, 64), jnp.int32)

@@ -166,7 +166,7 @@ def test_unfuse_after_pruning():
 def test_a_fused_config_of_two_head_sizes_is_refused():
     module = vit.ViT(vit.ViTConfig(8, 16, (vit.ViTBlock(2, 8, 4, 16),), 5))
     with pytest.raises(ValueError, match="heads of 8 and value heads of 4 do not fit one kernel: use fused=False"):
-        module.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
 
 
 # -- other trees ---------------------------------------------------------------------------------------------------
@@ -243,7 +243,10 @@ def test_bad_arguments_of_the_constructors():
         (lambda: vit.vit(10, 1, 3, 4, 5), "3 heads do not divide"),
         (lambda: vit.vit(12, 1, 3, 4, 5, pool="max"), "'token' or 'mean'"),
         (lambda: unet.unet(norm="layer"), "'batch' or 'group'"),
-        (lambda: vgg.vgg(16, imagenet=True).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))), "224 pixels"),
+        (
+            lambda: jax.eval_shape(vgg.vgg(16, imagenet=True).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))),
+            "224 pixels",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             make()

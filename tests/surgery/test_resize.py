@@ -78,7 +78,11 @@ def test_stacked_layers_get_one_width():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet20", "resnet18", "resnet50", "mobilenet_v2_small", "shufflenet_v2_small", "vgg16_bn", "vit_digits"]
+    "name",
+    [
+        *("resnet20", "resnet18", "vgg16_bn", "vit_digits"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet50", "mobilenet_v2_small", "shufflenet_v2_small")),
+    ],
 )
 def test_the_zoo_is_rebuilt_at_other_widths_and_runs(name):
     module = build(name, 10)

@@ -1,5 +1,7 @@
 """A three-layer network and a small data set for the training tests, also for those in processes of their own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ class ToyCNN(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
+@functools.cache
 def init(model=None):
     """Variables of the toy network."""
     return jax.jit((model or ToyCNN()).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
@@ -48,7 +51,7 @@ def model():
 
 @pytest.fixture
 def variables(model):
-    return init(model)
+    return jax.tree.map(lambda x: x, init())
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from conftest import ToyCNN, init, small_dataset
 
 from jprune.training import TrainConfig, train
 
@@ -41,10 +43,17 @@ def assert_same_bits(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, *train(ToyCNN(), init(), small_dataset(), CONFIG, out=out)
+
+
 @pytest.fixture
-def whole(tmp_path, model, variables, dataset):
-    out = tmp_path / "whole"
-    trained, history = train(model, variables, dataset, CONFIG, out=out)
+def whole(tmp_path, finished):
+    """(variables, history, metrics) of a whole run; its folder is `whole`."""
+    out, trained, history = finished
+    shutil.copytree(out, tmp_path / "whole")
     return trained, history, lines(out)
 
 
