@@ -43,7 +43,7 @@ def _masked(leaf: Leaf, x: Any, keep: Keep) -> Any:
     """One leaf that `keep` touches, in its dtype."""
     x = jnp.asarray(x)
     own = {g for layout in leaf.layouts for g in L.groups_in(layout) if g in keep}
-    if all((v if hasattr(v, "dtype") else np.asarray(v)).dtype == np.bool_ for v in map(keep.get, own)):
+    if all((v if hasattr(v, "dtype") else np.asarray(v)).dtype == np.bool_ for v in (keep[g] for g in own)):
         return jnp.where(leaf_mask(leaf, keep, jnp.bool_), x, jnp.zeros((), x.dtype))
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         gates = leaf_mask(leaf, keep, jnp.float32)

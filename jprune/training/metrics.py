@@ -70,7 +70,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
         try:
             record = parse_json(line)
             fields = Fields(record)
-            fields.integer("step"), fields.text("kind")
+            fields.integer("step")
+            fields.text("kind")
         except ValueError as error:
             if number == len(lines):
                 break
