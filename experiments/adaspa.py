@@ -29,10 +29,10 @@ from scipy.ndimage import uniform_filter
 
 from experiments import record
 from experiments.moving_digits import MODEL, TOKENS, WORDS, Recipe, trained, videos
-from jprune.attention import patterns
-from jprune.attention.adaspa import Action, LayerState, attention_of, init_state, sample, segments
-from jprune.attention.adaspa_select import AdaSpaConfig, keep_counts, recall_of, spans
-from jprune.diffusion.samplers import RectifiedFlow
+from jprune.methods.attention import patterns
+from jprune.methods.attention.adaspa import Action, LayerState, attention_of, init_state, sample, segments
+from jprune.methods.attention.adaspa_select import AdaSpaConfig, keep_counts, recall_of, spans
+from jprune.models.samplers import RectifiedFlow
 from pallas_kernels.block_score import block_scores
 
 RESULTS = Path(__file__).parent / "results"

@@ -34,17 +34,17 @@ import jprune
 from experiments import record, stdlib_lm
 from jprune.checkpoint import load_hf, load_tokenizer
 from jprune.data.text import BYTES, sample_windows, token_stream, windows
-from jprune.language import baselines
+from jprune.files.atomic import write_json
 from jprune.language.blocks import blocks
-from jprune.language.cfsp import CFSPOptions, cfsp_keep, lora_ranks
-from jprune.language.channels import FINE, removed
 from jprune.language.finetune import Tuning, clipped, fresh, next_token, update
 from jprune.language.lora import LoraConfig, init, layer_ranks, merge
 from jprune.language.perplexity import next_token_loss, perplexity
 from jprune.language.statistics import block_stats
+from jprune.methods.channels import decoder_baselines as baselines
+from jprune.methods.channels.cfsp import CFSPOptions, cfsp_keep, lora_ranks
+from jprune.methods.channels.decoder_channels import FINE, removed
 from jprune.models.llama import Llama, LlamaConfig, with_biases
 from jprune.models.llama_blocks import pieces
-from jprune.whole_files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"

@@ -23,8 +23,8 @@ from sklearn.model_selection import train_test_split
 
 from experiments.stdlib_lm import cache_folder
 from jprune.checkpoint import load, save
+from jprune.methods.tokens.cost import Dims, dims_of
 from jprune.models.vit import ViT, vit
-from jprune.tokens.flops import Dims, dims_of
 from jprune.training.progress import bar
 
 CANVAS, DIGIT, WINDOW, STEP = 16, 8, 4, 2

@@ -29,9 +29,15 @@ from rich.table import Table
 
 from experiments import record
 from experiments.benchmarks import in_turns
-from jprune.tokens import selectors
-from jprune.tokens.diverse import cosine_distance_matrix, cover_radius, divprune_select, farthest_first, mmdp_value
-from jprune.tokens.selectors import Aux
+from jprune.methods.tokens import visual_selectors as selectors
+from jprune.methods.tokens.divprune import (
+    cosine_distance_matrix,
+    cover_radius,
+    divprune_select,
+    farthest_first,
+    mmdp_value,
+)
+from jprune.models.token_hook import Aux
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"

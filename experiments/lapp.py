@@ -29,10 +29,10 @@ from rich.table import Table
 
 import jprune
 from experiments import paper_data, record
-from jprune.channels.lapp import LappConfig
-from jprune.channels.lapp_network import Network, finalise, init, prepare, slice_lapp
-from jprune.channels.lapp_run import LappRun, run
 from jprune.data import Dataset, load_digits
+from jprune.methods.channels.lapp.lapp import LappConfig
+from jprune.methods.channels.lapp.network import Network, finalise, init, prepare, slice_lapp
+from jprune.methods.channels.lapp.run import LappRun, run
 from jprune.models import resnet
 from jprune.training import TrainConfig, evaluate, train
 

@@ -28,9 +28,9 @@ from rich.table import Table
 from experiments import record
 from experiments.benchmarks import RESULTS
 from jprune.checkpoint.llava import LlavaFolder, load_llava
-from jprune.models.llava_answer import VisualPruning, answer
-from jprune.tokens.diverse import retained_count
-from jprune.tokens.llm_flops import kept_within, last_layer_within, paper_tflops
+from jprune.methods.tokens.cost_llm import kept_within, last_layer_within, paper_tflops
+from jprune.methods.tokens.divprune import retained_count
+from jprune.methods.tokens.llava_answer import VisualPruning, answer
 
 SHORT = "\nAnswer the question using a single word or phrase."
 

@@ -31,15 +31,15 @@ import jprune
 from experiments import record
 from experiments.stdlib_lm import MODEL, base_model
 from jprune.checkpoint import PruningRecord, load_hf, load_tokenizer, save_hf
+from jprune.checkpoint.layouts import LINEN_SCAN, kept_of_plan
 from jprune.data.text import sample_windows, token_stream, windows
 from jprune.language.finetune import Tuning, next_token, recover
 from jprune.language.lora import LoraConfig, init
-from jprune.language.loraprune import group_importance
-from jprune.language.loraprune_masks import prunable, update_masks
-from jprune.language.loraprune_run import LoraPrune, finalize, gradient, loraprune, step_of, unit_counts
 from jprune.language.perplexity import perplexity
+from jprune.methods.channels.loraprune.loraprune import group_importance
+from jprune.methods.channels.loraprune.masks import prunable, update_masks
+from jprune.methods.channels.loraprune.run import LoraPrune, finalize, gradient, loraprune, step_of, unit_counts
 from jprune.models import rebuild
-from jprune.models.layouts import LINEN_SCAN, kept_of_plan
 from jprune.models.llama import Llama, unstack_layers
 from jprune.training.state import TrainState
 

@@ -30,11 +30,11 @@ from rich.table import Table
 
 import jprune
 from experiments import paper_data, record
-from jprune.channels import masksparsity as ms
-from jprune.channels.groupnorm import group_sparsity
-from jprune.channels.masksparsity_run import MaskSparsityConfig, run
 from jprune.data import Dataset, load_digits, steps_per_epoch
 from jprune.importance import batchnorm_scale, magnitude, random
+from jprune.methods.channels.depgraph_sparse import group_sparsity
+from jprune.methods.channels.masksparsity import masksparsity as ms
+from jprune.methods.channels.masksparsity.run import MaskSparsityConfig, run
 from jprune.models import rebuild, resnet
 from jprune.training import TrainConfig, evaluate, learning_rates, train
 

@@ -32,9 +32,9 @@ import jprune
 from experiments import paper_data, record
 from jprune import importance
 from jprune.budget import Target
-from jprune.channels import precropping as pc
-from jprune.channels import precropping_checks as claims
 from jprune.data import ArraySplit, Dataset, epoch_batches, load_digits
+from jprune.methods.channels.precrop import controls as claims
+from jprune.methods.channels.precrop import precrop as pc
 from jprune.models import build, rebuild, vgg
 from jprune.training import TrainConfig, as_forward, evaluate, mean_cross_entropy, sgd, train
 from jprune.training.state import Recipe, compiled_step, init_state, update_of

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 import jprune
-from jprune.whole_files import write_json
+from jprune.files.atomic import write_json
 
 
 def machine() -> dict[str, Any]:

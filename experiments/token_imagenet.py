@@ -24,11 +24,11 @@ from rich.table import Table
 from experiments import record
 from experiments.benchmarks import RESULTS
 from jprune.checkpoint.vision import load_vision
-from jprune.pipeline.tokens import batches, pictures_of
-from jprune.tokens.flops import count_flops, dims_of
-from jprune.tokens.methods import METHODS, reducer_for
-from jprune.tokens.reducer import TokenReducer
-from jprune.tokens.zero_tprune import PRESETS
+from jprune.jobs.vision import batches, pictures_of
+from jprune.methods.tokens.cost import count_flops, dims_of
+from jprune.methods.tokens.reducers_by_name import METHODS, reducer_for
+from jprune.methods.tokens.zero_tprune import PRESETS
+from jprune.models.token_hook import TokenReducer
 
 SIZES = {192: "tiny", 384: "small", 768: "base"}
 WHOLE = {"tiny": 72.136, "small": 79.826, "base": 81.794}  # top-1 of all tokens, as the authors measured it

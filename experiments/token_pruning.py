@@ -29,16 +29,16 @@ from scipy.stats import rankdata
 
 from experiments import record
 from experiments.digit_canvas import Canvases, Recipe, calibration_set, model, sizes, test_set, trained
-from jprune.tokens.entry import AtEntry, two_pass
-from jprune.tokens.flops import count_flops
-from jprune.tokens.methods import reducer_for
-from jprune.tokens.pagerank import aggregate_heads, initial_signal, wpr_scores
-from jprune.tokens.reducer import Seen, TokenReducer, Tokens, take
-from jprune.tokens.schedules import ats_for, tome_for, topk_for
-from jprune.tokens.search import search_schedule
-from jprune.tokens.selection import best_places
-from jprune.tokens.topk import TopK
-from jprune.tokens.zero_tprune import PAPER_VARIANCES, PruneSpec, ZeroTPrune
+from jprune.methods.tokens.before_first_block import AtEntry, two_pass
+from jprune.methods.tokens.cost import count_flops
+from jprune.methods.tokens.pagerank import aggregate_heads, initial_signal, wpr_scores
+from jprune.methods.tokens.reducers_by_name import reducer_for
+from jprune.methods.tokens.schedules import ats_for, tome_for, topk_for
+from jprune.methods.tokens.search import search_schedule
+from jprune.methods.tokens.selection import best_places
+from jprune.methods.tokens.topk import TopK
+from jprune.methods.tokens.zero_tprune import PAPER_VARIANCES, PruneSpec, ZeroTPrune
+from jprune.models.token_hook import Seen, TokenReducer, Tokens, take
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -46,7 +46,7 @@ BATCH = 250
 SHARE = 0.4  # of what a layer drops, by similarity
 
 
-# of `jprune.tokens.methods`, those that work between blocks
+# of `jprune.methods.tokens.reducers_by_name`, those that work between blocks
 COLORS = {"zero_tprune": "#c1121f", "zero_tprune_uni": "#e07a5f", "tome": "#2a6f97", "ats": "#61a5c2", "evit": "#588157",
           "cls_topk": "#a3b18a", "column_mean": "#9d4edd", "random": "#8d99a6"}  # fmt: skip
 

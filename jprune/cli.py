@@ -17,8 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from jprune.whole_files import ignore_closed_loops
-from jprune_command import obey_ctrl_c, stop
+from jprune.files.atomic import ignore_closed_loops
+from jprune.interrupt import obey_ctrl_c, stop
 
 Text = Annotated
 
@@ -114,11 +114,11 @@ def prune(
         jprune prune --model ./Llama-3.2-1B --method cfsp --sparsity 0.3 --calibration wiki.txt --recover 500
     """
     given = {k: v for k, v in locals().items() if v is not None and k not in ("out", "resume", "quiet")}
-    from jprune.pipeline.which import is_language_model
+    from jprune.jobs.which_model import is_language_model
 
     if is_language_model(model):
         return _prune_folder(given, out, resume, quiet)
-    from jprune.pipeline import Options, Run, rows
+    from jprune.jobs import Options, Run, rows
 
     options = _made(
         Options, given, f"{model!r} is a classifier of the zoo: leave it out, or give the folder of a language model"
@@ -147,8 +147,8 @@ def _made(options: type, given: dict[str, Any], otherwise: str) -> Any:
 
 def _defaults(name: str) -> str:
     """What the help says of an option that is not given: the default of every kind of model that has it."""
-    from jprune.pipeline.language_options import LanguageOptions
-    from jprune.pipeline.options import Options
+    from jprune.jobs.classifier_options import Options
+    from jprune.jobs.decoder_options import LanguageOptions
 
     found = {
         kind: f.default
@@ -166,8 +166,8 @@ def _defaults(name: str) -> str:
 
 def _prune_folder(given: dict[str, Any], out: Path | None, resume: bool, quiet: bool) -> int:
     """`prune` for the folder of a language model."""
-    from jprune.pipeline.language import LanguageRun, MeasuredDecoder, rows
-    from jprune.pipeline.language_options import LanguageOptions
+    from jprune.jobs.decoder import LanguageRun, MeasuredDecoder, rows
+    from jprune.jobs.decoder_options import LanguageOptions
 
     options = _made(LanguageOptions, given, f"{given['model']} is the folder of a language model: leave it out")
     name = Path(options.model).resolve().name
@@ -234,7 +234,7 @@ def evaluate(
 
         jprune eval --model deit_small --data imagenet/val --tokens zero_tprune --flops 0.65
     """
-    from jprune.pipeline.tokens import TokenOptions, evaluate_tokens, rows
+    from jprune.jobs.vision import TokenOptions, evaluate_tokens, rows
 
     options = TokenOptions(
         model, data, tokens, flops, batch_size, images, search, search_images, pictures, heads, dtype, seed
@@ -275,8 +275,8 @@ def chat(
 
         jprune chat --model llava-1.5-7b-hf --image cat.jpg --question "What is the cat doing?" --keep 56
     """
-    from jprune.pipeline.chat import ChatOptions, rows
-    from jprune.pipeline.chat import chat as ask
+    from jprune.jobs.llava import ChatOptions, rows
+    from jprune.jobs.llava import chat as ask
 
     options = ChatOptions(
         model, image, question, tokens, keep, ratio, layer, order, positions, vision, steps, dtype, seed
@@ -308,7 +308,7 @@ def explain(
     jprune explain ./Llama-3.2-1B
     """
     from jprune.graph import trace
-    from jprune.pipeline.which import to_explain
+    from jprune.jobs.which_model import to_explain
 
     graph = trace(*to_explain(model, num_classes, image, length))
     print(graph.explain(path, axis))
@@ -319,12 +319,12 @@ def explain(
 
 def list_() -> int:
     """Models, data sets, methods, scopes and schedules."""
-    from jprune.methods import METHODS
+    from jprune.jobs import DATA
+    from jprune.methods.channels.decoder_names import LANGUAGE_METHODS
+    from jprune.methods.channels.names import METHODS
+    from jprune.methods.tokens.llava_answer import ABOUT as VISUAL
+    from jprune.methods.tokens.reducers_by_name import ABOUT as TOKENS
     from jprune.models import MODELS
-    from jprune.models.llava_answer import ABOUT as VISUAL
-    from jprune.pipeline import DATA
-    from jprune.pipeline.language_methods import LANGUAGE_METHODS
-    from jprune.tokens.methods import ABOUT as TOKENS
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     scopes = {"global": "all units in one ranking", "uniform": "the same fraction of every group",
@@ -363,7 +363,3 @@ def main() -> None:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         status = 2
     sys.exit(status)
-
-
-if __name__ == "__main__":
-    main()

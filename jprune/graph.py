@@ -15,19 +15,19 @@ from jprune.surgery import resize as _resize
 from jprune.surgery.decision import Decision, Keep, decide
 from jprune.surgery.plan import Plan, plan_of
 from jprune.surgery.replay import Replay
-from jprune.trace import cost as _cost
-from jprune.trace import explain as _explain
-from jprune.trace import taps as _taps
-from jprune.trace.analysis import Rule
-from jprune.trace.cost import Cost, LayerCost
-from jprune.trace.discover import analyse
-from jprune.trace.structure import Structure
+from jprune.tracing import cost as _cost
+from jprune.tracing import explain as _explain
+from jprune.tracing import taps as _taps
+from jprune.tracing.analyse import analyse
+from jprune.tracing.cost import Cost, LayerCost
+from jprune.tracing.structure import Structure
+from jprune.tracing.walk import Rule
 
 
 class Graph(Structure):
     """Dependency groups, cost and taps of one traced function; static and hashable (by identity).
 
-    See `jprune.trace.structure.Structure` for the attributes; the methods below take parameters in and give
+    See `jprune.tracing.structure.Structure` for the attributes; the methods below take parameters in and give
     parameters (or functions, numbers, statistics) out.
     """
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jprune
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 
 def normal(seed, *shape):

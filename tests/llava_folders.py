@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from small_llava import IMAGE, VOCAB, model
 
-from jprune.models.vit_names import clip
+from jprune.checkpoint.vit_names import clip
 
 VISION = {"model_type": "clip_vision_model", "hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 2,
           "num_attention_heads": 2, "image_size": 12, "patch_size": 4, "hidden_act": "quick_gelu"}  # fmt: skip

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from experiments import record
 from experiments.benchmarks import DISTURBED, RESULTS, in_turns, medians, ratio
-from jprune.attention.adaspa import Action, attention_of, init_state, segments
-from jprune.attention.adaspa_select import AdaSpaConfig
+from jprune.methods.attention.adaspa import Action, attention_of, init_state, segments
+from jprune.methods.attention.adaspa_select import AdaSpaConfig
 from jprune.models.dit import DiTBlock, DiTConfig, VideoDiT
 
 SPARSITIES = (0.8, 0.9)

@@ -38,9 +38,9 @@ from experiments import record
 from experiments.benchmarks import DISTURBED, RESULTS
 from experiments.peers import peer
 from jprune.budget import Target, uniform
+from jprune.checkpoint.torch import tables, torch_names
 from jprune.importance import magnitude
 from jprune.models import build
-from jprune.models.torch_weights import tables, torch_names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,13 +30,13 @@ from rich.table import Table
 from experiments import record
 from experiments.benchmarks import DISTURBED, RESULTS, in_turns, medians
 from experiments.peers import peer
+from jprune.methods.tokens.cost_llm import true_flops
+from jprune.methods.tokens.divprune import divprune_select, retained_count
+from jprune.methods.tokens.llava_answer import VisualPruning, read_prompt
 from jprune.models.llama import Block, context
 from jprune.models.llama_config import llama_config
 from jprune.models.llava import Llava, LlavaConfig
-from jprune.models.llava_answer import VisualPruning, read_prompt
 from jprune.models.vit_config import ViTBlock, ViTConfig
-from jprune.tokens.diverse import divprune_select, retained_count
-from jprune.tokens.llm_flops import true_flops
 
 SEVEN = llama_config(32064, 4096, 11008, 32, 32)
 

@@ -40,9 +40,9 @@ from experiments.peers import peer
 from jprune.budget.rounding import channel_counts
 from jprune.checkpoint import load_hf, save_hf
 from jprune.language.blocks import blocks
-from jprune.language.cfsp import CFSPOptions, allocate_keep_ratios, cfsp_keep
 from jprune.language.perplexity import Runs
 from jprune.language.statistics import block_stats
+from jprune.methods.channels.cfsp import CFSPOptions, allocate_keep_ratios, cfsp_keep
 from jprune.models import rebuild
 from jprune.models.llama import Llama, LlamaConfig, llama_config
 

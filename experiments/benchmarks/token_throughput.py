@@ -25,11 +25,11 @@ from rich.table import Table
 from experiments import record
 from experiments.benchmarks import DISTURBED, RESULTS, in_turns, medians, ratio
 from experiments.peers import peer
+from jprune.methods.tokens.cost import count_flops, dims_of
+from jprune.methods.tokens.reducers_by_name import reducer_for
+from jprune.methods.tokens.zero_tprune import ZeroTPrune
 from jprune.models import vit
-from jprune.tokens.flops import count_flops, dims_of
-from jprune.tokens.methods import reducer_for
-from jprune.tokens.reducer import TokenReducer
-from jprune.tokens.zero_tprune import ZeroTPrune
+from jprune.models.token_hook import TokenReducer
 
 METHODS = ("zero_tprune", "tome", "cls_topk", "random")
 BESIDE_TORCH = ("all tokens", "zero_tprune")

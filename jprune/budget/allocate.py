@@ -18,8 +18,8 @@ import numpy as np
 
 from jprune.budget.target import Target
 from jprune.importance.reduce import check_scores
-from jprune.trace.errors import NotPrunable, suggest
-from jprune.trace.structure import Group, Structure
+from jprune.tracing.errors import NotPrunable, suggest
+from jprune.tracing.structure import Group, Structure
 
 
 @dataclasses.dataclass(frozen=True)

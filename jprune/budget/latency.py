@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from jprune.json_files import Fields, read_json
-from jprune.trace import cost
-from jprune.trace import layout as L
-from jprune.trace.evaluate import Sizes
-from jprune.trace.layout import Fixed, Layout
-from jprune.trace.structure import Contraction, Structure
-from jprune.whole_files import write_json
+from jprune.files.atomic import write_json
+from jprune.files.json_files import Fields, read_json
+from jprune.tracing import cost
+from jprune.tracing import layout as L
+from jprune.tracing.evaluate import Sizes
+from jprune.tracing.layout import Fixed, Layout
+from jprune.tracing.structure import Contraction, Structure
 
 FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
 FORMAT = 1

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jprune.trace import cost
-from jprune.trace.structure import Structure
+from jprune.tracing import cost
+from jprune.tracing.structure import Structure
 
 COUNTED = ("macs", "params", "bytes", "activation_bytes")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jprune.json_files import read_json
+from jprune.files.json_files import read_json
 
 
 def load_chat_template(folder: str | Path) -> Callable[[Sequence[Mapping[str, str]]], str] | None:

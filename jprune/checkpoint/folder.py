@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jprune.checkpoint.together import orbax_options, shared_folder
-from jprune.json_files import Fields, read_json
-from jprune.trace.leafpaths import flatten, path_str
+from jprune.files.json_files import Fields, read_json
+from jprune.tracing.paths import flatten, path_str
 from jprune.version import __version__
 
 FORMAT = "jprune-checkpoint/1"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jprune.json_files import Fields
+from jprune.files.json_files import Fields
 from jprune.models.llama_config import FAMILIES, LlamaConfig
 from jprune.models.rope import Rope
 

@@ -16,8 +16,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jprune.checkpoint.tensors import Entry, read_header
-from jprune.json_files import Fields, read_json, said_of
-from jprune.whole_files import write_json
+from jprune.files.atomic import write_json
+from jprune.files.json_files import Fields, read_json, said_of
 
 DTYPES = {
     "F64": np.dtype(np.float64),

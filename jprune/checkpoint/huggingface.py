@@ -32,16 +32,16 @@ from jprune.checkpoint.hf_export import (
     strip_layer,
 )
 from jprune.checkpoint.hf_files import TensorFiles, write_tensors
-from jprune.json_files import REQUIRED, Fields, read_json, said_of
-from jprune.models.layouts.codebases import HF, LINEN, LINEN_SCAN
-from jprune.models.layouts.convert import shape_in, sizes
-from jprune.models.layouts.kept import Kept
-from jprune.models.layouts.layout import from_logical, views
+from jprune.checkpoint.layouts.codebases import HF, LINEN, LINEN_SCAN
+from jprune.checkpoint.layouts.convert import shape_in, sizes
+from jprune.checkpoint.layouts.kept import Kept
+from jprune.checkpoint.layouts.layout import from_logical, views
+from jprune.files.atomic import whole_folder, write_json
+from jprune.files.json_files import REQUIRED, Fields, read_json, said_of
 from jprune.models.llama import Llama, LlamaConfig, unstack_layers
 from jprune.models.llama_config import FAMILIES
 from jprune.models.shapes import check_tree
 from jprune.version import __version__
-from jprune.whole_files import whole_folder, write_json
 
 RECORD, FORMAT = "jprune.json", "jprune-hf/1"
 MODES = ("uniform", "padded", "hetero")

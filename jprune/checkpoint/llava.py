@@ -27,7 +27,7 @@ from jprune.checkpoint.huggingface import layers_in, load_tokenizer, read_decode
 from jprune.checkpoint.vision import clip_vision
 from jprune.checkpoint.vision_config import hf_preprocess
 from jprune.data.images import Preprocess
-from jprune.json_files import MOST, Fields, read_json, said_of
+from jprune.files.json_files import MOST, Fields, read_json, said_of
 from jprune.models.llava import SELECT, Llava, LlavaConfig
 
 IMAGE = "<image>"
@@ -145,7 +145,7 @@ class LlavaFolder(NamedTuple):
     """A model that was read.
 
     Attributes:
-      module, variables: for `jprune.models.llava_answer.answer`.
+      module, variables: for `jprune.methods.tokens.llava_answer.answer`.
       processor: pictures and questions to what it reads.
     """
 

@@ -11,8 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jprune.json_files import parse_json
-from jprune.whole_files import writing
+from jprune.files.atomic import writing
+from jprune.files.json_files import parse_json
 
 LONGEST = 10**8  # bytes of a header, by the format's definition
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from orbax.checkpoint import multihost, options
 
-from jprune.whole_files import whole_folder
+from jprune.files.atomic import whole_folder
 
 SECONDS = 1200  # that a process waits for the others, as orbax does
 _steps = itertools.count()  # all processes take the same steps in the same order

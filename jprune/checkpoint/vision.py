@@ -19,18 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jprune.array_files import read_npz
 from jprune.checkpoint import vision_config as read
+from jprune.checkpoint import vit_names
 from jprune.checkpoint.hf_files import TensorFiles
 from jprune.checkpoint.tensors import load_safetensors
+from jprune.checkpoint.torch import PICKLES, from_torch, torch_names
 from jprune.data.images import MEAN, STD, Preprocess
-from jprune.json_files import Fields, read_json, said_of
-from jprune.models import vit_names
+from jprune.files.json_files import Fields, read_json, said_of
+from jprune.files.npz import read_npz
 from jprune.models.shapes import shapes_of
-from jprune.models.torch_weights import PICKLES, from_torch, torch_names
 from jprune.models.vit import ViT
 from jprune.models.vit_config import ViTConfig
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 KINDS = ("vit", "deit", "clip_vision_model", "clip")
 # Tensors of transformers' files that are no part of the function: the text model beside a vision tower, the buffer of

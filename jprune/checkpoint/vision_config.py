@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jprune.data.images import MEAN, STD, Preprocess
-from jprune.json_files import REQUIRED, Fields
+from jprune.files.json_files import REQUIRED, Fields
 from jprune.models.vit_config import ViTBlock, ViTConfig
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Int32, Integer
 
-from jprune.json_files import parse_json
+from jprune.files.json_files import parse_json
 
 Chat: TypeAlias = Callable[[Sequence[Mapping[str, str]]], str]  # messages of a chat -> one text
 

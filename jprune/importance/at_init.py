@@ -18,9 +18,9 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jprune.trace.errors import suggest
-from jprune.trace.leafpaths import flatten, path_str
-from jprune.trace.structure import Structure
+from jprune.tracing.errors import suggest
+from jprune.tracing.paths import flatten, path_str
+from jprune.tracing.structure import Structure
 
 CONTRACTIONS = ("conv_general_dilated", "dot_general")
 Fn: TypeAlias = Callable[[Any, Any], Any]

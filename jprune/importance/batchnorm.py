@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jprune.importance.reduce import Scores, group_scores, leaf_values, per_unit
-from jprune.trace.structure import Structure
+from jprune.tracing.structure import Structure
 
 
 def scale_leaves(graph: Structure) -> dict[str, str]:

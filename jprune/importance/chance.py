@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from jprune.importance.reduce import Scores
-from jprune.trace.structure import Structure
+from jprune.tracing.structure import Structure
 
 
 def random(graph: Structure, key: jax.Array) -> Scores:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Real
 
 from jprune.importance.at_init import weight_masks
-from jprune.trace.errors import suggest
+from jprune.tracing.errors import suggest
 
 Densities = dict[str, float]
 

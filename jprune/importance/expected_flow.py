@@ -10,14 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
-from jprune.importance.at_init import (
-    Fn,
-    modulus,
-    ones_like_one_sample,
-    total_flow,
-    weights_of,
-    with_weights,
-)
+from jprune.importance.at_init import Fn, modulus, ones_like_one_sample, total_flow, weights_of, with_weights
 from jprune.importance.density import Densities, synexp
 
 

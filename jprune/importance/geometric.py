@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jprune.importance.reduce import WEIGHTS, Scores, group_scores, leaf_values
-from jprune.trace.structure import Structure
+from jprune.tracing.structure import Structure
 
 
 def fpgm(graph: Structure, params: Any, *, reduce: str = "mean", normalise: str = "mean") -> Scores:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jprune.importance.reduce import WEIGHTS, Scores, group_scores, leaf_values, per_unit, traced_leaf
-from jprune.trace.structure import Structure
+from jprune.tracing.structure import Structure
 
 
 def taylor(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jprune.importance.reduce import WEIGHTS, Scores, group_scores, leaf_values, per_unit
-from jprune.trace.structure import Structure
+from jprune.tracing.structure import Structure
 
 
 def magnitude(

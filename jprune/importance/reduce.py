@@ -17,9 +17,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from jprune.trace.errors import KeepError, suggest
-from jprune.trace.leafpaths import flatten
-from jprune.trace.structure import Group, Member, Structure
+from jprune.tracing.errors import KeepError, suggest
+from jprune.tracing.paths import flatten
+from jprune.tracing.structure import Group, Member, Structure
 
 Scores: TypeAlias = dict[str, Array]
 Values: TypeAlias = Array | np.ndarray

@@ -1,1 +1,1 @@
-"""Language models: what is measured of their blocks, and the methods that prune and adapt them."""
+"""Tools for decoders: blocks, statistics, low-rank adapters, perplexity; decides on nothing."""

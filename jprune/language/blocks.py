@@ -1,7 +1,7 @@
 """The blocks of a decoder, read from its trace: which group is whose FFN channels or attention heads, in which order.
 
 A block is one pass of the residual stream through an attention and an MLP. Both are residual branches
-(jprune.trace.residual); the one with products of activations is the attention. Methods for language models speak of
+(jprune.tracing.residual); the one with products of activations is the attention. Methods for language models speak of
 blocks and never of a model's names, so that they work on any function that is a decoder.
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jprune.trace import layout as L
-from jprune.trace.analysis import Path
-from jprune.trace.layout import Unit
-from jprune.trace.probes import Point
-from jprune.trace.residual import Branch, Flow
-from jprune.trace.structure import Structure, Tap
+from jprune.tracing import layout as L
+from jprune.tracing.layout import Unit
+from jprune.tracing.probes import Point
+from jprune.tracing.residual import Branch, Flow
+from jprune.tracing.structure import Structure, Tap
+from jprune.tracing.walk import Path
 
 
 class BlockError(ValueError):

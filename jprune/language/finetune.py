@@ -27,8 +27,8 @@ from rich.progress import Progress
 
 from jprune.language.lora import Lora, LoraConfig, adapted, init
 from jprune.surgery.decision import Keep
-from jprune.trace.leafpaths import flatten
-from jprune.trace.structure import Structure
+from jprune.tracing.paths import flatten
+from jprune.tracing.structure import Structure
 from jprune.training.checkpoints import Checkpoints
 from jprune.training.metrics import MetricsLog
 from jprune.training.progress import bar

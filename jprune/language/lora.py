@@ -23,9 +23,9 @@ from jaxtyping import Array, Float32
 
 from jprune.language.blocks import Block, blocks
 from jprune.surgery.adapt import Product, TapError, adapt, consumers, gate, gates, product
-from jprune.trace import layout as L
-from jprune.trace.leafpaths import flatten, with_leaves
-from jprune.trace.structure import Structure, Tap
+from jprune.tracing import layout as L
+from jprune.tracing.paths import flatten, with_leaves
+from jprune.tracing.structure import Structure, Tap
 
 Ranks: TypeAlias = Mapping[str, Any]
 Scale: TypeAlias = float | tuple[float, ...]  # one, or one per layer of a stack

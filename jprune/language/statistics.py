@@ -21,9 +21,9 @@ from rich.progress import track
 
 from jprune.graph import trace
 from jprune.language.blocks import Block, BlockError, Layer, blocks, layers
-from jprune.trace.probes import Point, Probe, probed
-from jprune.trace.structure import Structure, Tap
-from jprune.trace.taps import is_empty
+from jprune.tracing.probes import Point, Probe, probed
+from jprune.tracing.structure import Structure, Tap
+from jprune.tracing.taps import is_empty
 
 METRICS = ("angular", "cosine", "mse", "mae")
 

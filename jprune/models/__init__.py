@@ -14,7 +14,6 @@ from flax import linen as nn
 
 from jprune.models import densenet, dit, llama, mobilenet, resnet, shufflenet, unet, vgg, vit
 from jprune.models.shapes import check_tree
-from jprune.models.torch_weights import from_torch, load_torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,4 +141,4 @@ def rebuild(module: nn.Module, variables: Any) -> nn.Module:
     return rebuilt
 
 
-__all__ = ["MODELS", "Entry", "build", "from_torch", "load_torch", "rebuild"]
+__all__ = ["MODELS", "Entry", "build", "rebuild"]

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 
 from jprune.models.decoding import Cache
 from jprune.models.llama_config import FAMILIES, LlamaConfig, llama_config
-from jprune.models.llama_drops import Drop, dropped, ends_of
 from jprune.models.llama_trees import (
     config_from_params,
     fold_norm_width,
@@ -34,6 +33,7 @@ from jprune.models.llama_trees import (
     with_biases,
 )
 from jprune.models.rope import angles, rotate
+from jprune.models.token_drops import Drop, dropped, ends_of
 
 
 class Context(NamedTuple):

@@ -5,7 +5,7 @@
     language/...      the decoder (`jprune.models.llama`)
 
 A prompt holds one placeholder id per visual token; the projected tokens are written over their embeddings. What an answer
-costs less when fewer of them are kept is the matter of `jprune.models.llava_answer`.
+costs less when fewer of them are kept is the matter of `jprune.methods.tokens.llava_answer`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from jaxtyping import Array, Int, Int32
 
 from jprune.models.llama import Llama
 from jprune.models.llama_config import LlamaConfig
+from jprune.models.token_hook import Aux
 from jprune.models.vit import ViT
 from jprune.models.vit_config import ViTConfig
-from jprune.tokens.selectors import Aux
 
 ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=False)}
 SELECT = ("default", "full")

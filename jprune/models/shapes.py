@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jprune.models import densenet, dit, layers, llama, unet, vgg, vit
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 FIRST = {vgg.VGG: "block1_conv1", vit.ViT: "patch_embed", unet.UNet: "down1_conv1"}  # elsewhere: "stem_conv"
 

@@ -6,7 +6,7 @@ separately, `unfuse` the model before tracing it; then they are three leaves ("q
 LayerNorm takes the variance in one pass (flax's default), so that pruning the stream is exact in replay; `norm_width`
 remembers the divisor the statistics were trained with.
 
-The same module can be run on fewer tokens: `apply(variables, images, reducer=...)` calls a reducer of `jprune.tokens`
+The same module can be run on fewer tokens: `apply(variables, images, reducer=...)` calls a reducer of `jprune.methods.tokens`
 around its blocks. Parameters are untouched by that; a model may be pruned in its widths and in its tokens.
 """
 
@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jprune.models import layers
+from jprune.models.token_hook import Seen, TokenReducer, Tokens, all_tokens, key_bias, pooled
 from jprune.models.vit_config import ViTBlock, ViTConfig
-from jprune.tokens.reducer import Seen, TokenReducer, Tokens, all_tokens, key_bias, pooled
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -136,7 +136,7 @@ class ViT(nn.Module):
         Args:
           x: images.
           train: there is no difference.
-          reducer: of `jprune.tokens`; static: it decides how many tokens each block computes with.
+          reducer: of `jprune.methods.tokens`; static: it decides how many tokens each block computes with.
           key: for reducers that draw.
           trace: also return which tokens each block saw.
 

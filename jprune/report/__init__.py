@@ -1,1 +1,1 @@
-"""What a pruning run shows: measurements before and after, plots, one page."""
+"""Measuring, drawing and the page of a report; knows no method and no kind of run."""

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from matplotlib.figure import Figure
 
-from jprune.tokens.picture import draw_kept
+from jprune.report.kept_patches import draw_kept
 
 
 class Shown(NamedTuple):

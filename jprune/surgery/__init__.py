@@ -1,1 +1,1 @@
-"""What is done with a decision: mask, compact, expand, replay, plan."""
+"""From a decision to arrays and functions: masked, compacted, replayed, grafted; never decides what goes."""

@@ -22,10 +22,10 @@ from jaxtyping import Array, Float
 from jprune.surgery.decision import check_names
 from jprune.surgery.graft import evaluated
 from jprune.surgery.mask import gated
-from jprune.trace import layout as L
-from jprune.trace import moves
-from jprune.trace.errors import suggest
-from jprune.trace.structure import Structure, Tap
+from jprune.tracing import layout as L
+from jprune.tracing import operand as moves
+from jprune.tracing.errors import suggest
+from jprune.tracing.structure import Structure, Tap
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
 Join = Callable[[Tap, Any, Any, Callable[[Any], Any], Any], Any]

@@ -12,11 +12,11 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from jprune.surgery.decision import Decision, axis_index, slots_of, touched
-from jprune.trace import layout as L
-from jprune.trace.errors import KeepError
-from jprune.trace.layout import Layout
-from jprune.trace.leafpaths import flatten, path_str
-from jprune.trace.structure import Leaf
+from jprune.tracing import layout as L
+from jprune.tracing.errors import KeepError
+from jprune.tracing.layout import Layout
+from jprune.tracing.paths import flatten, path_str
+from jprune.tracing.structure import Leaf
 
 STACKED = ("pad", "bucket", "unstack")
 

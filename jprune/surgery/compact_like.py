@@ -14,10 +14,10 @@ import numpy as np
 
 from jprune.surgery.compact import compact, compact_leaf, uneven_scan
 from jprune.surgery.decision import Decision, touched
-from jprune.trace import layout as L
-from jprune.trace.errors import KeepError
-from jprune.trace.leafpaths import flatten, path_str
-from jprune.trace.structure import Leaf
+from jprune.tracing import layout as L
+from jprune.tracing.errors import KeepError
+from jprune.tracing.paths import flatten, path_str
+from jprune.tracing.structure import Leaf
 
 REMEDY = "slice it by hand or leave it out of the tree"
 DEFAULT_LEAST = 128  # optax.adafactor's min_dim_size_to_factor

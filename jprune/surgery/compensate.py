@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jprune.surgery.decision import Keep, axis_index, decide, touched
-from jprune.trace import moves
-from jprune.trace.leafpaths import flatten, path_str
-from jprune.trace.structure import Structure, Tap
+from jprune.tracing import operand as moves
+from jprune.tracing.paths import flatten, path_str
+from jprune.tracing.structure import Structure, Tap
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
 

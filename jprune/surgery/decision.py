@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from jax.core import Tracer
 
-from jprune.trace import layout as L
-from jprune.trace.errors import KeepError, NotPrunable, suggest
-from jprune.trace.layout import Concat, Fixed, Layout, Reordered, Unit
-from jprune.trace.structure import Structure
+from jprune.tracing import layout as L
+from jprune.tracing.errors import KeepError, NotPrunable, suggest
+from jprune.tracing.layout import Concat, Fixed, Layout, Reordered, Unit
+from jprune.tracing.structure import Structure
 
 Keep = Mapping[str, Any]
 

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from jprune.trace.analysis import Path
-from jprune.trace.errors import suggest
-from jprune.trace.evaluate import Evaluator
-from jprune.trace.leafpaths import flatten
-from jprune.trace.rules.control_flow import CALLS
-from jprune.trace.structure import Structure
+from jprune.tracing.errors import suggest
+from jprune.tracing.evaluate import Evaluator
+from jprune.tracing.paths import flatten
+from jprune.tracing.rules.control_flow import CALLS
+from jprune.tracing.structure import Structure
+from jprune.tracing.walk import Path
 
 AFFINE = ("add", "sub", "mul", "div", "add_any")
 CARRIED = ("convert_element_type", "copy", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "reduce_precision")

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jprune.surgery.decision import Keep, check_names, touched
-from jprune.trace import layout as L
-from jprune.trace.errors import KeepError
-from jprune.trace.leafpaths import path_str
-from jprune.trace.structure import Leaf, Structure
+from jprune.tracing import layout as L
+from jprune.tracing.errors import KeepError
+from jprune.tracing.paths import path_str
+from jprune.tracing.structure import Leaf, Structure
 
 
 def leaf_mask(leaf: Leaf, keep: Keep, dtype: Any) -> Any:

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from jprune.json_files import Fields, is_integer, read_json
+from jprune.files.atomic import write_json
+from jprune.files.json_files import Fields, is_integer, read_json
 from jprune.surgery.compact import Indices, indices_of, take
 from jprune.surgery.decision import Decision
-from jprune.trace import layout as L
-from jprune.trace.errors import KeepError
-from jprune.trace.layout import Concat, Dim, Fixed, Layout, Reordered, Unit
-from jprune.trace.leafpaths import path_str
+from jprune.tracing import layout as L
+from jprune.tracing.errors import KeepError
+from jprune.tracing.layout import Concat, Dim, Fixed, Layout, Reordered, Unit
+from jprune.tracing.paths import path_str
 from jprune.version import __version__
-from jprune.whole_files import write_json
 
 FORMAT = 2
 

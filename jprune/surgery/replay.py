@@ -8,9 +8,9 @@ import jax
 
 from jprune.surgery.compact import STACKED, compact_leaf, indices_of, is_run_list, take, uneven_scan
 from jprune.surgery.decision import Decision
-from jprune.trace.errors import KeepError
-from jprune.trace.evaluate import Evaluator, Segments
-from jprune.trace.leafpaths import path_str
+from jprune.tracing.errors import KeepError
+from jprune.tracing.evaluate import Evaluator, Segments
+from jprune.tracing.paths import path_str
 
 
 class Replay:

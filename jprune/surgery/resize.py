@@ -11,10 +11,10 @@ import numpy as np
 
 from jprune.surgery.compact import check_shapes
 from jprune.surgery.decision import Decision, check_names
-from jprune.trace import layout as L
-from jprune.trace.errors import KeepError
-from jprune.trace.leafpaths import path_str
-from jprune.trace.structure import Structure
+from jprune.tracing import layout as L
+from jprune.tracing.errors import KeepError
+from jprune.tracing.paths import path_str
+from jprune.tracing.structure import Structure
 
 
 def resize(structure: Structure, shapes: Any, widths: Mapping[str, Any]) -> Any:

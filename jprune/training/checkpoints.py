@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from jprune.files.atomic import silent_orbax, writing
 from jprune.training.state import TrainState
-from jprune.whole_files import silent_orbax, writing
 
 
 class Checkpoints:

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 from rich.progress import Progress
 
 from jprune.data import Dataset, epoch_batches, steps_per_epoch, stream
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 from jprune.training.checkpoints import Checkpoints
 from jprune.training.config import TrainConfig, learning_rates, sgd
 from jprune.training.evaluate import evaluate

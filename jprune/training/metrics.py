@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jprune.json_files import Fields, parse_json
+from jprune.files.json_files import Fields, parse_json
 
 
 class Averages:

@@ -12,9 +12,9 @@ import numpy as np  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import jprune  # noqa: E402
-from jprune.channels.masksparsity import all_masked, listed_scales, masked_penalty  # noqa: E402
+from jprune.methods.channels.masksparsity.masksparsity import all_masked, listed_scales, masked_penalty  # noqa: E402
 from jprune.models import MODELS, build  # noqa: E402
-from jprune.trace import taps  # noqa: E402
+from jprune.tracing import taps  # noqa: E402
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="libtpu is not installed")]
 TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]

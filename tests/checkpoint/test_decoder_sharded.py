@@ -12,7 +12,7 @@ from jprune import checkpoint
 from jprune.models import rebuild
 from jprune.models.llama import Llama, stack_layers
 from jprune.models.llama_placement import placement
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 folder = sys.argv[1]
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))

@@ -13,7 +13,7 @@ import pytest
 from decoders import tiny, weights
 
 from jprune.checkpoint import save, save_hf, save_safetensors
-from jprune.whole_files import write_json
+from jprune.files.atomic import write_json
 
 BIG = np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)
 

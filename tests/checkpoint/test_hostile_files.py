@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 from test_huggingface import tensors, write
 
 import jprune
-from jprune.array_files import read_npz
 from jprune.budget.latency import LatencyTable, measure_latency
 from jprune.checkpoint import load, load_hf, load_safetensors, load_tokenizer, save, save_hf
 from jprune.checkpoint.huggingface import read_config
@@ -24,9 +23,10 @@ from jprune.checkpoint.vision import load_vision
 from jprune.data.cifar import read_records
 from jprune.data.images import read_image
 from jprune.data.text import read_text
-from jprune.json_files import parse_json
-from jprune.language.adapters import load_peft, save_peft
+from jprune.files.json_files import parse_json
+from jprune.files.npz import read_npz
 from jprune.language.lora import LoraConfig, init
+from jprune.language.peft import load_peft, save_peft
 from jprune.models.llama import Llama
 from jprune.surgery.plan import Plan
 

@@ -20,11 +20,11 @@ from jprune.checkpoint import PruningRecord, load_hf, load_tokenizer, save_hf
 from jprune.checkpoint.hf_config import config_from_hf, export_family, hf_from_config
 from jprune.checkpoint.hf_export import count, padded_config, removed
 from jprune.checkpoint.hf_files import TensorFiles
+from jprune.checkpoint.layouts import LINEN, Kept, slice_kept
 from jprune.models import rebuild
-from jprune.models.layouts import LINEN, Kept, slice_kept
 from jprune.models.llama import Llama, LlamaConfig, fold_norm_width, llama_config, stack_layers
 from jprune.models.rope import Rope
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 D, F, NQ, NK, H, V, L = 32, 48, 4, 2, 8, 50, 2
 HUB = {

@@ -12,7 +12,7 @@ from PIL import Image
 from experiments.peers import peer
 from jprune.checkpoint import load_tokenizer
 from jprune.checkpoint.llava import load_llava
-from jprune.models.llava_answer import VisualPruning, answer, read_prompt
+from jprune.methods.tokens.llava_answer import VisualPruning, answer, read_prompt
 
 pytestmark = pytest.mark.reference
 IMAGE, SIDE, M = 45, 24, 9

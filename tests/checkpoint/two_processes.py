@@ -13,11 +13,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-from jprune.checkpoint import (  # noqa: E402
-    load,
-    save,
-    together,
-)
+from jprune.checkpoint import load, save, together  # noqa: E402
 
 together.SECONDS = 60
 mesh = Mesh(np.array(jax.devices()), ("data",))

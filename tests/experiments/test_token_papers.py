@@ -10,8 +10,8 @@ from PIL import Image
 
 from experiments import llava_answers, token_imagenet
 from jprune.checkpoint import llava as folders
-from jprune.tokens.flops import deit, uniform_dims
-from jprune.tokens.zero_tprune import PRESETS
+from jprune.methods.tokens.cost import deit, uniform_dims
+from jprune.methods.tokens.zero_tprune import PRESETS
 
 
 def test_published_schedules_are_run_on_their_deit():

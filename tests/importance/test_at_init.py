@@ -16,7 +16,7 @@ from jprune import importance
 from jprune.importance import at_init
 from jprune.importance.density import mean_densities, proportional, reverse
 from jprune.models import MODELS, build, resnet
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 
 def two_layers(v, x):

@@ -79,8 +79,8 @@ ORDERS = [plain.sequential, plain.behind, plain.beside, plain.beside_in_turn, pl
 @functools.cache
 def seen(layer):
     """(start, end) of both blocks as values of one evaluation, and the streams that the function itself has there."""
-    from jprune.trace.evaluate import Evaluator
-    from jprune.trace.leafpaths import flatten
+    from jprune.tracing.evaluate import Evaluator
+    from jprune.tracing.paths import flatten
 
     params = plain.params()
     graph = jprune.trace(plain.decoder(layer), params, plain.IDS)

@@ -9,8 +9,8 @@ import pytest
 from decoders import tiny, weights
 
 import jprune
-from jprune.language.cfsp import CFSPOptions, cfsp
-from jprune.models.layouts import LAYOUTS, LINEN, convert, kept_of_plan
+from jprune.checkpoint.layouts import LAYOUTS, LINEN, convert, kept_of_plan
+from jprune.methods.channels.cfsp import CFSPOptions, cfsp
 from jprune.models.llama import Llama
 
 CONFIG = tiny("llama")

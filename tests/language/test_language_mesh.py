@@ -10,14 +10,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from decoders import tiny, weights
 import jprune
 from jprune.language.blocks import blocks
-from jprune.language.cfsp import CFSPOptions, cfsp_keep
-from jprune.language.channels import FINE, channel_scores
+from jprune.methods.channels.cfsp import CFSPOptions, cfsp_keep
+from jprune.methods.channels.decoder_channels import FINE, channel_scores
 from jprune.language.perplexity import perplexity
 from jprune.language.statistics import block_stats
 from jprune.models import rebuild
 from jprune.models.llama import Llama
 from jprune.models.llama_placement import placement
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 assert jax.device_count() == 4
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))

@@ -15,7 +15,7 @@ from jprune.language import lora as L
 from jprune.language.lora import LoraConfig
 from jprune.models.llama import Llama, stack_layers
 from jprune.surgery.adapt import TapError
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 IDS, MASK = prompt(tokens=6)
 SEVEN = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")

@@ -20,7 +20,7 @@ from jprune.models.llama import (
     stack_layers,
     unstack_layers,
 )
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 
 def formulas(variables, c, ids, mask):

@@ -9,10 +9,10 @@ import pytest
 from decoders import prompt, tiny, weights
 from laws import same_numbers
 
+from jprune.methods.tokens.decoder_drops import divprune_inside, fastv, vtw
+from jprune.methods.tokens.divprune import divprune_select
 from jprune.models.decoding import continue_from, new_cache, new_caches
 from jprune.models.llama import Block, Drop, Llama, context, stack_layers, token_positions
-from jprune.tokens.diverse import divprune_select
-from jprune.tokens.inside_llm import divprune_inside, fastv, vtw
 
 TOKENS, LENGTH, LAYERS = 9, 4, 2
 START = jnp.array([[4], [3]])  # the second row is padded on the left by three tokens

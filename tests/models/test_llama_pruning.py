@@ -14,7 +14,7 @@ import jprune
 from jprune.models import llama, rebuild
 from jprune.models.decoding import generate
 from jprune.models.llama import Llama, fold_norm_width, stack_layers, unstack_layers
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 IDS, MASK = prompt()
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from small_llava import IMAGE, config, model, prompt
 
+from jprune.methods.tokens import visual_selectors as selectors
+from jprune.methods.tokens.divprune import divprune_select
+from jprune.methods.tokens.llava_answer import VisualPruning, _answer, answer, read_prompt
 from jprune.models.llava import check_prompt, image_places
-from jprune.models.llava_answer import VisualPruning, _answer, answer, read_prompt
 from jprune.models.vit import ViT
-from jprune.tokens import selectors
-from jprune.tokens.diverse import divprune_select
 
 M = 9
 

@@ -12,7 +12,7 @@ from laws import lively, relative, subset
 
 import jprune
 from jprune.models import rebuild, vit
-from jprune.tokens.reducer import TokenReducer, Tokens, take
+from jprune.models.token_hook import TokenReducer, Tokens, take
 
 BASE = vit.vit(12, 2, 3, 4, 5, mlp=20).config
 VARIANTS = {

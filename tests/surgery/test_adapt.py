@@ -12,7 +12,7 @@ from laws import normal, relative, same_numbers
 import jprune
 from jprune.models.llama import Llama, stack_layers
 from jprune.surgery.adapt import TapError, adapt, consumers, gate, gates, product
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 IDS, MASK = prompt(tokens=5)
 

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from laws import normal, relative
 
 import jprune
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 LAYERS = 3
 

@@ -7,7 +7,7 @@ import numpy as np
 
 import jprune
 from jprune.surgery.compensate import compensate
-from jprune.trace import taps
+from jprune.tracing import taps
 
 
 class Network(nn.Module):

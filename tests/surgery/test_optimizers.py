@@ -11,7 +11,7 @@ import pytest
 from laws import normal
 
 import jprune
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # optax's, of what it deprecates
 

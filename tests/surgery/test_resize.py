@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import jprune
 from jprune.models import build, rebuild, resnet
-from jprune.trace.errors import KeepError, NotPrunable
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.errors import KeepError, NotPrunable
+from jprune.tracing.paths import flatten
 
 
 def mlp(p, x):

@@ -7,7 +7,7 @@ import pytest
 from laws import normal
 
 import jprune
-from jprune.trace.leafpaths import flatten
+from jprune.tracing.paths import flatten
 
 LAYERS, WIDTH, HIDDEN = 4, 6, 10
 PARAMS = {"up": normal(0, LAYERS, WIDTH, HIDDEN), "down": normal(1, LAYERS, HIDDEN, WIDTH), "head": normal(2, WIDTH, 3)}

@@ -1,1 +1,0 @@
-"""Attention that skips work: which blocks of keys matter, found while a model runs."""

@@ -1,1 +1,0 @@
-"""Channel pruning methods: each file reads like its paper's algorithm box."""

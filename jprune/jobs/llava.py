@@ -1,0 +1,143 @@
+"""One question about a picture, answered by a LLaVA that reads all visual tokens and by one that reads few.
+
+answer.json    both answers, what was kept, times and counts
+kept.png       the picture as the model sees it, with the visual tokens that were kept
+
+What is timed is the reading of the prompt, tower and projector included: that is what fewer tokens save. Once the caches are
+there, every further word takes less time too, which is not counted here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import Progress
+
+from jprune.checkpoint.llava import load_llava
+from jprune.data.images import read_image
+from jprune.files.atomic import whole_folder, write_json
+from jprune.files.lock import FolderLock
+from jprune.methods.tokens.cost_llm import true_flops
+from jprune.methods.tokens.divprune import retained_count
+from jprune.methods.tokens.llava_answer import VisualPruning, answer, read_prompt
+from jprune.report import measure
+from jprune.report.patches import Shown, kept_patches
+from jprune.training.progress import display
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatOptions:
+    """One question.
+
+    Attributes:
+      model: folder of a LLaVA-1.5; vision: of CLIP, where the former has no tower.
+      image, question: a picture's file, and what is asked about it.
+      tokens: a method of `jprune.methods.tokens.llava_answer`.
+      keep: visual tokens that stay; None: the share `ratio` of them.
+      layer: behind how many layers of the decoder they are dropped; 0: before it.
+      order, positions: see `VisualPruning`.
+      steps: most tokens of an answer.
+      dtype: to compute in; None: as stored.
+      seed: for tokens="random".
+    """
+
+    model: str
+    image: str
+    question: str
+    tokens: str = "divprune"
+    keep: int | None = None
+    ratio: float = 0.098
+    layer: int = 0
+    order: str = "raster"
+    positions: str = "packed"
+    vision: str | None = None
+    steps: int = 64
+    dtype: str | None = None
+    seed: int = 0
+
+
+def chat(options: ChatOptions, out: Path, rounds: int = 5, quiet: bool = False) -> dict[str, Any]:
+    """Answer with all and with few visual tokens, write what came out, return what answer.json says.
+
+    Raises:
+      ValueError: a model, picture or options that do not go together; `out` holds something else.
+    """
+    if out.exists() and not (out / "answer.json").is_file():
+        raise ValueError(f"{out} exists and holds no answer: choose another --out")
+    with FolderLock(out), display(not quiet) as progress:
+        return _chat(options, out, rounds, progress)
+
+
+def _chat(o: ChatOptions, out: Path, rounds: int, progress: Progress) -> dict[str, Any]:
+    picture = read_image(o.image)
+    task = progress.add_task("loading", total=1)
+    module, variables, processor = load_llava(o.model, vision=o.vision, dtype=o.dtype)
+    progress.update(task, advance=1)
+    m = module.config.visual_tokens
+    k = 0 if o.tokens == "vtw" else retained_count(m, o.ratio) if o.keep is None else o.keep
+    if k > m:
+        raise ValueError(f"keep is {k}: a picture has {m} visual tokens")
+    pruning = VisualPruning(k, o.tokens, o.layer, o.order, o.positions)
+    images = processor.images([[picture]])
+    ids, mask = processor.prompts([o.question])
+    key = jax.random.key(o.seed)
+    stop = processor.tokenizer.token_to_id("</s>")
+
+    texts, programs = [], {}
+    task = progress.add_task("answering", total=2)
+    for name, p in (("all", None), ("reduced", pruning)):
+        made = np.asarray(answer(module, variables, ids, images, o.steps, mask, pruning=p, stop=stop, key=key))[0]
+        texts.append(processor.tokenizer.decode(made.tolist(), skip_special_tokens=True).strip())
+        read = jax.jit(lambda v, i, x, a, p=p: read_prompt(module, v, i, x, a, pruning=p, key=key))
+        programs[name] = (read, (variables, ids, images, mask))
+        progress.update(task, advance=1)
+    task = progress.add_task("timing", total=1)
+    ms = measure.interleaved(programs, rounds)
+    progress.update(task, advance=1)
+    text = ids.shape[1] - m
+    language = module.config.language
+    read, arguments = programs["reduced"]
+    kept = np.asarray(read(*arguments).prompt.chosen)[0, 0]
+    kept = np.sort(kept[kept < m])
+    summary = {
+        "options": dataclasses.asdict(o),
+        "answers": {"all": texts[0], "reduced": texts[1]},
+        "visual_tokens": m,
+        "kept": k,
+        "kept_tokens": kept.tolist(),
+        "prompt_tokens": text + m,
+        "milliseconds": ms,
+        "tflops": {"all": true_flops(language, text, m) / 1e12,
+                   "reduced": true_flops(language, text, m, k, o.layer) / 1e12},
+        "device": jax.devices()[0].device_kind,
+    }  # fmt: skip
+    with whole_folder(out, overwrite=True) as folder:
+        pre = processor.preprocess
+        pixels = images[0, 0] * (255 * np.array(pre.std)) + 255 * np.array(pre.mean)
+        side = int(m**0.5)
+        patches = kept - (m - side * side)  # a class token among the visual tokens comes first
+        title = f"{Path(o.image).name}: {m} visual tokens"
+        where = f", behind layer {o.layer}" if o.layer else ""
+        shown = Shown(pixels.clip(0, 255).round().astype(np.uint8), (side, side), title,
+                      ((f"{o.tokens}: {k}{where}", patches),))  # fmt: skip
+        kept_patches(folder / "kept.png", [shown])
+        write_json(folder / "answer.json", summary)
+    return summary
+
+
+def rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The table; its first row is the header."""
+    ms, cost = summary["milliseconds"], summary["tflops"]
+    m, k = summary["visual_tokens"], summary["kept"]
+    return [
+        ("", "all visual tokens", "reduced", "change"),
+        ("visual tokens", str(m), str(k), f"{k / m:.3f}x"),
+        ("TFLOPs of the decoder's reading", *(f"{cost[n]:.4g}" for n in ("all", "reduced")),
+         f"{cost['reduced'] / cost['all']:.3f}x"),
+        ("reading the prompt, ms", *(f"{ms[n]:.1f}" for n in ("all", "reduced")), f"{ms['reduced'] / ms['all']:.2f}x"),
+    ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Methods that remove channels, heads and other units of groups: each file reads like its paper's algorithm box."""

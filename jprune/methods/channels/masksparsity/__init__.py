@@ -1,0 +1,1 @@
+"""MaskSparsity: a penalty on the scales of just those channels that will go."""

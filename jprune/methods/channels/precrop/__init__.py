@@ -1,0 +1,1 @@
+"""PreCrop and PreConfig: widths from densities at initialisation, before anything is trained."""

@@ -1,0 +1,1 @@
+"""Fewer tokens for transformers that are trained already: which to drop, which to merge, and where; trains nothing."""

@@ -1,1 +1,0 @@
-"""Fewer tokens for transformers that are trained already: which to drop, which to merge, and where."""

@@ -1,1 +1,0 @@
-"""Tracing: from a JAX function to dependency groups, the cost polynomial and taps."""

@@ -1,0 +1,340 @@
+"""The main job: what it writes is true, it survives a kill, and what users get wrong is one line."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jprune
+from jprune import checkpoint, cli
+from jprune.data import load_digits
+from jprune.jobs import Options, Run, load_plan, load_pruned
+from jprune.methods.channels.masksparsity import masksparsity as ms
+from jprune.methods.channels.masksparsity import run as masksparsity_run
+from jprune.methods.channels.names import METHODS
+from jprune.models import build
+from jprune.training import evaluate
+
+OPTIONS = Options(model="resnet_digits", epochs=1, finetune_epochs=1)
+ARGUMENTS = ["prune", "--model", "resnet_digits", "--epochs", "1", "--finetune-epochs", "1"]
+
+
+def command(*arguments, **more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "jprune", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)  # fmt: skip
+
+
+def hearing_ctrl_c():
+    """A shell that starts the tests in the background has its children ignore Ctrl-C; undo that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def finished(*arguments):
+    process = command(*arguments)
+    out, err = process.communicate(timeout=900)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, Run(OPTIONS, out, quiet=True)()
+
+
+def test_the_folder_holds_everything(run):
+    out, summary = run
+    names = {"checkpoint", "plan.json", "metrics.jsonl", "summary.json", "report.html", "options.json", "phases",
+             "widths.png", "curve.png", "importance.png", "timeline.png"}  # fmt: skip
+    assert {p.name for p in out.iterdir()} == names
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    for png in out.glob("*.png"):
+        assert png.read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert f"{summary['after']['params']:,}" in page and "resnet_digits" in page
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["phase"] for r in lines if r["kind"] == "epoch"] == ["baseline", "fine-tune"]
+    assert sum(r["kind"] == "step" for r in lines) == 2 * 18
+
+
+def test_the_numbers_are_those_of_the_files(run):
+    out, summary = run
+    module, small, metadata = load_pruned(out)
+    data = load_digits(0)
+    before, after = summary["before"], summary["after"]
+    assert evaluate(module, small, data).accuracy == after["accuracy"]
+    params = jax.tree.leaves(small["params"])
+    assert after["params"] == sum(x.size for x in params)
+    assert after["param_bytes"] == sum(x.nbytes for x in jax.tree.leaves(small))
+    x = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
+    graph = jprune.trace(module.apply, small, x)
+    assert after["macs"] == graph.cost().macs // 2 <= before["macs"] / 2
+    assert summary["achieved_fraction"] == pytest.approx(after["macs"] / before["macs"])
+    assert after["latency_ms"] > 0 and after["peak_bytes"] < before["peak_bytes"]
+    assert metadata["options"] == dataclasses.asdict(OPTIONS)
+    dense = build("resnet_digits", 10)
+    shapes = jax.eval_shape(dense.init, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    planned = load_plan(out).apply(zeros)
+    assert jax.tree.map(np.shape, planned) == jax.tree.map(np.shape, small)
+    assert summary["curve"]["macs_fraction"][0] == 1.0 and len(summary["curve"]["accuracy"]) > 5
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(run, tmp_path):
+    whole, _ = run
+    out = tmp_path / "killed"
+    process = command(*ARGUMENTS, "--out", out, "--quiet")
+    file = out / "phases" / "fine-tune" / "metrics.jsonl"
+    while process.poll() is None and not (file.exists() and file.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()[1]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "checkpoint").exists() and not (out / "summary.json").exists()
+    code, _, err = finished(*ARGUMENTS, "--out", out, "--quiet")
+    assert code == 2 and "--resume" in err
+    code, _, err = finished(*ARGUMENTS, "--out", out, "--quiet", "--resume", "--seed", "1")
+    assert code == 2 and "seed = 0, now it is 1" in err.replace("\n", " ")
+    code, _, err = finished(*ARGUMENTS, "--out", out, "--quiet", "--resume")
+    assert code == 0, err
+    for a, b in zip(*(jax.tree.leaves(checkpoint.load(f / "checkpoint")[0]) for f in (whole, out)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    process = command(
+        "prune", "--model", "resnet_digits", "--out", tmp_path / "o", "--quiet", preexec_fn=hearing_ctrl_c
+    )
+    while process.poll() is None and not (tmp_path / "o" / "phases" / "baseline" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().endswith("--resume") and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "resnet21"}, "resnet20"),
+        ({"method": "magnitud"}, "magnitude-l"),
+        ({"data": "mnist"}, "digits"),
+        ({"target": 1.5}, "between 0 and 1"),
+        ({"quantity": "joules"}, "macs, params or bytes"),
+        ({"data": "cifar10"}, "data_dir"),
+        ({"steps": 0}, "at least 1"),
+        ({"epochs": 0}, "epochs"),
+        ({"method": "precrop", "quantity": "bytes"}, "aims at macs or params"),
+        ({"method": "precrop", "finetune_epochs": 15, "steps": 3}, "has no such choice"),
+        ({"method": "masksparsity", "target": 0.3}, "target is 0.3: method 'masksparsity' has no such choice"),
+        ({"method": "taylor", "strength": 0.1}, "strength is 0.1: method 'taylor' has no such choice"),
+        ({"method": "slimming", "threshold": 0.1}, "has no such choice"),
+        ({"method": "masksparsity", "sparsity": 1.0}, "sparsity is 1.0"),
+    ],
+)
+def test_wrong_options_are_named_before_anything_is_trained(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        Run(Options(**{**dataclasses.asdict(OPTIONS), **options}), tmp_path / "o", quiet=True)()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "quantity", "target"),
+    [("precrop-snip", "params", 0.2), ("preconfig", "params", 0.6)],
+)
+def test_small_from_the_start(method, quantity, target, tmp_path):
+    options = Options(model="resnet_digits", method=method, quantity=quantity, target=target, epochs=2, multiple_of=2)
+    summary = Run(options, tmp_path / "o", quiet=True)()
+    before, after = summary["before"], summary["after"]
+    assert after[quantity] <= target * before[quantity] < after[quantity] * 1.05
+    assert summary["achieved_fraction"] == pytest.approx(after[quantity] / before[quantity])
+    assert after["macs"] <= before["macs"] and after["params"] <= before["params"]
+    assert all(w % 2 == 0 for _, w in summary["widths"].values())
+    assert any(w > was for was, w in summary["widths"].values()) == (method == "preconfig")
+    module, small, _ = load_pruned(tmp_path / "o")
+    assert evaluate(module, small, load_digits()).accuracy == after["accuracy"]
+    assert after["params"] == sum(x.size for x in jax.tree.leaves(small["params"]))
+    lines = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["phase"] for r in lines if r["kind"] == "epoch"] == ["baseline"] * 2 + ["from scratch"] * 2
+    with pytest.raises(ValueError, match=r"plan\.json"):
+        load_plan(tmp_path / "o")
+
+
+@pytest.mark.slow
+def test_shrunk_while_trained(tmp_path):
+    options = Options(model="resnet_digits", method="lapp", epochs=4)
+    summary = Run(options, tmp_path / "o", quiet=True)()
+    before, after = summary["before"], summary["after"]
+    assert 0.47 * before["macs"] < after["macs"] <= before["macs"] / 2
+    model, small, metadata = load_pruned(tmp_path / "o")
+    assert evaluate(model, small, load_digits()).accuracy == after["accuracy"]
+    assert {g: len(k) for g, k in metadata["lapp"]["keep"].items()} == {g: w for g, (_, w) in summary["widths"].items()}
+    x = jnp.zeros((2, 8, 8, 1))
+    assert jprune.trace(model.evaluate, small, x).cost().macs // 2 == after["macs"]  # bypasses included
+    assert after["params"] == sum(x.size for x in jax.tree.leaves(small["params"]))
+    assert (tmp_path / "o" / "thresholds.png").read_bytes().startswith(b"\x89PNG")
+    assert "bypass" in (tmp_path / "o" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("method", "message"), [("precrop", "is the least"), ("lapp", "is left when every")])
+def test_a_width_budget_out_of_reach_is_refused_before_anything_is_written(method, message, tmp_path):
+    options = Options(model="resnet_digits", method=method, target=0.001)
+    with pytest.raises(ValueError, match=message):
+        Run(options, tmp_path / "o", quiet=True)
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_unreachable_target_says_what_is_reachable(tmp_path):
+    with pytest.raises(ValueError, match=r"choose a fraction in \["):
+        Run(dataclasses.replace(OPTIONS, target=0.0001, epochs=1), tmp_path / "o", quiet=True)
+    assert not (tmp_path / "o").exists()  # said before anything is trained or written
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="not a pruning run"):
+        Run(OPTIONS, tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint folder"):
+        load_pruned(tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_errors_are_one_line_on_the_command_line(tmp_path):
+    code, out, err = finished("prune", "--model", "resnet21", "--out", tmp_path / "o")
+    assert code == 2 and not out
+    assert err.startswith("error: no model 'resnet21'") and err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture
+def said(monkeypatch, capsys):
+    """(status, output, errors) of the command, in this process."""
+
+    def of(*words):
+        monkeypatch.setattr(sys, "argv", ["jprune", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, *capsys.readouterr()
+
+    return of
+
+
+def test_list_and_explain(said):
+    code, out, _ = said("list")
+    assert code == 0
+    assert all(name in out for name in (*METHODS, "resnet20", "cifar100", "isomorphic", "cubic"))
+    code, out, _ = said("explain", "resnet20")
+    assert code == 0
+    assert "12 groups with 448 prunable units" in out and "40,813,184" in out.replace("81,626,368", "40,813,184")
+    code, out, _ = said("explain", "resnet20", "--path", "params/head/kernel", "--axis", "1")
+    assert code == 0 and "MODEL_OUTPUT" in out
+    code, _, err = said("explain", "resnet20", "--path", "params/haed/kernel")
+    assert code == 2 and "params/head/kernel" in err
+
+
+@pytest.mark.parametrize("subcommand", [[], ["prune"], ["explain"], ["list"]])
+def test_help_teaches(subcommand, said):
+    code, out, _ = said(*subcommand, "--help")
+    assert code == 0 and "usage: jprune" in out
+    if subcommand == ["prune"]:
+        assert "--finetune-epochs" in out and "fraction to KEEP" in out
+
+
+@functools.cache
+def network_with_batchnorm():
+    """(module, variables, graph, data)."""
+    model, x = build("resnet_digits"), jnp.zeros((2, 8, 8, 1))
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    return model, variables, jprune.trace(model.apply, variables, x), load_digits()
+
+
+@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.way == "trained"))
+def test_every_method_scores_every_group_of_a_network_with_batchnorm(name):
+    model, variables, graph, data = network_with_batchnorm()
+    scores = METHODS[name].scores(graph, model, variables, data, 0)
+    assert scores.keys() == graph.groups.keys()
+    for g, s in scores.items():
+        assert s.shape == (graph.groups[g].size,) and np.isfinite(s).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["slimming", "taylor"])
+def test_methods_and_steps_end_to_end(method, tmp_path):
+    more = {"steps": 2, "schedule": "cubic"} if method == "taylor" else {}
+    options = Options(model="resnet_digits", method=method, epochs=6, finetune_epochs=4, **more)
+    summary = Run(options, tmp_path / "o", quiet=True)()
+    assert summary["after"]["macs"] <= summary["before"]["macs"] / 2
+    assert summary["after"]["accuracy"] > 0.9
+    module, small, _ = load_pruned(tmp_path / "o")
+    assert evaluate(module, small, load_digits()).accuracy == summary["after"]["accuracy"]
+
+
+class Handed(Exception):
+    """Carries what a function was called with."""
+
+
+def test_masksparsity_of_the_command_is_the_documented_one(tmp_path, monkeypatch):
+    """Threshold and vote, from the run's baseline, its phases trained by the run; a budget has no part in it."""
+
+    def handed(*arguments, **named):
+        raise Handed(arguments, named)
+
+    monkeypatch.setattr(masksparsity_run, "run", handed)
+    for more, rule in (
+        ({}, ms.MaskRule("threshold", 0.02)),
+        ({"sparsity": 0.7}, ms.MaskRule("ratio", 0.02, ratio=0.7)),
+    ):
+        options = dataclasses.replace(OPTIONS, method="masksparsity", threshold=0.02, strength=0.3, **more)
+        run = Run(options, tmp_path / f"o{len(more)}", quiet=True)
+        run.release()
+        seen = []
+        monkeypatch.setattr(run, "fit", lambda *a, seen=seen: seen.append(a) or "trained")
+        with pytest.raises(Handed) as found:
+            run.way.small_model(run, "graph", "fresh", "baseline weights", "progress")
+        (model, weights, data, config), named = found.value.args
+        assert model is run.model and weights == "baseline weights" and data is run.data
+        assert config.rule == rule and config.rule.reduce == "vote" and config.coupled and config.baseline is None
+        assert (config.prune_by, config.prune_threshold, config.rounds) == ("threshold", 0.02, 1)
+        assert (config.strength_global, config.strength) == (0.3, 0.3)
+        assert (config.sparse.epochs, config.finetune.epochs) == (OPTIONS.epochs, OPTIONS.finetune_epochs)
+        assert named["train_fn"]("round1-masked", "forward", "weights", config.sparse, "penalty") == "trained"
+        assert seen == [("masked", config.sparse, "forward", "weights", "penalty", "progress")]
+
+
+@pytest.mark.slow
+def test_masksparsity_end_to_end(tmp_path):
+    options = Options(model="resnet_digits", method="masksparsity", epochs=6, finetune_epochs=2, sparsity=0.5)
+    summary = Run(options, tmp_path / "o", quiet=True)()
+    said = summary["masksparsity"]
+    assert summary["after"]["macs"] < 0.8 * summary["before"]["macs"] and summary["after"]["accuracy"] > 0.9
+    assert said["accuracy"]["finetuned"] == summary["after"]["accuracy"]
+    gone = sum(was - now for was, now in summary["widths"].values())
+    assert gone == sum(said["masked"].values()) - said["masked_survivors"] + said["unmasked_losses"]
+    module, small, _ = load_pruned(tmp_path / "o")
+    assert evaluate(module, small, load_digits()).accuracy == summary["after"]["accuracy"]
+    lines = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(r["phase"] for r in lines)) == ["baseline", "global", "masked", "finetune"]
+    assert "(target" not in (tmp_path / "o" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_default_run_keeps_its_promises(tmp_path):
+    out = tmp_path / "default"
+    code, _, err = finished("prune", "--out", out)
+    assert code == 0, err
+    summary = json.loads((out / "summary.json").read_text())
+    assert 0.48 < summary["after"]["macs"] / summary["before"]["macs"] <= 0.5
+    assert summary["after"]["accuracy"] > summary["before"]["accuracy"] - 0.02

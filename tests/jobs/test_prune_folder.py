@@ -1,0 +1,236 @@
+"""A language model's folder, pruned by the command: what is written is true, runs go on, mistakes are one line."""
+
+import contextlib
+import html
+import io
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import jprune
+from jprune.checkpoint import load_hf, save_hf
+from jprune.files.lock import FolderLock
+from jprune.jobs import decoder as language
+from jprune.jobs.decoder import LanguageRun
+from jprune.jobs.decoder_options import LanguageOptions
+from jprune.language.blocks import blocks
+from jprune.language.perplexity import Speed, perplexity
+from jprune.methods.channels import decoder_baselines as baselines
+from jprune.methods.channels.decoder_names import LANGUAGE_METHODS
+from jprune.models.llama import Llama, llama_config
+
+CONFIG = llama_config(256, 32, 48, 3, 4, kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model of bytes and a text."""
+    place = tmp_path_factory.mktemp("language")
+    v = jax.jit(Llama(CONFIG).init)(jax.random.key(0), np.zeros((1, 4), np.int32))
+    save_hf(jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, v), CONFIG, place / "dense")
+    (place / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(900)))
+    return place
+
+
+def options(place, **more):
+    return LanguageOptions(str(place / "dense"), **{"calibration": str(place / "text.txt"), "sequences": 6, "length": 24,
+                           "batch_size": 2, **more})  # fmt: skip
+
+
+def run(place, name, **more):
+    return LanguageRun(options(place, **more), place / name, quiet=True)()
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    return place / "whole", run(place, "whole", sparsity=0.25, recover=4, learning_rate=1e-2)
+
+
+def test_the_folder_holds_everything_and_loads(whole, place):
+    out, summary = whole
+    assert {p.name for p in out.iterdir()} == {"model", "plan.json", "metrics.jsonl", "summary.json", "report.html",
+                                               "options.json", "phases", "widths.png"}  # fmt: skip
+    config, params, meta = load_hf(out / "model")
+    assert list(config.ffn) == summary["widths"]["ffn"] and sum(config.ffn) == 0.75 * 3 * 48
+    assert sum(x.size for x in jax.tree.leaves(params)) == summary["after"]["params"] < summary["before"]["params"]
+    assert meta["record"]["method"] == "cfsp" and meta["record"]["target"] == 0.25
+    texts = LanguageRun(options(place), place / "texts", quiet=True).texts
+    assert perplexity(Llama(config), params, texts.evaluation, 2) == pytest.approx(
+        summary["after"]["perplexity"], rel=1e-5
+    )
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["phase"], r["step"]) for r in lines] == [("recover", i + 1) for i in range(4)]
+    page = (out / "report.html").read_text()
+    assert f"{summary['after']['perplexity']:.3f}" in page and "25.0% of ffn channels" in page
+
+
+def test_recovery_helps(whole):
+    _, summary = whole
+    assert summary["after"]["perplexity"] < 0.9 * summary["before"]["perplexity"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["uniform", "padded"])
+def test_forms(place, form):
+    summary = run(place, form, form=form, scope="uniform" if form == "uniform" else "global", multiple_of=8)
+    config, _, meta = load_hf(place / form / "model")
+    assert summary["form"] == meta["record"]["mode"] == form
+    assert (len(set(config.ffn)) == 1) == (form == "uniform") and all(f % 8 == 0 for f in config.ffn)
+
+
+@pytest.mark.slow
+def test_heads_and_channels_go_while_adapters_train(place):
+    summary = run(place, "loraprune", method="loraprune", sparsity=0.5, recover=12)
+    assert summary["widths"] == {"ffn": [24, 24, 48], "q_heads": [2, 2, 4], "kv_heads": [1, 1, 2]}
+    config, params, _ = load_hf(place / "loraprune" / "model")
+    assert (
+        config.kv_heads == (1, 1, 2)
+        and np.isfinite(jax.jit(Llama(config).apply)(params, np.ones((1, 5), np.int32))).all()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [m for m in LANGUAGE_METHODS if m not in ("cfsp", "loraprune")])
+def test_every_method_removes_what_was_asked(place, method):
+    summary = run(place, method, method=method, sparsity=0.5)
+    assert summary["removed"]["block_linear_weights"] > 0.2
+    assert summary["after"]["params"] < summary["before"]["params"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cfsp", "loraprune"])
+def test_an_interrupted_run_goes_on_with_the_same_bits(place, method, monkeypatch):
+    asked = {"method": method, "recover": 24, "learning_rate": 1e-3}
+    straight = run(place, f"straight {method}", **asked)
+    draw = LanguageRun.batch_of_step
+
+    def stopping(self, step):
+        if step == 15:  # behind the checkpoint of step 10
+            raise KeyboardInterrupt
+        return draw(self, step)
+
+    monkeypatch.setattr(LanguageRun, "batch_of_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(place, f"cut {method}", **asked)
+    asked_steps = []
+    monkeypatch.setattr(LanguageRun, "batch_of_step", lambda self, step: asked_steps.append(step) or draw(self, step))
+    summary = LanguageRun(options(place, **asked), place / f"cut {method}", resume=True, quiet=True)()
+    assert asked_steps == list(range(10, 24))
+    assert summary["after"]["perplexity"] == straight["after"]["perplexity"]
+    ways = [(place / f"{way} {method}" / "model" / "model.safetensors").read_bytes() for way in ("straight", "cut")]
+    assert ways[0] == ways[1]
+
+
+@pytest.mark.slow
+def test_the_command(place, whole):
+    """The same run by the command line: the same model, and a folder that is taken is not overwritten."""
+    words = ["--model", place / "dense", "--calibration", place / "text.txt", "--sequences", 6, "--length", 24,
+             "--batch-size", 2, "--sparsity", 0.25, "--recover", 4, "--learning-rate", 1e-2]  # fmt: skip
+
+    def prune(*more):
+        done = subprocess.run([sys.executable, "-m", "jprune", "prune", *map(str, [*words, *more])],
+                              capture_output=True, text=True, timeout=900)  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    status, out, err = prune("--out", place / "command")
+    assert status == 0, err
+    assert "perplexity" in out and "report.html" in out
+    models = [(at / "model" / "model.safetensors").read_bytes() for at in (place / "command", whole[0])]
+    assert models[0] == models[1]
+    status, _, err = prune("--out", place / "command", "--epochs", 3)
+    assert (status, err.count("\n")) == (2, 1) and "--epochs means nothing here" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"calibration": None}, "calibration is None: it must be a text file"),
+        ({"calibration": "/nowhere.txt"}, "no file or folder /nowhere.txt"),
+        ({"sparsity": 1.0}, "sparsity is 1.0"),
+        ({"method": "cspf"}, "did you mean cfsp"),
+        (
+            {"length": 5000},
+            r"has 21,817 tokens, of which 2,182 are held back.*--evaluation, or .* at most --length 2182",
+        ),
+        ({"method": "loraprune"}, "give --recover STEPS"),
+        ({"method": "loraprune", "recover": 1}, "pruning step"),
+        (
+            {"method": "loraprune", "recover": 20, "scope": "uniform"},
+            "knows only global; leave --scope out.*cfsp",
+        ),
+        ({"method": "flap", "scope": "uniform"}, "knows only global"),
+        ({"form": "uniform"}, "needs layers of equal width"),
+        ({"mesh": (1, 64)}, "needs 64 devices"),
+        ({"mesh": (3, 1)}, "divides the batch"),
+        ({"sparsity": 0.9, "multiple_of": 32}, "sparsity can be at most 0.33"),
+        ({"sparsity": 0.99}, "sparsity can be at most 0.97"),
+        ({"sparsity": 0.99, "method": "loraprune", "recover": 20}, "sparsity can be at most 0.5"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_loaded(place, more, what, monkeypatch):
+    monkeypatch.setattr(language, "load_hf", lambda *a, **k: pytest.fail("the weights were read"))
+    with pytest.raises(ValueError, match=what):
+        LanguageRun(options(place, **more), place / "never" / "run", quiet=True)
+    assert not (place / "never").exists()
+
+
+def test_a_folder_that_is_taken_is_refused_before_anything_is_loaded(place, whole, monkeypatch):
+    monkeypatch.setattr(language, "load_hf", lambda *a, **k: pytest.fail("the weights were read"))
+    monkeypatch.setattr(language, "load_texts", lambda *a: pytest.fail("the text was read"))
+    with pytest.raises(ValueError, match="already holds a run: give --resume"):
+        LanguageRun(options(place), whole[0], quiet=True)
+    with FolderLock(whole[0]), pytest.raises(ValueError, match="is in use by process"):
+        LanguageRun(options(place, sparsity=0.25, recover=4, learning_rate=1e-2), whole[0], resume=True, quiet=True)
+    (place / "thesis").mkdir(exist_ok=True)
+    (place / "thesis" / "a.tex").write_text("precious")
+    with pytest.raises(ValueError, match="not a pruning run"):
+        LanguageRun(options(place), place / "thesis", quiet=True)
+
+
+@pytest.fixture(scope="module")
+def alike(place):
+    """A run of a method for heads and channels that treats all layers alike, with made-up speeds: (summary, said, timed)."""
+    timed, said = [], io.StringIO()
+
+    def speeds(models, **more):
+        timed.append({name: sum(x.size for x in jax.tree.leaves(v)) for name, (_, v) in models.items()})
+        return {name: Speed(float(k), float(10 + k)) for k, name in enumerate(models, 1)}
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(language, "speeds", speeds)
+        return run(place, "alike", method="taylor", sparsity=0.3), said.getvalue(), timed
+
+
+def test_both_models_are_timed_together_at_the_end(alike):
+    summary, _, timed = alike
+    before, after = summary["before"], summary["after"]
+    assert timed == [{"before": before["params"], "after": after["params"]}] and after["params"] < before["params"]
+    assert [before["prefill"], before["decode"], after["prefill"], after["decode"]] == [1, 11, 2, 12]
+
+
+def test_methods_that_treat_all_layers_alike_leave_a_plain_folder(alike, place):
+    """48 channels at 0.3 are 33.6 a layer: the total of three layers could only be met unevenly."""
+    summary, *_ = alike
+    assert summary["form"] == "uniform" and summary["widths"]["ffn"] in ([33] * 3, [34] * 3)
+    assert load_hf(place / "alike" / "model")[0].uniform
+
+
+def test_a_method_for_heads_that_removes_none_says_so(alike, place):
+    """Of two heads at 0.3 none goes; the least sparsity at which one does, as it is said, is tried out."""
+    summary, err, _ = alike
+    (text,) = summary["warnings"]
+    assert summary["widths"]["kv_heads"] == [2, 2, 2]
+    assert f"warning: {text}\n" in err
+    assert html.escape(text) in (place / "alike" / "report.html").read_text()
+    least = float(re.search(r"first goes at --sparsity (\S+)", text)[1])
+    model = Llama(CONFIG)
+    params = jax.tree.map(np.ones_like, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32)))
+    graph = jprune.trace(model.apply, params, np.zeros((2, 4), np.int32))
+    for sparsity, gone in ((least, 1), (round(least - 0.001, 3), 0)):
+        keep = baselines.taylor(graph, params, params, sparsity, heads=True)
+        assert [int((~keep[b.kv]).sum()) for b in blocks(graph)] == [gone] * 3
