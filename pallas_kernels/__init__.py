@@ -1,1 +1,6 @@
-"""Pallas kernels for sparse attention and sparse experts; imports nothing of jprune."""
+"""Pallas kernels for sparse attention and sparse experts, one folder an operation, and what they share in `common`.
+
+Every operation has the same files: `api` (what users call), `reference` (dense, differentiable, for checks), `xla` (any
+device), `tpu` and `mosaic_gpu` (Hopper) and `arg_specs` (real-world shapes, for tests, compile checks and benchmarks).
+Nothing here imports jprune, and `common` imports no operation.
+"""

@@ -25,9 +25,9 @@ from rich.table import Table
 
 from experiments import record
 from experiments.benchmarks import RESULTS
-from pallas_kernels import aot_hopper
 from pallas_kernels.block_score import block_scores, search_attention
 from pallas_kernels.block_sparse_attention import BlockMask, KernelConfig, block_sparse_attention
+from pallas_kernels.common import aot_hopper
 
 # features: (tokens, query heads, key heads). Lengths differ, so that heads padded to the same size are compiled all the same.
 WORKLOADS = {64: (75776, 48, 48), 80: (4096, 16, 16), 96: (8192, 32, 32), 128: (119056, 24, 24), 256: (32768, 8, 4)}

@@ -31,7 +31,7 @@ from jprune.language.statistics import step_of
 from jprune.models.llama import Llama, LlamaConfig, llama_config
 from jprune.models.llama_blocks import pieces
 from jprune.models.llama_placement import placement
-from pallas_kernels import aot
+from pallas_kernels.common import aot_tpu as aot
 
 SHAPES = {
     "Llama-2-7B": llama_config(32000, 4096, 11008, 32, 32, eps=1e-5, dtype="bfloat16"),

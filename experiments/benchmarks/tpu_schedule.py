@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels import aot
+from pallas_kernels.common import aot_tpu as aot
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 TOKENS, HEADS = 16384, 1
@@ -101,8 +101,8 @@ def cases(block: int, features: int) -> list[Case]:
 
     from pallas_kernels.block_score import search_attention, tpu, tpu_search
     from pallas_kernels.block_sparse_attention import BlockMask, KernelConfig, block_sparse_attention
-    from pallas_kernels.block_sparse_attention.problem import Static
-    from pallas_kernels.block_sparse_attention.tpu_walk import group_of
+    from pallas_kernels.common.attention_problem import Static
+    from pallas_kernels.common.tpu import group_of
 
     n, width = TOKENS // block, TOKENS // block // 4
     sizes = {"block_q": block, "block_k": block, "q_size": TOKENS, "kv_size": TOKENS}
@@ -112,7 +112,7 @@ def cases(block: int, features: int) -> list[Case]:
         jax.ShapeDtypeStruct((1, HEADS, n, n), bool),
     )
     static = Static(1.0, None, block, block)
-    step = group_of(static, width, block) * block
+    step = group_of(None, width, block) * block
 
     def gradients(**options: Any) -> Callable[..., Any]:
         def run(q: Any, k: Any, v: Any, m: BlockMask) -> Any:

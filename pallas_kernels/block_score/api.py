@@ -1,4 +1,4 @@
-"""The public functions: checks, whole blocks and choice of a backend, as in block-sparse attention."""
+"""The public functions: checks, whole blocks and choice of an implementation, as in block-sparse attention."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from typing import Any, no_type_check
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse_attention.api import (
+from pallas_kernels.block_sparse_attention.api import prove
+from pallas_kernels.common.attention_arguments import (
     LAYOUTS,
     AttentionError,
-    backend,
     check_heads,
-    choose,
     default_scale,
-    no_derivative,
     to_bhld,
     whole_blocks,
 )
-from pallas_kernels.block_sparse_attention.problem import KernelConfig, Static
+from pallas_kernels.common.attention_problem import KernelConfig, Static
+from pallas_kernels.common.backends import Operation, no_derivative
+from pallas_kernels.common.xla import padded
+
+OPERATION = Operation(
+    "a search of blocks", "pallas_kernels.block_score", prove
+)  # whose kernels are built as the attention's
 
 
 @no_type_check  # at run time: what it says of wrong arguments is its own
@@ -49,7 +53,8 @@ def block_scores(
     `block_sparse_attention`; one product of queries and keys, no derivative.
 
     Raises:
-      AttentionError: arguments that contradict each other, or that the named backend cannot take.
+      AttentionError: arguments that contradict each other.
+      BackendError: an unknown `impl`, or one that cannot take the problem.
       DerivativeError: differentiation.
     """
     q, k = to_bhld(q, layout), to_bhld(k, layout)
@@ -88,7 +93,8 @@ def search_attention(
     A query block keeps the log-sum-exp of each query in every key block, (block_q, nk) numbers, until the whole is known.
 
     Raises:
-      AttentionError: arguments that contradict each other, or that the named backend cannot take.
+      AttentionError: arguments that contradict each other.
+      BackendError: an unknown `impl`, or one that cannot take the problem.
       DerivativeError: differentiation.
     """
     q, k, v = (to_bhld(x, layout) for x in (q, k, v))
@@ -103,12 +109,13 @@ def search_attention(
 def _run(static: Static, impl: str, q: Any, k: Any, v: Any, lse: Any, rules: dict[str, Any]) -> tuple[Any, Any, Any]:
     problem = whole_blocks(static, q, k, v, **rules)
     q, k, *values = problem.arrays
-    chosen = choose(impl, static, q, k, values[0] if values else None, problem.tokens)
+    value = values[0] if values else None
+    chosen = OPERATION.choose(impl, static, q, k, value, problem.tokens, interpret=static.interpret)
     live = jnp.full(q.shape[0], problem.queries, jnp.int32)
     if problem.q_len is not None:
         live = jnp.minimum(live, problem.q_len)
     if lse is not None:
-        lse = jnp.pad(lse, ((0, 0), (0, 0), (0, q.shape[2] - problem.queries)), constant_values=-jnp.inf)
+        lse = padded(lse, 2, static.block_q, -jnp.inf)
         lse = jnp.where(jnp.arange(q.shape[2]) < live[:, None, None], lse, -jnp.inf)
         masses = _scores(chosen, static, (q, k, lse, problem.tokens))
         return None, lse, masses
@@ -120,7 +127,7 @@ def _run(static: Static, impl: str, q: Any, k: Any, v: Any, lse: Any, rules: dic
 @no_derivative("block masses have no derivative: pass their arguments through jax.lax.stop_gradient")
 def _scores(name: str, static: Static, arrays: Any) -> Any:
     q, k, lse, tokens = arrays
-    return backend(name, "block_score").scores(static, q, k, lse, tokens)
+    return OPERATION.implementation(name).scores(static, q, k, lse, tokens)
 
 
 @no_derivative(
@@ -128,4 +135,4 @@ def _scores(name: str, static: Static, arrays: Any) -> Any:
 )
 def _search(name: str, static: Static, arrays: Any) -> Any:
     q, k, *values, live, tokens = arrays
-    return backend(name, "block_score").search(static, q, k, values[0] if values else None, live, tokens)
+    return OPERATION.implementation(name).search(static, q, k, values[0] if values else None, live, tokens)

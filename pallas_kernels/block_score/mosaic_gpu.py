@@ -16,60 +16,38 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse_attention import mosaic_gpu as attention
-from pallas_kernels.block_sparse_attention.block_mask import BlockMask
-from pallas_kernels.block_sparse_attention.mosaic_gpu_tile import (
-    Rules,
-    base2,
-    column_layout,
-    load,
-    over,
-    product,
-    row_layout,
-)
-from pallas_kernels.block_sparse_attention.mosaic_gpu_walk import (
-    FORWARD,
-    ROWS,
-    WORKERS,
-    Plan,
-    Walk,
-    barriers,
-    call,
-    drain,
-    feed,
-    numbers_of,
-    padded,
-    roles,
-    scratch,
-    slot_of,
-)
-from pallas_kernels.block_sparse_attention.problem import LOG2E, Static, Tokens, finite_lse
+from pallas_kernels.common import mosaic_gpu as hopper
+from pallas_kernels.common.attention_mosaic_gpu import Rules, base2, refusal, rule_inputs, split
+from pallas_kernels.common.attention_problem import LOG2E, Static, Tokens, finite_lse
+from pallas_kernels.common.block_mask import BlockMask
+from pallas_kernels.common.mosaic_gpu_tile import column_layout, load, over, product, row_layout
+from pallas_kernels.common.xla import padded
 
+__all__ = ["refusal", "scores", "search"]
 KEPT = 2 << 30  # bytes that a search may take for what it keeps
 
 
-def _kernel(static: Static, tokens: Tokens, p: Plan, shared: int, *references: Any) -> None:
-    refs = list(references)
-    idx, cnt, numbers = refs[:3]
-    segments = (refs[3], refs[4]) if tokens.q_segments is not None else None
-    q, k, shift, out, streamed, own, totals, (arrived, filled, emptied) = refs[3 if segments is None else 5 :]
+def _kernel(static: Static, tokens: Tokens, p: hopper.Plan, shared: int, *references: Any) -> None:
+    found, numbers, segments, refs = split(tokens, 2, references)
+    q, k, shift, out, streamed, own, totals, (arrived, filled, emptied) = refs
     batch, head, tile = (jax.lax.axis_index(name) for name in ("batch", "head", "tile"))
-    walk, interpret = Walk(p, idx, cnt, None, (batch, head, 0)), static.interpret
+    walk, interpret = hopper.Walk(p, found, (batch, head, 0)), static.interpret
 
     def copy() -> None:
         at = (batch, jax.lax.div(head, shared))
         sources = [lambda start: [(k.at[(*at, pl.ds(start, p.step))], streamed[0])]]
-        drain(feed(walk, 0, sources, filled, emptied), p.buffers, emptied)
+        hopper.drain(hopper.feed(walk, 0, sources, filled, emptied), p.buffers, emptied)
 
     def compute(worker: Any) -> None:
-        half = tile * WORKERS + worker
-        first = half * ROWS
-        plgpu.copy_gmem_to_smem(q.at[batch, head, pl.ds(first, ROWS)], own[0].at[worker], arrived.at[worker])
+        half = tile * hopper.WORKERS + worker
+        first = half * hopper.ROWS
+        plgpu.copy_gmem_to_smem(q.at[batch, head, pl.ds(first, hopper.ROWS)], own[0].at[worker], arrived.at[worker])
         plgpu.barrier_wait(arrived.at[worker])
         rules = Rules(tokens, numbers, segments, batch, first, interpret)
-        less = load(shift.at[batch, head, pl.ds(first, ROWS)], row_layout, interpret)
+        less = load(shift.at[batch, head, pl.ds(first, hopper.ROWS)], row_layout, interpret)
 
         def turn(step: Any, _: None) -> None:
-            slot = slot_of(step, p.buffers)
+            slot = hopper.slot_of(step, p.buffers)
             plgpu.barrier_wait(filled[0].at[slot])
             z, _unused = base2(static, product(own[0].at[worker], streamed[0].at[slot], interpret))
             plgpu.barrier_arrive(emptied[0].at[slot])
@@ -80,37 +58,34 @@ def _kernel(static: Static, tokens: Tokens, p: Plan, shared: int, *references: A
 
         jax.lax.fori_loop(0, walk.steps(), turn, None)
 
-    roles(compute, copy, FORWARD)
+    hopper.roles(compute, copy, hopper.FORWARD)
 
 
 def scores(static: Static, q: Any, k: Any, lse: Any, tokens: Tokens) -> Any:
     """Masses for a known log-sum-exp."""
     batch, heads, queries, _ = q.shape
     nq, nk = queries // static.block_q, k.shape[2] // static.block_k
-    q, k = padded(padded(q, 3, 64), 2, WORKERS * ROWS), padded(k, 3, 64)
+    q, k = padded(padded(q, 3, 64), 2, hopper.TILE), padded(k, 3, 64)
     p = attention.forward_plan(static, q.shape[-1], 0)
     assert p is not None  # features and blocks that `refusal` lets through have one
-    every, count = _every(nk)
-    inputs = [every, count, numbers_of(tokens, batch, k.shape[2])]
-    if tokens.q_segments is not None:
-        inputs += [padded(tokens.q_segments, 1, WORKERS * ROWS), tokens.kv_segments]
-    inputs += [q, k, padded(finite_lse(lse) * LOG2E, 2, WORKERS * ROWS)]
-    halves = q.shape[2] // ROWS
-    buffers, rows = scratch(p, q.dtype, [k.shape[-1]], [q.shape[-1]])
-    types = (buffers, rows, plgpu.SMEM((WORKERS, ROWS), jnp.float32),
-             (plgpu.Barrier(num_barriers=WORKERS), *barriers(p, [1])))  # fmt: skip
-    found = call(
+    every, shift = _every(static, q, k), padded(finite_lse(lse) * LOG2E, 2, hopper.TILE)
+    inputs = [every.kv_idx, every.kv_cnt, *rule_inputs(tokens, batch, k.shape[2]), q, k, shift]
+    halves = q.shape[2] // hopper.ROWS
+    buffers, rows = hopper.scratch(p, q.dtype, [k.shape[-1]], [q.shape[-1]])
+    types = (buffers, rows, plgpu.SMEM((hopper.WORKERS, hopper.ROWS), jnp.float32),
+             (plgpu.Barrier(num_barriers=hopper.WORKERS), *hopper.barriers(p, [1])))  # fmt: skip
+    found = hopper.call(
         functools.partial(_kernel, static, tokens, p, heads // k.shape[1]), "block_scores",
-        (batch, heads, halves // WORKERS), [jax.ShapeDtypeStruct((batch, heads, halves, nk * p.parts), jnp.float32)],
+        (batch, heads, halves // hopper.WORKERS), [jax.ShapeDtypeStruct((batch, heads, halves, nk * p.parts), jnp.float32)],
         types, inputs, static.interpret,
     )[0]  # fmt: skip
-    found = found[:, :, : queries // ROWS]  # what is behind belongs to no query
-    return found.reshape(batch, heads, nq, static.block_q // ROWS, nk, p.parts).sum((3, 5))
+    found = found[:, :, : queries // hopper.ROWS]  # what is behind belongs to no query
+    return found.reshape(batch, heads, nq, static.block_q // hopper.ROWS, nk, p.parts).sum((3, 5))
 
 
-def _every(blocks: int) -> tuple[Any, Any]:
-    """One list of all blocks, for all rows."""
-    return jnp.arange(blocks, dtype=jnp.int32).reshape(1, 1, 1, -1), jnp.full((1, 1, 1), blocks, jnp.int32)
+def _every(static: Static, q: Any, k: Any) -> BlockMask:
+    sizes = {"block_q": static.block_q, "block_k": static.block_k, "q_size": q.shape[2], "kv_size": k.shape[2]}
+    return BlockMask.one_list(**sizes)
 
 
 def search(static: Static, q: Any, k: Any, v: Any | None, live: Any, tokens: Tokens) -> tuple[Any, Any, Any]:
@@ -143,12 +118,10 @@ def search(static: Static, q: Any, k: Any, v: Any | None, live: Any, tokens: Tok
 def _heads_at_once(queries: tuple[int, ...], kv_heads: int, keys: int) -> int | None:
     """The most key heads, a divisor of their number, for which a search may keep what it must; None if not for one."""
     batch, heads, tokens, _ = queries
-    one = 4 * batch * (heads // kv_heads) * tokens * (keys // ROWS)  # no step has fewer keys
+    one = 4 * batch * (heads // kv_heads) * tokens * (keys // hopper.ROWS)  # no step has fewer keys
     return next((n for n in range(kv_heads, 0, -1) if kv_heads % n == 0 and n * one <= KEPT), None)
 
 
 def _dense(static: Static, q: Any, k: Any, v: Any | None, live: Any, tokens: Tokens, *, keep: bool) -> Any:
-    every, count = _every(k.shape[2] // static.block_k)
-    mask = BlockMask(every, count, None, None, static.block_q, static.block_k, q.shape[2], k.shape[2])
-    out, lse, sums = attention.attend(static, q, k, v, mask, tokens, keep=keep)
+    out, lse, sums = attention.attend(static, q, k, v, _every(static, q, k), tokens, keep=keep)
     return out, jnp.where(jnp.arange(q.shape[2]) < live[:, None, None], lse, -jnp.inf), sums

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_attention.problem import Static, Tokens, accumulator, finite_lse, logits, visible
+from pallas_kernels.common.attention_problem import Static, Tokens, finite_lse, logits, visible
+from pallas_kernels.common.xla import accumulator
 
 
 def _dense(static: Static, q: Any, k: Any, tokens: Tokens) -> tuple[Any, Any]:

@@ -18,10 +18,13 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.block_score import tpu_search
 from pallas_kernels.block_score.tpu_tiles import STEP, Passing, of_query_blocks, rows_of, rules
 from pallas_kernels.block_sparse_attention import tpu as attention
-from pallas_kernels.block_sparse_attention.block_mask import BlockMask
-from pallas_kernels.block_sparse_attention.problem import Static, Tokens, finite_lse
-from pallas_kernels.block_sparse_attention.tpu_walk import LOG2E, call, padded
+from pallas_kernels.common.attention_problem import LOG2E, Static, Tokens, finite_lse
+from pallas_kernels.common.attention_tpu import refusal
+from pallas_kernels.common.block_mask import BlockMask
+from pallas_kernels.common.tpu import call
+from pallas_kernels.common.xla import padded
 
+__all__ = ["refusal", "scores", "search"]
 LANES = 128  # key blocks of a row of the output
 TILE = 4096  # keys of a program: as many as are fetched together
 
@@ -67,10 +70,10 @@ def scores(static: Static, q: Any, k: Any, lse: Any, tokens: Tokens) -> Any:
     nq, nk = queries // static.block_q, keys // static.block_k
     group, step, tile = shape_of(static, q)
     rows, wide = group * static.block_q, LANES * static.block_k
-    q, k = padded(q, rows, 2), padded(k, wide, 2)
-    tokens = tokens if tokens.kv_segments is None else tokens._replace(kv_segments=padded(tokens.kv_segments, wide, 1))
+    q, k = padded(q, 2, rows), padded(k, 2, wide)
+    tokens = tokens if tokens.kv_segments is None else tokens._replace(kv_segments=padded(tokens.kv_segments, 1, wide))
     known = finite_lse(lse) * LOG2E
-    known = jnp.pad(known, ((0, 0), (0, 0), (0, q.shape[2] - queries)), constant_values=1e30)
+    known = padded(known, 2, rows, 1e30)
     tiles, grid = wide // tile, (batch, heads, q.shape[2] // rows, k.shape[2] // wide, wide // tile)
     every = jnp.full(batch, queries, jnp.int32)
     inputs, specs = rules(static, tokens, batch, keys, rows, tile, every, lambda b, h, p, j, t: (b, p, j * tiles + t))
@@ -81,11 +84,12 @@ def scores(static: Static, q: Any, k: Any, lse: Any, tokens: Tokens) -> Any:
         pl.BlockSpec((None, None, tile, features), lambda b, h, p, j, t: (b, h // shared, j * tiles + t, 0)),
     ]
     found = call(
-        functools.partial(_kernel, static, tokens, group, step), static, "block_scores", grid, inputs, specs,
+        functools.partial(_kernel, static, tokens, group, step), "block_scores", grid, inputs, specs,
         jax.ShapeDtypeStruct((*grid[:3], group, k.shape[2] // static.block_k), jnp.float32),
         pl.BlockSpec((None, None, None, group, LANES), lambda b, h, p, j, t: (b, h, p, 0, j)),
         [pltpu.VMEM((LANES, rows), jnp.float32)], pairs=batch * heads * queries * keys, features=features,
         fetched=batch * heads * grid[2] * k.shape[2] * features * k.dtype.itemsize, vmem_bytes=48 << 20,
+        interpret=static.interpret,
     )  # fmt: skip
     return found.reshape(batch, heads, -1, found.shape[-1])[:, :, :nq, :nk]
 
@@ -99,10 +103,8 @@ def search(static: Static, q: Any, k: Any, v: Any | None, live: Any, tokens: Tok
     passes = static.config.passes or (2 if tpu_search.refusal(static, q, k, v) else 1)
     if passes == 1:
         return tpu_search.search(static, q, k, v, live, tokens)
-    nk = k.shape[2] // static.block_k
-    every = jnp.arange(nk, dtype=jnp.int32).reshape(1, 1, 1, nk)  # one list for all rows
-    count = jnp.full((1, 1, 1), nk, jnp.int32)
-    mask = BlockMask(every, count, None, None, static.block_q, static.block_k, q.shape[2], k.shape[2])
+    sizes = {"block_q": static.block_q, "block_k": static.block_k, "q_size": q.shape[2], "kv_size": k.shape[2]}
+    mask = BlockMask.one_list(**sizes)
     out, lse = attention.forward(static, q, k, v, mask, tokens)
     lse = jnp.where(jnp.arange(q.shape[2]) < live[:, None, None], lse, -jnp.inf)
     return out, lse, scores(static, q, k, lse, tokens)

@@ -16,8 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_score.tpu_tiles import STEP, Passing, of_query_blocks, rows_of, rules
-from pallas_kernels.block_sparse_attention.problem import Static, Tokens
-from pallas_kernels.block_sparse_attention.tpu_walk import LOG2E, NEVER, call, dot, padded
+from pallas_kernels.common.attention_problem import LOG2E, Static, Tokens
+from pallas_kernels.common.attention_tpu import NEVER
+from pallas_kernels.common.tpu import call, dot
+from pallas_kernels.common.xla import padded
 
 TILE = 2048  # keys fetched at once
 
@@ -107,7 +109,7 @@ def search(static: Static, q: Any, k: Any, v: Any | None, live: Any, tokens: Tok
     nq, nk = queries // static.block_q, keys // static.block_k
     group, step, tile = shape_of(static, q, k)
     rows, need = group * static.block_q, vmem_of(static, q, k, v)
-    q, k = padded(q, rows, 2), padded(k, tile, 2)
+    q, k = padded(q, 2, rows), padded(k, 2, tile)
     grid = (batch, heads, q.shape[2] // rows, k.shape[2] // tile)
     blocks = k.shape[2] // static.block_k
     inputs, specs = rules(static, tokens, batch, keys, rows, tile, live, lambda b, h, p, t: (b, p, t))
@@ -124,7 +126,7 @@ def search(static: Static, q: Any, k: Any, v: Any | None, live: Any, tokens: Tok
     scratch = [pltpu.VMEM((blocks, rows), jnp.float32), *[pltpu.VMEM((1, rows), jnp.float32)] * 2]
     if v is not None:
         size = v.shape[-1]
-        inputs.append(jnp.swapaxes(padded(v, tile, 2), 2, 3))
+        inputs.append(jnp.swapaxes(padded(v, 2, tile), 2, 3))
         specs.append(pl.BlockSpec((None, None, size, tile), lambda b, h, p, t: (b, h // shared, 0, t)))
         out.insert(0, jax.ShapeDtypeStruct((*q.shape[:3], size), v.dtype))
         out_specs.insert(0, pl.BlockSpec((None, None, rows, size), lambda b, h, p, t: (b, h, p, 0)))
@@ -133,9 +135,9 @@ def search(static: Static, q: Any, k: Any, v: Any | None, live: Any, tokens: Tok
         batch * heads * grid[2] * k.shape[2] * sum(x.shape[-1] * x.dtype.itemsize for x in (k, v) if x is not None)
     )
     *given, lse, masses = call(
-        functools.partial(_kernel, static, tokens, group, step, v is not None), static, "search", grid, inputs, specs,
+        functools.partial(_kernel, static, tokens, group, step, v is not None), "search", grid, inputs, specs,
         out, out_specs, scratch, pairs=batch * heads * queries * keys, fetched=fetched,
-        features=features + (0 if v is None else v.shape[-1]), vmem_bytes=need + (16 << 20),
+        features=features + (0 if v is None else v.shape[-1]), vmem_bytes=need + (16 << 20), interpret=static.interpret,
     )  # fmt: skip
     masses = masses.reshape(batch, heads, -1, blocks)[:, :, :nq, :nk]
     return (given[0][:, :, :queries] if given else None), lse.reshape(q.shape[:3])[..., :queries], masses

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse_attention.problem import Static, Tokens
-from pallas_kernels.block_sparse_attention.tpu_walk import base2, column, dot, padded
+from pallas_kernels.common.attention_problem import Static, Tokens
+from pallas_kernels.common.attention_tpu import base2
+from pallas_kernels.common.tpu import column, dot
+from pallas_kernels.common.xla import padded
 
 STEP = 1024  # keys of a step
 ROWS = 512  # queries of a program: every fetched key serves so many
@@ -33,12 +35,10 @@ def rules(static: Static, tokens: Tokens, batch: int, keys: int, rows: int, tile
     Args:
       at: a program's (batch, index of rows, index of tile) from its indices.
     """
-    limit = jnp.full(batch, keys, jnp.int32) if tokens.kv_len is None else tokens.kv_len
-    offset = jnp.zeros(batch, jnp.int32) if tokens.q_offset is None else tokens.q_offset
-    arrays = [jnp.stack([limit, offset, live.astype(jnp.int32)], -1)[:, None]]
+    arrays = [jnp.stack([*tokens.limits(batch, keys), live.astype(jnp.int32)], -1)[:, None]]
     specs = [pl.BlockSpec((None, 1, 3), lambda *i: (at(*i)[0], 0, 0), memory_space=pltpu.SMEM)]
     if tokens.q_segments is not None:
-        arrays += [padded(tokens.q_segments, rows, 1)[:, None], padded(tokens.kv_segments, tile, 1)[:, None]]
+        arrays += [padded(tokens.q_segments, 1, rows)[:, None], padded(tokens.kv_segments, 1, tile)[:, None]]
         specs.append(pl.BlockSpec((None, 1, rows), lambda *i: (at(*i)[0], 0, at(*i)[1])))
         specs.append(pl.BlockSpec((None, 1, tile), lambda *i: (at(*i)[0], 0, at(*i)[2])))
     return arrays, specs

@@ -7,16 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_attention.problem import (
-    Static,
-    Tokens,
-    accumulator,
-    finite_lse,
-    logits,
-    matmul,
-    visible,
-)
-from pallas_kernels.block_sparse_attention.xla import each
+from pallas_kernels.common.attention_problem import Static, Tokens, finite_lse, logits, visible
+from pallas_kernels.common.xla import accumulator, each, matmul
 
 TILE = 4096  # keys multiplied at once
 
@@ -53,7 +45,7 @@ def scores(static: Static, q: Any, k: Any, lse: Any, tokens: Tokens) -> Any:
             return masses(0)
         return jax.lax.map(masses, jnp.arange(0, k.shape[2], tile)).reshape(-1)
 
-    return each(static, (batch, heads, queries // bq), row)
+    return each(static.config.rows_at_once, (batch, heads, queries // bq), row)
 
 
 def search(static: Static, q: Any, k: Any, v: Any | None, live: Any, tokens: Tokens) -> tuple[Any, Any, Any]:
@@ -88,6 +80,6 @@ def search(static: Static, q: Any, k: Any, v: Any | None, live: Any, tokens: Tok
         masses = jnp.exp(logs - finite_lse(lse)[:, None]).sum(1)  # (tiles, blocks of a tile)
         return jnp.where(alive[:, None], acc / safe[:, None], 0), lse, masses.reshape(-1)
 
-    out, lse, masses = each(static, (batch, heads, queries // bq), row)
+    out, lse, masses = each(static.config.rows_at_once, (batch, heads, queries // bq), row)
     out = None if v is None else out.reshape(batch, heads, queries, features).astype(v.dtype)
     return out, lse.reshape(batch, heads, queries), masses

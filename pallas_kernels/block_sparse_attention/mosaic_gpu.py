@@ -15,84 +15,26 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse_attention.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention.mosaic_gpu_backward import key_gradients, query_gradient
-from pallas_kernels.block_sparse_attention.mosaic_gpu_tile import (
-    FLOOR,
-    Rules,
-    add_product,
-    base2,
-    full_of,
-    over,
-    product,
-)
-from pallas_kernels.block_sparse_attention.mosaic_gpu_walk import (
-    FORWARD,
-    ROWS,
-    WORKERS,
-    Plan,
-    Walk,
-    barriers,
-    call,
-    drain,
-    feed,
-    lists_of,
-    numbers_of,
-    padded,
-    plan,
-    roles,
-    scratch,
-    slot_of,
-)
-from pallas_kernels.block_sparse_attention.problem import LOG2E, Static, Tokens
+from pallas_kernels.common import mosaic_gpu as hopper
+from pallas_kernels.common.attention_mosaic_gpu import FLOOR, Rules, base2, refusal, rule_inputs, split
+from pallas_kernels.common.attention_problem import LOG2E, Static, Tokens
+from pallas_kernels.common.block_mask import BlockMask
+from pallas_kernels.common.mosaic_gpu_tile import add_product, full_of, over, product
+from pallas_kernels.common.xla import padded
 
 __all__ = ["attend", "forward", "key_gradients", "query_gradient", "refusal"]
-LARGEST = 256  # features of a head: more have no room in registers
-CHIPS = "NVIDIA H100, NVIDIA H200 or NVIDIA GH200"
 
 
-def refusal(static: Static, q: Any, k: Any, v: Any | None, tokens: Tokens) -> str | None:
-    """Why these kernels cannot run, or None."""
-    if static.block_q != ROWS and static.block_q % (WORKERS * ROWS):
-        return f"block_q is {static.block_q}: wanted 64 or a multiple of 128"
-    if static.block_k % ROWS:
-        return f"block_k is {static.block_k}, not a multiple of 64"
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"arrays are {q.dtype}: its matrix instructions take bfloat16 or float16 (impl='xla' takes any)"
-    features = max(x.shape[-1] for x in (q, k, v) if x is not None)
-    if features > LARGEST:
-        return f"heads have {features} features, more than {LARGEST}"
-    if static.interpret is True:
-        return "interpret=True is for TPU kernels: these take jax's parameters for interpreting GPU kernels"
-    if not static.interpret and not is_hopper():
-        return f"the device is {_device_kind()}, no {CHIPS}"
-    return None
-
-
-def _device_kind() -> str:
-    """The device that a program is traced for: that of an abstract mesh, or the default one."""
-    chip: Any = jax.sharding.get_abstract_mesh().abstract_device
-    return chip.device_kind if chip is not None else jax.devices()[0].device_kind
-
-
-def is_hopper() -> bool:
-    """Whether programs are traced for a chip with these instructions (compute capability 9.0 and no other)."""
-    return any(name in _device_kind() for name in ("H100", "H200", "H800", "H20", "GH200"))
-
-
-def forward_plan(static: Static, features: int, values: int) -> Plan | None:
+def forward_plan(static: Static, features: int, values: int) -> hopper.Plan | None:
     """How the forward pass walks; values 0: only the log-sum-exp is wanted."""
-    own = 2 * WORKERS * ROWS * (features + (values if values != features else 0))
-    return plan(static.block_q, static.block_k, 128 if values <= 128 else 64, own, 2 * (features + values))
+    own = 2 * hopper.TILE * (features + (values if values != features else 0))
+    return hopper.plan(static.block_q, static.block_k, 128 if values <= 128 else 64, own, 2 * (features + values))
 
 
-def _forward_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, values: bool, owners: bool, keep: bool,
+def _forward_kernel(static: Static, tokens: Tokens, p: hopper.Plan, shared: int, values: bool, lists: int, keep: bool,
                     *references: Any) -> None:  # fmt: skip
-    refs = list(references)
-    idx, cnt = refs.pop(0), refs.pop(0)
-    owner = refs.pop(0) if owners else None
-    numbers = refs.pop(0)
-    segments = (refs.pop(0), refs.pop(0)) if tokens.q_segments is not None else None
+    found, numbers, segments, refs = split(tokens, lists, references)
     q, k = refs.pop(0), refs.pop(0)
     v: Any = refs.pop(0) if values else None
     out: Any = refs.pop(0) if values else None
@@ -100,7 +42,7 @@ def _forward_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, values
     sums: Any = refs.pop(0) if keep else None
     streamed, own, lse_rows, (arrived, filled, emptied) = refs
     batch, head, tile = (jax.lax.axis_index(name) for name in ("batch", "head", "tile"))
-    walk = Walk(p, idx, cnt, owner, (batch, head, p.list_of(tile)))
+    walk = hopper.Walk(p, found, (batch, head, p.list_of(tile)))
     at, interpret, keys = (batch, jax.lax.div(head, shared)), static.interpret, streamed[0]
 
     def copy() -> None:
@@ -108,18 +50,18 @@ def _forward_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, values
             lambda start, x=x, to=to: [(x.at[(*at, pl.ds(start, p.step))], to)]
             for x, to in zip((k, v), streamed)
         ]  # fmt: skip
-        drain(feed(walk, 0, sources, filled, emptied), p.buffers, emptied)
+        hopper.drain(hopper.feed(walk, 0, sources, filled, emptied), p.buffers, emptied)
 
     def compute(worker: Any) -> None:
-        first = tile * (WORKERS * ROWS) + worker * ROWS
+        first = tile * hopper.TILE + worker * hopper.ROWS
         query, to = own[0].at[worker], own[-1].at[worker]
-        mine = (batch, head, pl.ds(first, ROWS))
+        mine = (batch, head, pl.ds(first, hopper.ROWS))
         plgpu.copy_gmem_to_smem(q.at[mine], query, arrived.at[worker])
         plgpu.barrier_wait(arrived.at[worker])
         rules = Rules(tokens, numbers, segments, batch, first, interpret)
 
         def turn(step: Any, carry: Any) -> Any:
-            slot, skipped = slot_of(step, p.buffers), walk.owned(step, worker)
+            slot, skipped = hopper.slot_of(step, p.buffers), walk.owned(step, worker)
             start = walk.start(step) if tokens.any else 0
             plgpu.barrier_wait(filled[0].at[slot])
 
@@ -133,7 +75,7 @@ def _forward_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, values
                 part = e.sum(axis=1)
                 total = old * total + part
                 if keep:
-                    sums[batch, head, step, pl.ds(first, ROWS)] = new + jnp.log(part) * LOG2E
+                    sums[batch, head, step, pl.ds(first, hopper.ROWS)] = new + jnp.log(part) * LOG2E
                 if values:
                     acc = acc * over(old, acc.shape)
                     weights = e.astype(v.dtype)
@@ -152,8 +94,8 @@ def _forward_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, values
 
             return attend(carry) if skipped is None else jax.lax.cond(skipped, attend, pass_by, carry)
 
-        start = (full_of((ROWS,), FLOOR, interpret), full_of((ROWS,), 0, interpret),
-                 full_of((ROWS, v.shape[-1]), 0, interpret) if values else 0)  # fmt: skip
+        start = (full_of((hopper.ROWS,), FLOOR, interpret), full_of((hopper.ROWS,), 0, interpret),
+                 full_of((hopper.ROWS, v.shape[-1]), 0, interpret) if values else 0)  # fmt: skip
         top, total, acc = jax.lax.fori_loop(0, walk.steps(), turn, start)
         alive = total != 0  # not-a-number stays what it is
         safe = jnp.where(alive, total, jnp.full_like(total, 1))
@@ -168,7 +110,7 @@ def _forward_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, values
         plgpu.copy_smem_to_gmem(rows, lse.at[mine])
         plgpu.wait_smem_to_gmem(0)
 
-    roles(compute, copy, FORWARD)
+    hopper.roles(compute, copy, hopper.FORWARD)
 
 
 def forward(static: Static, q: Any, k: Any, v: Any | None, mask: BlockMask, tokens: Tokens) -> tuple[Any, Any]:
@@ -184,28 +126,25 @@ def attend(static: Static, q: Any, k: Any, v: Any | None, mask: BlockMask, token
     batch, heads, queries, _ = q.shape
     keys, shared, features = k.shape[2], heads // k.shape[1], 0 if v is None else v.shape[-1]
     q, k, v = (x if x is None else padded(x, 3, 64) for x in (q, k, v))
-    q = padded(q, 2, WORKERS * ROWS)
+    q = padded(q, 2, hopper.TILE)
     p = forward_plan(static, q.shape[-1], 0 if v is None else v.shape[-1])
     assert p is not None  # features and blocks that `refusal` lets through have one
-    lists = lists_of(p, mask.kv_idx, mask.kv_cnt, mask.kv_blocks)
-    inputs = [*lists, numbers_of(tokens, batch, keys)]
-    if tokens.q_segments is not None:
-        inputs += [padded(tokens.q_segments, 1, WORKERS * ROWS), tokens.kv_segments]
-    inputs += [q, k] if v is None else [q, k, v]
+    lists = hopper.lists_of(p, mask.kv_idx, mask.kv_cnt, mask.kv_blocks)
     values = v is not None
     arrays = [k, v] if values else [k]
+    inputs = [*lists, *rule_inputs(tokens, batch, keys), q, *arrays]
     out = [jax.ShapeDtypeStruct((*q.shape[:3], v.shape[-1]), v.dtype)] if values else []
     out.append(jax.ShapeDtypeStruct(q.shape[:3], jnp.float32))
     if keep:
         steps = lists[0].shape[-1] * p.parts
         out.append(jax.ShapeDtypeStruct((batch, heads, steps, q.shape[2]), jnp.float32))
     own = {q.shape[-1]: None} | ({v.shape[-1]: None} if values else {})  # out takes the queries' place where it fits
-    buffers, rows = scratch(p, q.dtype, [x.shape[-1] for x in arrays], list(own))
-    kernel = functools.partial(_forward_kernel, static, tokens, p, shared, values, len(lists) == 3, keep)
-    types = (buffers, rows, plgpu.SMEM((WORKERS, ROWS), jnp.float32),
-             (plgpu.Barrier(num_barriers=WORKERS), *barriers(p, [1] * len(arrays))))  # fmt: skip
-    grid = (batch, heads, q.shape[2] // (WORKERS * ROWS))
-    given = list(call(kernel, "block_sparse_attention", grid, out, types, inputs, static.interpret))
+    buffers, rows = hopper.scratch(p, q.dtype, [x.shape[-1] for x in arrays], list(own))
+    kernel = functools.partial(_forward_kernel, static, tokens, p, shared, values, len(lists), keep)
+    types = (buffers, rows, plgpu.SMEM((hopper.WORKERS, hopper.ROWS), jnp.float32),
+             (plgpu.Barrier(num_barriers=hopper.WORKERS), *hopper.barriers(p, [1] * len(arrays))))  # fmt: skip
+    grid = (batch, heads, q.shape[2] // hopper.TILE)
+    given = list(hopper.call(kernel, "block_sparse_attention", grid, out, types, inputs, static.interpret))
     sums = given.pop() if keep else None
     lse = given.pop()
     return (given[0][:, :, :queries, :features] if given else None), lse[:, :, :queries], sums

@@ -16,72 +16,46 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse_attention.block_mask import BlockMask
-from pallas_kernels.block_sparse_attention.mosaic_gpu_tile import (
-    Rules,
-    add_product,
-    base2,
-    column_layout,
-    full_of,
-    load,
-    over,
-    product,
-    row_layout,
-)
-from pallas_kernels.block_sparse_attention.mosaic_gpu_walk import (
-    BACKWARD,
-    ROWS,
-    WORKERS,
-    Plan,
-    Walk,
-    barriers,
-    call,
-    drain,
-    feed,
-    lists_of,
-    numbers_of,
-    padded,
-    plan,
-    roles,
-    scratch,
-    slot_of,
-)
-from pallas_kernels.block_sparse_attention.problem import LOG2E, Static, Tokens, finite_lse
+from pallas_kernels.common import mosaic_gpu as hopper
+from pallas_kernels.common.attention_mosaic_gpu import Rules, base2, rule_inputs, split
+from pallas_kernels.common.attention_problem import LOG2E, Static, Tokens, finite_lse
+from pallas_kernels.common.block_mask import BlockMask
+from pallas_kernels.common.mosaic_gpu_tile import add_product, column_layout, full_of, load, over, product, row_layout
+from pallas_kernels.common.xla import padded
 
-TILE = WORKERS * ROWS
 TOGETHER = 256  # features of keys and values whose gradients fit the registers at once
 STEP = 64  # a tile of logits, one of their gradients and a sum of 128 features share the registers
 
 
-def query_plan(static: Static, features: int, values: int) -> Plan | None:
+def query_plan(static: Static, features: int, values: int) -> hopper.Plan | None:
     """How the gradient of the queries walks."""
-    return plan(static.block_q, static.block_k, STEP, 2 * TILE * (features + values), 2 * (features + values))
+    return hopper.plan(
+        static.block_q, static.block_k, STEP, 2 * hopper.TILE * (features + values), 2 * (features + values)
+    )
 
 
-def key_plan(static: Static, features: int, values: int) -> Plan | None:
+def key_plan(static: Static, features: int, values: int) -> hopper.Plan | None:
     """How the gradients of keys and values walk."""
-    return plan(static.block_k, static.block_q, STEP, 2 * TILE * (features + values), 2 * (features + values))
+    return hopper.plan(
+        static.block_k, static.block_q, STEP, 2 * hopper.TILE * (features + values), 2 * (features + values)
+    )
 
 
-def _query_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, owners: bool, *references: Any) -> None:
-    refs = list(references)
-    idx, cnt = refs.pop(0), refs.pop(0)
-    owner = refs.pop(0) if owners else None
-    numbers = refs.pop(0)
-    segments = (refs.pop(0), refs.pop(0)) if tokens.q_segments is not None else None
+def _query_kernel(static: Static, tokens: Tokens, p: hopper.Plan, shared: int, lists: int, *references: Any) -> None:
+    found, numbers, segments, refs = split(tokens, lists, references)
     q, dout, shift, delta, k, v, dq, (keys, values), (query, cotangent), (arrived, filled, emptied) = refs
     batch, head, tile = (jax.lax.axis_index(name) for name in ("batch", "head", "tile"))
-    walk, interpret = Walk(p, idx, cnt, owner, (batch, head, p.list_of(tile))), static.interpret
+    walk, interpret = hopper.Walk(p, found, (batch, head, p.list_of(tile))), static.interpret
 
     def copy() -> None:
         def of(x: Any, to: Any) -> Any:
             return lambda start: [(x.at[batch, jax.lax.div(head, shared), pl.ds(start, p.step)], to)]
 
-        drain(feed(walk, 0, [of(k, keys), of(v, values)], filled, emptied), p.buffers, emptied)
+        hopper.drain(hopper.feed(walk, 0, [of(k, keys), of(v, values)], filled, emptied), p.buffers, emptied)
 
     def compute(worker: Any) -> None:
-        first = tile * TILE + worker * ROWS
-        mine = (batch, head, pl.ds(first, ROWS))
+        first = tile * hopper.TILE + worker * hopper.ROWS
+        mine = (batch, head, pl.ds(first, hopper.ROWS))
         plgpu.copy_gmem_to_smem(q.at[mine], query.at[worker], arrived.at[worker])
         plgpu.copy_gmem_to_smem(dout.at[mine], cotangent.at[worker], arrived.at[worker])
         plgpu.barrier_wait(arrived.at[worker])
@@ -89,7 +63,7 @@ def _query_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, owners: 
         top, less = (load(x.at[mine], row_layout, interpret) for x in (shift, delta))
 
         def turn(step: Any, acc: Any) -> Any:
-            slot, mine = slot_of(step, p.buffers), walk.owned(step, worker)
+            slot, mine = hopper.slot_of(step, p.buffers), walk.owned(step, worker)
             for full in filled:
                 plgpu.barrier_wait(full.at[slot])
 
@@ -106,13 +80,13 @@ def _query_kernel(static: Static, tokens: Tokens, p: Plan, shared: int, owners: 
                 plgpu.barrier_arrive(empty.at[slot])
             return acc
 
-        acc = jax.lax.fori_loop(0, walk.steps(), turn, full_of((ROWS, q.shape[-1]), 0, interpret))
+        acc = jax.lax.fori_loop(0, walk.steps(), turn, full_of((hopper.ROWS, q.shape[-1]), 0, interpret))
         query.at[worker][...] = (acc * static.scale).astype(dq.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(query.at[worker], dq.at[mine])
         plgpu.wait_smem_to_gmem(0)
 
-    roles(compute, copy, BACKWARD)
+    hopper.roles(compute, copy, hopper.BACKWARD)
 
 
 def query_gradient(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, delta: Any, mask: BlockMask,
@@ -120,34 +94,27 @@ def query_gradient(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, 
     """Gradient of the queries, over the lists of the forward pass."""
     batch, heads, queries, features = q.shape
     keys, shared = k.shape[2], heads // k.shape[1]
-    q, dout, k, v = (padded(x, 3, ROWS) for x in (q, dout, k, v))
-    q, dout, shift, delta = (padded(x, 2, TILE) for x in (q, dout, finite_lse(lse) * LOG2E, delta))
+    q, dout, k, v = (padded(x, 3, hopper.ROWS) for x in (q, dout, k, v))
+    q, dout, shift, delta = (padded(x, 2, hopper.TILE) for x in (q, dout, finite_lse(lse) * LOG2E, delta))
     p = query_plan(static, q.shape[-1], v.shape[-1])
     assert p is not None  # features and blocks that `refusal` lets through have one
-    lists = lists_of(p, mask.kv_idx, mask.kv_cnt, mask.kv_blocks)
-    inputs = [*lists, numbers_of(tokens, batch, keys)]
-    if tokens.q_segments is not None:
-        inputs += [padded(tokens.q_segments, 1, TILE), tokens.kv_segments]
+    lists = hopper.lists_of(p, mask.kv_idx, mask.kv_cnt, mask.kv_blocks)
     sizes = [q.shape[-1], v.shape[-1]]
-    kernel = functools.partial(_query_kernel, static, tokens, p, shared, len(lists) == 3)
+    kernel = functools.partial(_query_kernel, static, tokens, p, shared, len(lists))
     types = (
-        *scratch(p, q.dtype, sizes, sizes),
-        (plgpu.Barrier(num_arrivals=2, num_barriers=WORKERS), *barriers(p, [1, 1])),
+        *hopper.scratch(p, q.dtype, sizes, sizes),
+        (plgpu.Barrier(num_arrivals=2, num_barriers=hopper.WORKERS), *hopper.barriers(p, [1, 1])),
     )
-    dq = call(kernel, "block_sparse_attention_dq", (batch, heads, q.shape[2] // TILE),
-              [jax.ShapeDtypeStruct(q.shape, q.dtype)], types, [*inputs, q, dout, shift, delta, k, v],
-              static.interpret)  # fmt: skip
+    inputs = [*lists, *rule_inputs(tokens, batch, keys), q, dout, shift, delta, k, v]
+    grid, out = (batch, heads, q.shape[2] // hopper.TILE), [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    dq = hopper.call(kernel, "block_sparse_attention_dq", grid, out, types, inputs, static.interpret)
     return dq[0][:, :, :queries, :features]
 
 
 def _key_kernel(
-    static: Static, tokens: Tokens, p: Plan, shared: int, owners: bool, wanted: str, *references: Any
+    static: Static, tokens: Tokens, p: hopper.Plan, shared: int, lists: int, wanted: str, *references: Any
 ) -> None:
-    refs = list(references)
-    idx, cnt = refs.pop(0), refs.pop(0)
-    owner = refs.pop(0) if owners else None
-    numbers = refs.pop(0)
-    segments = (refs.pop(0), refs.pop(0)) if tokens.q_segments is not None else None
+    found, numbers, segments, refs = split(tokens, lists, references)
     k, v, q, dout, shift, delta = refs[:6]
     outs, (streamed, own, (shifts, deltas), (arrived, filled, emptied)) = refs[6:-4], refs[-4:]
     queries, douts = streamed
@@ -155,9 +122,9 @@ def _key_kernel(
     batch, kv_head, tile = (jax.lax.axis_index(name) for name in ("batch", "head", "tile"))
     interpret = static.interpret
 
-    def walk_of(r: Any) -> tuple[Any, Walk]:
+    def walk_of(r: Any) -> tuple[Any, hopper.Walk]:
         head = kv_head * shared + r
-        return head, Walk(p, idx, cnt, owner, (batch, head, p.list_of(tile)))
+        return head, hopper.Walk(p, found, (batch, head, p.list_of(tile)))
 
     def copy() -> None:
         def of_head(r: Any, done: Any) -> Any:
@@ -170,13 +137,15 @@ def _key_kernel(
 
                 return copies
 
-            return feed(walk, done, [of(q, queries, shift, shifts), of(dout, douts, delta, deltas)], filled, emptied)
+            return hopper.feed(
+                walk, done, [of(q, queries, shift, shifts), of(dout, douts, delta, deltas)], filled, emptied
+            )
 
-        drain(jax.lax.fori_loop(0, shared, of_head, jnp.int32(0)), p.buffers, emptied)
+        hopper.drain(jax.lax.fori_loop(0, shared, of_head, jnp.int32(0)), p.buffers, emptied)
 
     def compute(worker: Any) -> None:
-        first = tile * TILE + worker * ROWS
-        mine = (batch, kv_head, pl.ds(first, ROWS))
+        first = tile * hopper.TILE + worker * hopper.ROWS
+        mine = (batch, kv_head, pl.ds(first, hopper.ROWS))
         rows = [x.at[worker] for x in own]
         for x, to in zip((k, v), rows):
             plgpu.copy_gmem_to_smem(x.at[mine], to, arrived.at[worker])
@@ -188,7 +157,7 @@ def _key_kernel(
             _, walk = walk_of(r)
 
             def turn(step: Any, grads: Any) -> Any:
-                slot, mine = slot_of(done + step, p.buffers), walk.owned(step, worker)
+                slot, mine = hopper.slot_of(done + step, p.buffers), walk.owned(step, worker)
                 for full in filled:
                     plgpu.barrier_wait(full.at[slot])
 
@@ -216,7 +185,7 @@ def _key_kernel(
             return done + steps, jax.lax.fori_loop(0, steps, turn, grads)
 
         zeros = tuple(
-            full_of((ROWS, x.shape[-1]), 0, interpret) if on else 0 for x, on in ((k, of_keys), (v, of_values))
+            full_of((hopper.ROWS, x.shape[-1]), 0, interpret) if on else 0 for x, on in ((k, of_keys), (v, of_values))
         )
         _, (dk, dv) = jax.lax.fori_loop(0, shared, of_head, (jnp.int32(0), zeros))
         given = ([(dk * static.scale, rows[0])] if of_keys else []) + ([(dv, rows[1])] if of_values else [])
@@ -227,7 +196,7 @@ def _key_kernel(
             plgpu.copy_smem_to_gmem(to, out.at[mine])
         plgpu.wait_smem_to_gmem(0)
 
-    roles(compute, copy, BACKWARD)
+    hopper.roles(compute, copy, hopper.BACKWARD)
 
 
 def key_gradients(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, delta: Any, mask: BlockMask,
@@ -235,25 +204,22 @@ def key_gradients(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, d
     """Gradients of keys and values, over the transposed lists, summed over the query heads that share a key head."""
     batch, heads, _, _ = q.shape
     kv_heads, keys, features, values = k.shape[1], k.shape[2], k.shape[3], v.shape[3]
-    q, k, v, dout = (padded(x, 3, ROWS) for x in (q, k, v, dout))
-    k, v = padded(k, 2, TILE), padded(v, 2, TILE)
+    q, k, v, dout = (padded(x, 3, hopper.ROWS) for x in (q, k, v, dout))
+    k, v = padded(k, 2, hopper.TILE), padded(v, 2, hopper.TILE)
     p = key_plan(static, k.shape[-1], v.shape[-1])
     assert p is not None  # features and blocks that `refusal` lets through have one
-    lists = lists_of(p, mask.q_idx, mask.q_cnt, mask.q_blocks)
-    inputs = [*lists, numbers_of(tokens, batch, keys)]
-    if tokens.q_segments is not None:
-        inputs += [padded(tokens.kv_segments, 1, TILE), tokens.q_segments]
+    lists = hopper.lists_of(p, mask.q_idx, mask.q_cnt, mask.q_blocks)
     sizes = [k.shape[-1], v.shape[-1]]
-    inputs += [k, v, q, dout, finite_lse(lse) * LOG2E, delta]
+    inputs = [*lists, *rule_inputs(tokens, batch, keys, rows="kv"), k, v, q, dout, finite_lse(lse) * LOG2E, delta]
     vector = plgpu.SMEM((p.buffers, p.step), jnp.float32)
-    types = (*scratch(p, q.dtype, sizes, sizes), (vector, vector),
-             (plgpu.Barrier(num_arrivals=2, num_barriers=WORKERS), *barriers(p, [2, 2])))  # fmt: skip
+    types = (*hopper.scratch(p, q.dtype, sizes, sizes), (vector, vector),
+             (plgpu.Barrier(num_arrivals=2, num_barriers=hopper.WORKERS), *hopper.barriers(p, [2, 2])))  # fmt: skip
 
     def of(wanted: str, *arrays: Any) -> list[Any]:
-        kernel = functools.partial(_key_kernel, static, tokens, p, heads // kv_heads, len(lists) == 3, wanted)
+        kernel = functools.partial(_key_kernel, static, tokens, p, heads // kv_heads, len(lists), wanted)
         out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
-        return call(kernel, f"block_sparse_attention_{wanted}", (batch, kv_heads, k.shape[2] // TILE), out, types, inputs,
-                    static.interpret)  # fmt: skip
+        grid = (batch, kv_heads, k.shape[2] // hopper.TILE)
+        return hopper.call(kernel, f"block_sparse_attention_{wanted}", grid, out, types, inputs, static.interpret)
 
     dk, dv = of("dkdv", k, v) if sum(sizes) <= TOGETHER else (*of("dk", k), *of("dv", v))
     return dk[:, :, :keys, :features], dv[:, :, :keys, :values]

@@ -1,4 +1,4 @@
-"""Dense attention with the meaning all backends share, differentiable to any order; for small sizes and for checks.
+"""Dense attention with the meaning all implementations share, differentiable to any order; for small sizes and for checks.
 
 Memory is (query blocks x keys x features) per head: every query block gets its own copy of the keys, with zeros for those in
 blocks it does not visit, so that what lies there (even not-a-number) reaches nothing.
@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_attention.problem import Static, Tokens, accumulator, logits, visible
+from pallas_kernels.common.attention_problem import Static, Tokens, logits, visible
+from pallas_kernels.common.xla import accumulator
 
 
 def attention(static: Static, active: Any, q: Any, k: Any, v: Any, tokens: Tokens) -> tuple[Any, Any]:

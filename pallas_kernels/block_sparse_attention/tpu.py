@@ -17,17 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse_attention.block_mask import BlockMask
-from pallas_kernels.block_sparse_attention.problem import Static, Tokens, finite_lse
-from pallas_kernels.block_sparse_attention.tpu_walk import (
+from pallas_kernels.common.attention_problem import LOG2E, Static, Tokens, finite_lse
+from pallas_kernels.common.attention_tpu import NEVER, Rules, base2, refusal, rule_specs, split
+from pallas_kernels.common.block_mask import BlockMask
+from pallas_kernels.common.tpu import (
     ABSENT,
-    LOG2E,
-    NEVER,
-    Rules,
     Walk,
-    base2,
     buffers_of,
     call,
     column,
@@ -35,34 +31,13 @@ from pallas_kernels.block_sparse_attention.tpu_walk import (
     fetching,
     group_of,
     held,
+    joined,
     list_specs,
-    padded,
     row,
-    rule_specs,
-    together,
 )
+from pallas_kernels.common.xla import padded
 
-SUBLANES = 16  # rows of a tile of bfloat16
-
-
-def refusal(static: Static, q: Any, k: Any, v: Any | None, tokens: Tokens) -> str | None:
-    """Why these kernels cannot run, or None."""
-    for name, block in (("block_q", static.block_q), ("block_k", static.block_k)):
-        if block % SUBLANES:
-            return f"{name} is {block}, not a multiple of {SUBLANES}"
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"arrays are {q.dtype}, not float32 or bfloat16"
-    if not static.interpret and not pltpu.is_tpu_device():
-        return f"the device is {jax.devices()[0].device_kind}, no TPU (interpret=True runs them anywhere, slowly)"
-    return None
-
-
-def _split(tokens: Tokens, lists: int, references: Any) -> tuple[Any, Any, Any, list[Any]]:
-    """(list references, [key limit, offset], segment references or None, the others)."""
-    found, numbers, rest = references[:lists], references[lists], list(references[lists + 1 :])
-    if tokens.q_segments is None:
-        return found, numbers, None, rest
-    return found, numbers, (rest[0], rest[1]), rest[2:]
+__all__ = ["forward", "key_gradients", "query_gradient", "refusal"]
 
 
 def _wide(static: Static, tokens: Tokens, side: str) -> tuple[Static, Tokens]:
@@ -70,7 +45,7 @@ def _wide(static: Static, tokens: Tokens, side: str) -> tuple[Static, Tokens]:
     name, ids = ("block_q", "q_segments") if side == "q" else ("block_k", "kv_segments")
     size = getattr(static, name) * static.config.blocks_together
     if tokens.q_segments is not None:
-        tokens = tokens._replace(**{ids: padded(getattr(tokens, ids), size, 1)})
+        tokens = tokens._replace(**{ids: padded(getattr(tokens, ids), 1, size)})
     return dataclasses.replace(static, **{name: size}), tokens
 
 
@@ -80,7 +55,7 @@ def _mine(rows: int, features: int) -> pl.BlockSpec:
 
 def _forward_kernel(static: Static, tokens: Tokens, group: int, shared: int, lists: int, resident: bool, values: bool,
                     *references: Any) -> None:  # fmt: skip
-    found, numbers, segments, refs = _split(tokens, lists, references)
+    found, numbers, segments, refs = split(tokens, lists, references)
     q, k = refs.pop(0), refs.pop(0)
     v = refs.pop(0) if values else None
     out = refs.pop(0) if values else None
@@ -123,15 +98,15 @@ def _forward_kernel(static: Static, tokens: Tokens, group: int, shared: int, lis
 def forward(static: Static, q: Any, k: Any, v: Any | None, mask: BlockMask, tokens: Tokens) -> tuple[Any, Any]:
     """(out, log-sum-exp); without values only the latter, and None."""
     batch, heads, queries, features = q.shape
-    lists = together(static, mask.kv_idx, mask.kv_cnt, mask.kv_blocks)
-    group, width = group_of(static, lists[0].shape[-1], static.block_k), lists[0].shape[-1]
+    lists = joined(static.config.blocks_together, mask.kv_idx, mask.kv_cnt, mask.kv_blocks)
+    group, width = group_of(static.config.step_tokens, lists[0].shape[-1], static.block_k), lists[0].shape[-1]
     static, tokens = _wide(static, tokens, "q")
-    q, bq = padded(q, static.block_q, 2), static.block_q
+    q, bq = padded(q, 2, static.block_q), static.block_q
     grid = (batch, heads, q.shape[2] // bq)
     arrays, shared = ([k] if v is None else [k, v]), heads // k.shape[1]
     list_arrays, list_blocks = list_specs(lists)
     rules, rule_blocks = rule_specs(static, k.shape[2], tokens, batch)
-    sources, resident, limit = held(static, arrays, 2, lambda h: h // shared)
+    sources, resident, limit = held(static.config.resident, arrays, 2, lambda h: h // shared)
     out = [jax.ShapeDtypeStruct((*grid, 1, bq), jnp.float32)]
     out_specs = [pl.BlockSpec((None, None, None, 1, bq), lambda b, h, p: (b, h, p, 0, 0))]
     if v is not None:
@@ -139,9 +114,10 @@ def forward(static: Static, q: Any, k: Any, v: Any | None, mask: BlockMask, toke
         out_specs.insert(0, _mine(bq, v.shape[-1]))
     kernel = functools.partial(_forward_kernel, static, tokens, group, shared, len(lists), resident, v is not None)
     *given, lse = call(
-        kernel, static, "block_sparse_attention", grid, [*list_arrays, *rules, q, *arrays],
+        kernel, "block_sparse_attention", grid, [*list_arrays, *rules, q, *arrays],
         [*list_blocks, *rule_blocks, _mine(bq, features), *sources], out, out_specs,
         buffers_of(arrays, group * static.block_k, resident), features=sum(x.shape[-1] for x in arrays), vmem_bytes=limit,
+        interpret=static.interpret,
         **fetching(arrays, bq, math.prod(q.shape[:3]) * width * static.block_k),
     )  # fmt: skip
     return (given[0][:, :, :queries] if given else None), lse.reshape(q.shape[:3])[..., :queries]
@@ -149,7 +125,7 @@ def forward(static: Static, q: Any, k: Any, v: Any | None, mask: BlockMask, toke
 
 def _query_kernel(static: Static, tokens: Tokens, group: int, shared: int, lists: int, resident: bool,
                   *references: Any) -> None:  # fmt: skip
-    found, numbers, segments, refs = _split(tokens, lists, references)
+    found, numbers, segments, refs = split(tokens, lists, references)
     q, dout, lse, delta, k, v, dq, *buffers = refs
     at = (0, 0) if resident else (pl.program_id(0), pl.program_id(1) // shared)
     walk = Walk(found, group, static.block_k, [k.at[at], v.at[at]], buffers, static.config.blocks_together)
@@ -174,24 +150,24 @@ def query_gradient(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, 
                    tokens: Tokens) -> Any:  # fmt: skip
     """Gradient of the queries, over the lists of the forward pass."""
     batch, heads, queries, features = q.shape
-    lists = together(static, mask.kv_idx, mask.kv_cnt, mask.kv_blocks)
-    group, width = group_of(static, lists[0].shape[-1], static.block_k), lists[0].shape[-1]
+    lists = joined(static.config.blocks_together, mask.kv_idx, mask.kv_cnt, mask.kv_blocks)
+    group, width = group_of(static.config.step_tokens, lists[0].shape[-1], static.block_k), lists[0].shape[-1]
     static, tokens = _wide(static, tokens, "q")
-    q, dout, shift, delta = (padded(x, static.block_q, 2) for x in (q, dout, finite_lse(lse) * LOG2E, delta))
+    q, dout, shift, delta = (padded(x, 2, static.block_q) for x in (q, dout, finite_lse(lse) * LOG2E, delta))
     bq, shared = static.block_q, heads // k.shape[1]
     grid = (batch, heads, q.shape[2] // bq)
     list_arrays, list_blocks = list_specs(lists)
     rules, rule_blocks = rule_specs(static, k.shape[2], tokens, batch)
-    sources, resident, limit = held(static, [k, v], 2, lambda h: h // shared)
+    sources, resident, limit = held(static.config.resident, [k, v], 2, lambda h: h // shared)
     number = pl.BlockSpec((None, None, None, 1, bq), lambda b, h, p: (b, h, p, 0, 0))
     dq = call(
-        functools.partial(_query_kernel, static, tokens, group, shared, len(lists), resident), static,
+        functools.partial(_query_kernel, static, tokens, group, shared, len(lists), resident),
         "block_sparse_attention_dq", grid,
         [*list_arrays, *rules, q, dout, shift.reshape(*grid, 1, bq), delta.reshape(*grid, 1, bq), k, v],
         [*list_blocks, *rule_blocks, _mine(bq, features), _mine(bq, v.shape[-1]), number, number, *sources],
         jax.ShapeDtypeStruct(q.shape, q.dtype), _mine(bq, features),
         buffers_of([k, v], group * static.block_k, resident),
-        features=2 * features + v.shape[-1], vmem_bytes=limit,
+        features=2 * features + v.shape[-1], vmem_bytes=limit, interpret=static.interpret,
         **fetching([k, v], bq, math.prod(q.shape[:3]) * width * static.block_k),
     )  # fmt: skip
     return dq[:, :, :queries]
@@ -199,7 +175,7 @@ def query_gradient(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, 
 
 def _key_kernel(static: Static, tokens: Tokens, group: int, shared: int, lists: int, resident: bool,
                 *references: Any) -> None:  # fmt: skip
-    found, numbers, segments, refs = _split(tokens, lists, references)
+    found, numbers, segments, refs = split(tokens, lists, references)
     k, v, lse, delta, q, dout, dk, dv, *buffers = refs
     at = (0, 0) if resident else (pl.program_id(0), pl.program_id(1))
     bq, bk = static.block_q, static.block_k
@@ -261,26 +237,28 @@ def key_gradients(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, d
     def grouped(x: Any) -> Any:  # heads as (key heads, those that share one)
         return x.reshape(x.shape[0], *((kv_heads, shared) if x.shape[1] > 1 else (1, 1)), *x.shape[2:])
 
-    lists = tuple(map(grouped, together(static, mask.q_idx, mask.q_cnt, mask.q_blocks)))
-    group, width = group_of(static, lists[0].shape[-1], bq), lists[0].shape[-1]
+    lists = joined(static.config.blocks_together, mask.q_idx, mask.q_cnt, mask.q_blocks)
+    lists = tuple(map(grouped, lists))
+    group, width = group_of(static.config.step_tokens, lists[0].shape[-1], bq), lists[0].shape[-1]
     static, tokens = _wide(static, tokens, "kv")
-    k, v, bk = padded(k, static.block_k, 2), padded(v, static.block_k, 2), static.block_k
+    k, v, bk = padded(k, 2, static.block_k), padded(v, 2, static.block_k), static.block_k
     list_arrays, list_blocks = list_specs(lists)
     rules, rule_blocks = rule_specs(static, keys, tokens, batch, transposed=True)
     whole = pl.BlockSpec((None, None, shared, queries // bq, bq), lambda b, g, r: (b, g, 0, 0, 0))
     q, dout = grouped(q), grouped(dout)
     shift, delta = (grouped(x.reshape(batch, heads, -1, bq)) for x in (finite_lse(lse) * LOG2E, delta))
     sources, resident, limit = held(
-        static, [q, dout], 2, lambda g: g, more=16 * shared * queries // bq * -(-bq // 128) * 128
-    )
+        static.config.resident, [q, dout], 2, lambda g: g, more=16 * shared * queries // bq * -(-bq // 128) * 128,
+        what="log-sum-exps of all queries of the heads that share keys",
+    )  # fmt: skip
     blocks = [_mine(bk, k.shape[-1]), _mine(bk, v.shape[-1])]
     dk, dv = call(
-        functools.partial(_key_kernel, static, tokens, group, shared, len(lists), resident), static,
+        functools.partial(_key_kernel, static, tokens, group, shared, len(lists), resident),
         "block_sparse_attention_dkv", (batch, kv_heads, k.shape[2] // bk),
         [*list_arrays, *rules, k, v, shift, delta, q, dout],
         [*list_blocks, *rule_blocks, *blocks, whole, whole, *sources],
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)], blocks, buffers_of([q, dout], group * bq, resident),
-        features=2 * (k.shape[-1] + v.shape[-1]), vmem_bytes=limit,
+        features=2 * (k.shape[-1] + v.shape[-1]), vmem_bytes=limit, interpret=static.interpret,
         **fetching([q, dout], bk, shared * math.prod(k.shape[:3]) * width * bq),
     )  # fmt: skip
     return dk[:, :, :keys], dv[:, :, :keys]

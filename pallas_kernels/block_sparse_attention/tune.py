@@ -22,15 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_sparse_attention.api import (
-    AttentionError,
-    block_sparse_attention,
-    choose,
-    default_scale,
-    to_bhld,
-)
-from pallas_kernels.block_sparse_attention.block_mask import BlockMask
-from pallas_kernels.block_sparse_attention.problem import KernelConfig, Static, Tokens
+from pallas_kernels.block_sparse_attention.api import OPERATION, block_sparse_attention
+from pallas_kernels.common.attention_arguments import AttentionError, default_scale, to_bhld
+from pallas_kernels.common.attention_problem import KernelConfig, Static, Tokens
+from pallas_kernels.common.block_mask import BlockMask
 
 OVERHEAD = 56.0  # queries: what a fetched key costs a TPU program whatever its queries, by the compiler's schedules
 ROWS = 512  # queries of a program: more do not fit its registers and buffers
@@ -102,7 +97,7 @@ def tune(
       options: the other arguments of `block_sparse_attention` (causal, kv_len, layout and so on).
 
     Raises:
-      AttentionError: as `block_sparse_attention`, or no candidate compiles; `config` among the options.
+      AttentionError, BackendError: as `block_sparse_attention`, or no candidate compiles; `config` among the options.
     """
     if "config" in options or rounds < 1 or (configs is not None and not configs):
         raise AttentionError("tune wants at least one candidate and one round, and finds the config itself: "
@@ -110,7 +105,7 @@ def tune(
     query, key, value = (to_bhld(x, options.get("layout", "bhld")) for x in (q, k, v))
     scale = default_scale(query, options.get("scale"))
     static = Static(scale, None, mask.block_q, mask.block_k, KernelConfig(), options.get("interpret", False))
-    backend = choose(impl, static, query, key, value, Tokens())
+    backend = OPERATION.choose(impl, static, query, key, value, Tokens(), interpret=static.interpret)
     tried = tuple(configs) if configs is not None else candidates(backend, mask)
     if len(tried) == 1:
         return tried[0]

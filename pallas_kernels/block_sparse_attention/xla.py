@@ -8,25 +8,15 @@ functions at the end are it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_attention.block_mask import BlockMask
-from pallas_kernels.block_sparse_attention.problem import (
-    Static,
-    Tokens,
-    accumulator,
-    finite_lse,
-    leading,
-    logits,
-    matmul,
-    through_cap,
-    visible,
-)
+from pallas_kernels.common.attention_problem import Static, Tokens, finite_lse, logits, through_cap, visible
+from pallas_kernels.common.block_mask import BlockMask
+from pallas_kernels.common.xla import accumulator, each, leading, matmul
 
 WHOLE_LIST = 4096  # keys: longer lists are walked in steps
 STEP = 512
@@ -35,14 +25,6 @@ FEW = 8  # blocks: up to so many are copied one by one, which XLA does faster on
 
 def _blocks(x: Any, block: int) -> Any:
     return x.reshape(*x.shape[:2], -1, block, *x.shape[3:])
-
-
-def each(static: Static, shape: tuple[int, ...], body: Callable[..., Any]) -> Any:
-    """`body(*indices)` for all indices of a grid, results stacked with the grid's shape in front."""
-    at_once = static.config.rows_at_once or (1 if jax.default_backend() == "cpu" else 32)
-    points = jnp.arange(math.prod(shape))
-    out = jax.lax.map(lambda i: body(*jnp.unravel_index(i, shape)), points, batch_size=at_once if at_once > 1 else None)
-    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), out)
 
 
 def _walk(static: Static, ids: Any, count: Any, block: int, step: Callable[..., Any], carry: Any, whole: bool) -> Any:
@@ -109,7 +91,7 @@ def forward(static: Static, q: Any, k: Any, v: Any, mask: BlockMask, tokens: Tok
         out = jnp.where(alive[:, None], acc / safe[:, None], 0)
         return out.astype(v.dtype), jnp.where(alive, top + jnp.log(safe), -jnp.inf)
 
-    out, lse = each(static, (batch, heads, queries // static.block_q), row)
+    out, lse = each(static.config.rows_at_once, (batch, heads, queries // static.block_q), row)
     return out.reshape(batch, heads, queries, -1), lse.reshape(batch, heads, queries)
 
 
@@ -146,7 +128,7 @@ def query_gradient(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, 
         acc = _walk(static, mask.kv_idx[at], count, static.block_k, step, start, whole=True)
         return jnp.where(count > 0, acc, 0).astype(q.dtype)  # a whole list in one step reads a block even for count 0
 
-    return each(static, (batch, heads, queries // static.block_q), row).reshape(q.shape)
+    return each(static.config.rows_at_once, (batch, heads, queries // static.block_q), row).reshape(q.shape)
 
 
 def key_gradients(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, delta: Any, mask: BlockMask,
@@ -183,5 +165,5 @@ def key_gradients(static: Static, q: Any, k: Any, v: Any, dout: Any, lse: Any, d
         dk, dv = jax.lax.fori_loop(0, shared, head, start)
         return dk.astype(k.dtype), dv.astype(v.dtype)
 
-    dk, dv = each(static, (batch, k.shape[1], k.shape[2] // static.block_k), column)
+    dk, dv = each(static.config.rows_at_once, (batch, k.shape[1], k.shape[2] // static.block_k), column)
     return dk.reshape(k.shape), dv.reshape(v.shape)

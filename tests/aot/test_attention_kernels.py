@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pallas_kernels import aot
+from pallas_kernels.common import aot_tpu as aot
 
 aot.prepare()
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pallas_kernels import aot
+from pallas_kernels.common import aot_tpu as aot
 
 aot.prepare()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.benchmarks import compile_hopper
-from pallas_kernels import aot_hopper
+from pallas_kernels.common import aot_hopper
 
 PTXAS = """ptxas info    : 0 bytes gmem
 ptxas warning : Registers are spilled to local memory in function 'some_kernel_mosaic_gpu_kernel', 8 bytes spill stores

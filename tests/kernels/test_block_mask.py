@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.block_sparse_attention import BlockMask, BlockMaskError
-from pallas_kernels.block_sparse_attention.block_mask import _flags_compared, _flags_scattered, union_lists
+from pallas_kernels.common.block_lists import flags_compared, flags_scattered, union_lists
 
 SIZES = {"block_q": 8, "block_k": 16, "q_size": 37, "kv_size": 100}  # 5 and 7 blocks
 BLOCKS = (5, 7)
@@ -39,7 +39,7 @@ def test_lists_and_their_transposes_say_what_the_flags_say(seed, density):
 
 def test_flags_are_the_same_however_a_device_makes_them():
     mask = BlockMask.from_dense(flags(4), **SIZES)
-    for made in (_flags_compared, _flags_scattered):
+    for made in (flags_compared, flags_scattered):
         assert np.array_equal(made(7, mask.kv_idx, mask.kv_cnt), flags(4))
 
 

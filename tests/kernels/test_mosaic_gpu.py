@@ -4,6 +4,7 @@ What it does not know (matrix instructions, layouts) is plain arithmetic there: 
 lowering here and by `experiments.benchmarks.compile_hopper`; that they compute the same is for an owner of the chip.
 """
 
+import dataclasses
 import functools
 import threading
 import types
@@ -23,7 +24,7 @@ from pallas_kernels.block_score import block_scores, search_attention
 from pallas_kernels.block_score import mosaic_gpu as score
 from pallas_kernels.block_score import reference as dense_masses
 from pallas_kernels.block_sparse_attention import (
-    AttentionError,
+    BackendError,
     BlockMask,
     KernelConfig,
     MiscompilationError,
@@ -33,8 +34,9 @@ from pallas_kernels.block_sparse_attention import (
     mosaic_gpu_backward,
     reference,
 )
-from pallas_kernels.block_sparse_attention import mosaic_gpu_walk as shared
-from pallas_kernels.block_sparse_attention.problem import Static, Tokens
+from pallas_kernels.common import aot_hopper, attention_mosaic_gpu, backends
+from pallas_kernels.common import mosaic_gpu as shared
+from pallas_kernels.common.attention_problem import Static, Tokens
 
 CHECKED = params.InterpretGPUParams(detect_races=True)  # memory starts as not-a-number, reads outside raise
 
@@ -215,9 +217,8 @@ CHIP = {"q": (1, 4, 1024), "kv": (1, 2, 1024)}
 
 def lowered(f, *shapes):
     """The program that jax hands to the chip's compiler, made on this machine."""
-    chip = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
     known = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=chip)):
+    with aot_hopper.as_if_on("H100"):
         return jax.export.export(jax.jit(f), platforms=["cuda"], disabled_checks=known)(*shapes).mlir_module()
 
 
@@ -281,26 +282,32 @@ def test_what_the_kernels_cannot_take_is_said(change, words):
     how = {"dtype": jnp.bfloat16, "block_q": 64, "block_k": 64, "features": 64, "interpret": False} | change
     x = jnp.zeros((1, 1, 384, how["features"]), how["dtype"])
     mask = BlockMask.dense(block_q=how["block_q"], block_k=how["block_k"], q_size=384, kv_size=384)
-    with pytest.raises(AttentionError, match=words):
+    with pytest.raises(BackendError, match=words):
         block_sparse_attention(x, x, x, mask, impl="mosaic_gpu", interpret=how["interpret"])
 
 
-def test_auto_takes_the_kernels_on_a_gpu_that_has_them_and_says_once_why_not(monkeypatch, caplog):
+def test_auto_takes_the_kernels_on_a_gpu_that_has_them_and_says_once_what_it_took(monkeypatch, caplog):
     x = jnp.zeros((1, 1, 64, 64), jnp.bfloat16)
-    static = Static(1.0, None, 64, 64)
-    asked = []
+    static, asked = Static(1.0, None, 64, 64), []
+    operation = dataclasses.replace(api.OPERATION, title="this", prove=asked.append)
+    caplog.set_level("INFO", logger=backends.__name__)
+    assert operation.choose("auto", static, x, x, x, Tokens()) == "xla"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(api, "prove", asked.append)
-    api._say_once.cache_clear()
     for _ in range(2):
-        assert api.choose("auto", static, x, x, x, Tokens()) == "xla"
-    assert [r.getMessage() for r in caplog.records] == [
-        "block-sparse attention runs on its XLA backend: the device is cpu, no " + mosaic_gpu.CHIPS
-    ]
+        assert operation.choose("auto", static, x, x, x, Tokens()) == "xla"
     assert not asked
-    monkeypatch.setattr(mosaic_gpu, "_device_kind", lambda: "NVIDIA H200")
-    assert api.choose("auto", static, x, x, x, Tokens()) == "mosaic_gpu" and asked == ["mosaic_gpu"]
-    assert api.choose("auto", static, *[x.astype(jnp.float32)] * 3, Tokens()) == "xla"
+    monkeypatch.setattr(attention_mosaic_gpu, "is_hopper", lambda: True)
+    for _ in range(2):
+        assert operation.choose("auto", static, x, x, x, Tokens()) == "mosaic_gpu"
+    assert operation.choose("mosaic_gpu", static, x, x, x, Tokens()) == "mosaic_gpu" and set(asked) == {"mosaic_gpu"}
+    assert operation.choose("auto", static, *[x.astype(jnp.float32)] * 3, Tokens()) == "xla"
+    said = [(r.levelname, r.getMessage().partition(", no NVIDIA")[0]) for r in caplog.records]
+    assert said[:3] == [
+        ("INFO", "this runs on plain XLA"),
+        ("WARNING", "this runs on plain XLA: the device is cpu"),
+        ("INFO", "this runs on the Hopper kernels"),
+    ]
+    assert len(said) == 4 and "float32" in said[3][1]
 
 
 def dense_backend(factor):
@@ -320,7 +327,8 @@ def dense_backend(factor):
 
 
 def test_a_miscompiled_kernel_is_found_on_first_use(monkeypatch):
-    monkeypatch.setattr(api, "backend", {"right": dense_backend(1), "wrong": dense_backend(1.1)}.__getitem__)
+    modules = {"right": dense_backend(1), "wrong": dense_backend(1.1)}
+    monkeypatch.setattr(backends.Operation, "implementation", lambda _, name: modules[name])
     jax.jit(lambda: api.prove("right"))()  # also while a program is traced
     with pytest.raises(MiscompilationError, match="wrong give other dk"):
         api.prove("wrong")

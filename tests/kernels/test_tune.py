@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_sparse_attention import AttentionError, BlockMask, KernelConfig, block_sparse_attention, tune
+from pallas_kernels.block_sparse_attention import (
+    AttentionError,
+    BackendError,
+    BlockMask,
+    KernelConfig,
+    block_sparse_attention,
+    tune,
+)
 
 module = importlib.import_module("pallas_kernels.block_sparse_attention.tune")  # the name is that of its function
 SIZES = {"block_q": 16, "block_k": 16, "q_size": 48, "kv_size": 80}
@@ -97,7 +104,7 @@ def test_it_measures_what_it_finds_for_a_cpu(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"config": KernelConfig()}, {"rounds": 0}, {"configs": []}, {"impl": "cuda"}])
 def test_what_means_nothing_is_refused(wrong, tmp_path):
-    with pytest.raises(AttentionError):
+    with pytest.raises((AttentionError, BackendError)):
         tune(*problem(), cache=tmp_path, **wrong)
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.block_sparse_attention.block_mask import BlockMask, pad_lists
+from pallas_kernels.block_sparse_attention import BlockMask
+from pallas_kernels.common.block_lists import pad_lists
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the TPU kernels share: lists walked by double-buffered copies, the pairs that count, small layouts, the call itself."""
+"""What TPU kernels are built from: lists walked by double-buffered copies, what is held in VMEM, small layouts, the call."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse_attention.block_mask import union_lists
-from pallas_kernels.block_sparse_attention.problem import LOG2E, Static, Tokens
+from pallas_kernels.common.block_lists import union_lists
+from pallas_kernels.common.xla import leading
 
-NEVER = -1e30  # a logit that does not count: -inf would make not-a-number of itself
 ABSENT = 1 << 30  # the position of a token that is not in the list
 STEP = 512  # tokens of a step: several times the matrix unit's width,
 LONG = 4096  # and twice as many where lists have at least so many, of which a last step half empty is a small part
 
 
-def group_of(static: Static, width: int, block: int) -> int:
-    """Blocks of a step over lists of `width` blocks."""
+def group_of(step_tokens: int | None, width: int, block: int) -> int:
+    """Blocks of a step over lists of `width` blocks; `step_tokens` None: as many tokens as suit the chip."""
     usual = STEP if width * block < LONG else 2 * STEP
-    return max(1, min(width, (static.config.step_tokens or usual) // block))
+    return max(1, min(width, (step_tokens or usual) // block))
 
 
 def dot(a: Any, b: Any, *, transpose: bool = False) -> Any:
@@ -32,14 +31,6 @@ def dot(a: Any, b: Any, *, transpose: bool = False) -> Any:
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     contract = (((1,), (1 if transpose else 0,)), ((), ()))
     return jax.lax.dot_general(a, b, contract, precision=exact, preferred_element_type=jnp.float32)
-
-
-def base2(static: Static, products: Any) -> tuple[Any, Any]:
-    """(logits in base 2, derivative of the natural ones by the products)."""
-    if static.soft_cap is None:
-        return products * (static.scale * LOG2E), static.scale
-    t = jnp.tanh(products * (static.scale / static.soft_cap))
-    return t * (static.soft_cap * LOG2E), static.scale * (1 - t * t)
 
 
 def fetching(arrays: Sequence[Any], block: int, pairs: int) -> dict[str, int]:
@@ -57,11 +48,6 @@ def row(column: Any) -> Any:
     return jnp.transpose(jnp.broadcast_to(column, (column.shape[0], 128)))[:1]
 
 
-def clamped(axis: int, of: Any) -> Callable[[Any], Any]:
-    """Index of an axis that may be a broadcast 1."""
-    return (lambda i: i) if of.shape[axis] > 1 else (lambda i: 0 * i)
-
-
 def list_specs(lists: Sequence[Any]) -> tuple[list[Any], list[pl.BlockSpec]]:
     """Lists, counts and perhaps owners as arrays and blocks in scalar memory: one list a program, or one a grouped head.
 
@@ -71,7 +57,6 @@ def list_specs(lists: Sequence[Any]) -> tuple[list[Any], list[pl.BlockSpec]]:
       ValueError: scalar memory has no room for the lists of two programs, one at work and the next, or one list for all.
     """
     idx, cnt, *owners = lists
-    b, h, p = (clamped(axis, idx) for axis in (0, 1, idx.ndim - 2))
     shared = (idx.shape[2],) if idx.ndim == 5 else ()
     copies = 1 if idx.shape[0] * idx.shape[1] * idx.shape[-2] == 1 else 2
     words = copies * math.prod(shared) * sum(-(-x.shape[-1] // 128) * 128 for x in (idx, *owners))
@@ -82,7 +67,8 @@ def list_specs(lists: Sequence[Any]) -> tuple[list[Any], list[pl.BlockSpec]]:
                          "blocks_together=1, or impl='xla'")  # fmt: skip
 
     def at(i: Any, j: Any, r: Any) -> Any:
-        return b(i), h(j), *(0 for _ in shared), p(r), 0, 0
+        own = leading(i, idx, 0), leading(j, idx, 1), *(0 for _ in shared), leading(r, idx, idx.ndim - 2)
+        return *own, 0, 0
 
     arrays = [idx[..., None, :], cnt[..., None, None], *(x[..., None, :] for x in owners)]
     return arrays, [
@@ -90,24 +76,19 @@ def list_specs(lists: Sequence[Any]) -> tuple[list[Any], list[pl.BlockSpec]]:
     ]
 
 
-def together(static: Static, idx: Any, cnt: Any, ids: int) -> tuple[Any, ...]:
-    """The lists that programs walk: as they are, or of several blocks together with the owners of every entry."""
-    n = static.config.blocks_together
-    return (idx, cnt) if n == 1 else union_lists(idx, cnt, ids, n)
+def joined(lists: int, idx: Any, cnt: Any, ids: int) -> tuple[Any, ...]:
+    """What programs walk: (lists, counts) as they are, or unions of so many neighbours with the owners of every entry."""
+    return (idx, cnt) if lists == 1 else union_lists(idx, cnt, ids, lists)
 
 
-def padded(x: Any, block: int, axis: int) -> Any:
-    """An array with zeros up to whole blocks along an axis."""
-    missing = -x.shape[axis] % block
-    return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)]) if missing else x
-
-
-def held(static: Static, arrays: Sequence[Any], lead: int, index: Callable[[Any], Any], more: int = 0) -> Any:
+def held(resident: bool | None, arrays: Sequence[Any], lead: int, index: Callable[[Any], Any], more: int = 0,
+         what: str = "") -> Any:  # fmt: skip
     """(block specifications, whether in VMEM, its limit in bytes) of arrays whose rows programs take by lists.
 
     Args:
+      resident: whether they are to lie in VMEM; None: where they fit.
       lead: axes in front that are one head's; the others are whole. index: second index of a program's (batch, that).
-      more: bytes of VMEM that the kernel holds besides.
+      more: bytes of VMEM that the kernel holds besides, named by `what` in errors.
 
     Raises:
       ValueError: there is no room even for those.
@@ -115,9 +96,8 @@ def held(static: Static, arrays: Sequence[Any], lead: int, index: Callable[[Any]
     size = more + sum(x.dtype.itemsize * math.prod((*x.shape[lead:-1], -(-x.shape[-1] // 128) * 128)) for x in arrays)
     room = int(0.85 * pltpu.get_tpu_info().vmem_capacity_bytes) if pltpu.is_tpu_device() else 0
     if pltpu.is_tpu_device() and more > room:
-        raise ValueError(f"log-sum-exps of all queries need {more >> 20} MB of VMEM of {room >> 20}: use larger blocks of "
-                         "queries, fewer heads that share keys, or impl='xla'")  # fmt: skip
-    resident = size <= room if static.config.resident is None else static.config.resident
+        raise ValueError(f"{what} need {more >> 20} MB of VMEM of {room >> 20}: use larger blocks, or impl='xla'")
+    resident = size <= room if resident is None else resident
     if not resident:
         return [pl.BlockSpec(memory_space=pl.ANY)] * len(arrays), False, _limit(more)
 
@@ -132,29 +112,6 @@ def held(static: Static, arrays: Sequence[Any], lead: int, index: Callable[[Any]
 def _limit(held: int) -> int | None:
     """The limit of VMEM for a kernel that holds so many bytes besides its buffers; None where the default is enough."""
     return None if held < 4 << 20 else held + (16 << 20)
-
-
-def rule_specs(
-    static: Static, keys: int, tokens: Tokens, batch: int, transposed: bool = False
-) -> tuple[list[Any], list[pl.BlockSpec]]:
-    """[key limit, causal offset] of each batch element in scalar memory, then segment ids where there are any.
-
-    A program has the ids of its own block, (1, tokens), and all of the other side, (blocks, tokens of a block).
-    """
-    limit = jnp.full(batch, keys, jnp.int32) if tokens.kv_len is None else tokens.kv_len
-    offset = jnp.zeros(batch, jnp.int32) if tokens.q_offset is None else tokens.q_offset
-    arrays = [jnp.stack([limit, offset], -1)[:, None]]
-    specs = [pl.BlockSpec((None, 1, 2), lambda i, j, r: (i, 0, 0), memory_space=pltpu.SMEM)]
-    if tokens.q_segments is not None:
-        sides = [(tokens.q_segments, static.block_q), (tokens.kv_segments, static.block_k)]
-        for n, (ids, block) in enumerate(sides):
-            if n == transposed:
-                arrays.append(ids.reshape(batch, -1, 1, block))
-                specs.append(pl.BlockSpec((None, None, 1, block), lambda i, j, r: (i, r, 0, 0)))
-            else:
-                arrays.append(ids.reshape(batch, -1, block))
-                specs.append(pl.BlockSpec((None, *arrays[-1].shape[1:]), lambda i, j, r: (i, 0, 0)))
-    return arrays, specs
 
 
 class Walk:
@@ -263,35 +220,6 @@ class Walk:
         return jax.lax.fori_loop(0, steps, turn, carry)
 
 
-class Rules:
-    """Which pairs of a query block and fetched keys count; `segments` is None or (query ids, key ids, blocks) refs."""
-
-    def __init__(self, tokens: Tokens, numbers: Any, segments: Any, first_row: Any, rows: int) -> None:
-        self.limit, self.offset = numbers[0, 0], numbers[0, 1]
-        self.causal, self.segments = tokens.q_offset is not None, segments
-        self.first, self.rows = first_row, rows
-
-    def choose(self, walk: Walk, step: Any, plain: Callable[[Any], Any], masked: Callable[..., Any], carry: Any) -> Any:
-        """`plain(carry)` where every pair of a step counts, else `masked(carry, pairs)`."""
-        if self.segments:
-            return masked(carry, self._pairs(walk, step))
-        limit = jnp.minimum(self.limit, self.first + self.offset + 1) if self.causal else self.limit
-        every = walk.all_below(step, limit) & walk.owned_by_all(step)
-        return jax.lax.cond(every, plain, lambda c: masked(c, self._pairs(walk, step)), carry)
-
-    def _pairs(self, walk: Walk, step: Any) -> Any:
-        at = walk.positions(step)
-        ok = jnp.broadcast_to(at < self.limit, (self.rows, at.shape[1]))
-        if self.causal:
-            row = self.first + jax.lax.broadcasted_iota(jnp.int32, (self.rows, 1), 0)
-            ok &= at <= row + self.offset
-        if self.segments:
-            queries, keys = self.segments
-            own = jnp.concatenate([keys[pl.ds(walk.entry(step, t), 1), :] for t in range(walk.group)], axis=1)
-            ok &= column(queries[...]) == own
-        return ok & walk.owned(step, self.rows) if walk.together > 1 else ok
-
-
 def buffers_of(arrays: Sequence[Any], rows: int, resident: bool) -> list[Any]:
     """Scratch of a walk over these arrays, `rows` tokens a step: none where it reads them in VMEM."""
     if resident:
@@ -299,13 +227,13 @@ def buffers_of(arrays: Sequence[Any], rows: int, resident: bool) -> list[Any]:
     return [pltpu.VMEM((2, rows, x.shape[-1]), x.dtype) for x in arrays] + [pltpu.SemaphoreType.DMA((2, len(arrays)))]
 
 
-def call(kernel: Callable[..., None], static: Static, name: str, grid: tuple[int, ...], inputs: Sequence[Any],
+def call(kernel: Callable[..., None], name: str, grid: tuple[int, ...], inputs: Sequence[Any],
          in_specs: Sequence[Any], out: Any, out_specs: Any, scratch: Sequence[Any], *, pairs: int, features: int,
-         fetched: int = 0, vmem_bytes: int | None = None) -> Any:  # fmt: skip
-    """`pl.pallas_call` with what all kernels here share: independent batches and heads, and a cost for XLA's scheduler.
+         fetched: int = 0, vmem_bytes: int | None = None, interpret: Any = False) -> Any:  # fmt: skip
+    """`pl.pallas_call` with two independent leading axes of the grid and a cost for XLA's scheduler.
 
     Args:
-      pairs: (query, key) pairs at full lists. features: multiplied for each. fetched: bytes that the kernel copies itself.
+      pairs: pairs of rows at full lists. features: multiplied for each. fetched: bytes that the kernel copies itself.
       vmem_bytes: its limit, where the default is not enough.
     """
     arrays = (*inputs, *jax.tree.leaves(out))
@@ -315,5 +243,5 @@ def call(kernel: Callable[..., None], static: Static, name: str, grid: tuple[int
     return pl.pallas_call(
         kernel, out, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch, cost_estimate=cost,
         compiler_params=pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=vmem_bytes),
-        interpret=static.interpret, name=name,
+        interpret=interpret, name=name,
     )(*inputs)  # fmt: skip

@@ -90,27 +90,34 @@ def compile_kernels(fn: Callable[..., Any], chip: str, *shapes: Any) -> list[Ker
     prepare()
     import jax
     from jax.experimental import topologies
-    from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+    from jax.sharding import SingleDeviceSharding
 
     kind, bandwidth, memory = CHIPS[chip]
     target = TARGET.format(kind=kind, bandwidth=bandwidth, memory=memory)
     described = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=target)
     here = SingleDeviceSharding(described.devices[0])
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    abstract = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind=kind, num_cores=132, platform="cuda"))
     with tempfile.TemporaryDirectory() as folder:
         said = {"MOSAIC_GPU_DUMP_TO": folder}
         said |= {f"MOSAIC_GPU_DUMP_{what}": "1" for what in ("PTX", "PTXAS", "HOST_LLVM")}
         before = {name: os.environ.get(name) for name in said}
         os.environ.update(said)
         try:
-            with use_abstract_mesh(abstract):
+            with as_if_on(chip):
                 lowered = jax.jit(fn).lower(*args)
             lowered.compile()
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
         return [_kernel(path) for path in sorted(Path(folder).glob("*.ptxas"))]
+
+
+def as_if_on(chip: str) -> Any:
+    """A context in which kernels that ask for the device are told that of a chip in CHIPS."""
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+    device = AbstractDevice(device_kind=CHIPS[chip][0], num_cores=132, platform="cuda")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 def _kernel(path: Path) -> Kernel:

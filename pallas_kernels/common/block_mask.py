@@ -1,7 +1,7 @@
-"""Which key blocks every query block attends to, as padded lists per (batch, head): what all backends walk.
+"""Which key blocks every query block attends to, as padded lists per (batch, head): what all attention kernels walk.
 
-A list holds its active blocks first; entries behind the count mean nothing to a reader (the constructors repeat the last
-active one). The transposed lists, the query blocks of every key block, serve the gradients of keys and values.
+The lists are as in `block_lists`. The transposed ones, the query blocks of every key block, serve the gradients of keys and
+values.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.common.block_lists import flags_of, pack_lists, pad_lists, union_lists
 
 
 class BlockMaskError(ValueError):
@@ -32,64 +34,6 @@ def _sizes(block: Any, size: Any, name: str) -> int:
         if not isinstance(n, int | np.integer) or n < 1:
             raise BlockMaskError(f"{name}_{what} is {n!r}: it must be a positive integer")
     return -(-size // block)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _pack(active: Any, width: int) -> tuple[Any, Any, Any]:
-    """(ids ascending and padded with the last, counts, whether a row has more than `width`) of rows of flags."""
-    total = active.sum(-1, dtype=jnp.int32)
-    ids = jnp.arange(active.shape[-1], dtype=jnp.int32)
-    order = jnp.sort(jnp.where(active, ids, active.shape[-1]), axis=-1)[..., :width]  # the others go to the end
-    count = jnp.minimum(total, width)
-    return pad_lists(order, count), count, jnp.any(total > width)
-
-
-def pad_lists(ids: Int[Array, "*rows W"], count: Int[Array, "*rows"]) -> Int[Array, "*rows W"]:
-    """The lists with every entry behind the count replaced by the last active one, by 0 where there is none."""
-    last = jnp.maximum(count - 1, 0)[..., None]
-    padded = jnp.take_along_axis(ids, jnp.minimum(jnp.arange(ids.shape[-1]), last), axis=-1)
-    return jnp.where(count[..., None] > 0, padded, 0)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def flags_of(ids: Int[Array, "*rows W"], count: Int[Array, "*rows"], n: int) -> Bool[Array, "*rows n"]:
-    """Flags of the ids in each list, of `n` possible ones."""
-    return jax.lax.platform_dependent(
-        ids, count, tpu=functools.partial(_flags_compared, n), default=functools.partial(_flags_scattered, n)
-    )
-
-
-def _flags_scattered(n: int, ids: Any, count: Any) -> Any:
-    lists = ids.reshape(-1, ids.shape[-1])
-    valid = (jnp.arange(ids.shape[-1]) < count[..., None]).reshape(lists.shape)
-    flags = jnp.zeros((lists.shape[0], n), bool)
-    return flags.at[jnp.arange(lists.shape[0])[:, None], lists].max(valid).reshape(*count.shape, n)
-
-
-def _flags_compared(n: int, ids: Any, count: Any) -> Any:
-    """The same by comparisons, which a TPU makes in the time that it scatters a few numbers."""
-
-    def entry(t: Any, flags: Any) -> Any:
-        listed = jax.lax.dynamic_slice_in_dim(ids, t, 1, axis=-1)
-        return flags | ((listed == jnp.arange(n)) & (t < count)[..., None])
-
-    return jax.lax.fori_loop(0, ids.shape[-1], entry, jnp.zeros((*count.shape, n), bool))
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def union_lists(
-    ids: Int[Array, "*rows W"], count: Int[Array, "*rows"], n: int, together: int
-) -> tuple[Int[Array, "*groups V"], Int[Array, "*groups"], Int[Array, "*groups V"]]:
-    """(lists, counts, owners) of every `together` lists in a row as one; bit i of an owner: the i-th of them has the id.
-
-    A last group that is not full counts as if lists without ids followed. `n` ids are possible.
-    """
-    missing = -count.shape[-1] % together
-    flags = jnp.pad(flags_of(ids, count, n), [(0, 0)] * (count.ndim - 1) + [(0, missing), (0, 0)])
-    flags = flags.reshape(*count.shape[:-1], -1, together, n)
-    bits = (flags << jnp.arange(together, dtype=jnp.int32)[:, None]).sum(-2, dtype=jnp.int32)
-    idx, cnt, _ = _pack(bits > 0, min(together * ids.shape[-1], n))
-    return idx, cnt, jnp.take_along_axis(bits, idx, axis=-1)
 
 
 @functools.partial(
@@ -196,7 +140,7 @@ class BlockMask:
                                  f"{kv_size} keys in blocks of {block_k})")  # fmt: skip
         if _sizes(1, width, "width") > nk:
             width = nk
-        idx, cnt, overflow = _pack(flags, width)
+        idx, cnt, overflow = pack_lists(flags, width)
         return cls(idx, cnt, None, None, block_q, block_k, q_size, kv_size), overflow
 
     @classmethod
@@ -242,6 +186,13 @@ class BlockMask:
     def dense(cls, *, block_q: int, block_k: int, q_size: int, kv_size: int) -> BlockMask:
         """Every block, for all batches and heads."""
         return cls.window(None, None, block_q=block_q, block_k=block_k, q_size=q_size, kv_size=kv_size)
+
+    @classmethod
+    def one_list(cls, *, block_q: int, block_k: int, q_size: int, kv_size: int) -> BlockMask:
+        """Every block, as one list for all query blocks, (1, 1, 1, key blocks): what kernels walk, though `check` refuses it."""
+        nk = _sizes(block_k, kv_size, "kv")
+        every = jnp.arange(nk, dtype=jnp.int32).reshape(1, 1, 1, nk)
+        return cls(every, jnp.full((1, 1, 1), nk, jnp.int32), None, None, block_q, block_k, q_size, kv_size)
 
     @classmethod
     def window(
@@ -323,7 +274,7 @@ class BlockMask:
 
     def transposed(self, width: int) -> tuple[BlockMask, Bool[Array, ""]]:
         """(the mask with transposed lists of `width` entries, whether one needed more); jit-able."""
-        idx, cnt, overflow = _pack(jnp.swapaxes(self.to_dense(), -1, -2), min(width, self.q_blocks))
+        idx, cnt, overflow = pack_lists(jnp.swapaxes(self.to_dense(), -1, -2), min(width, self.q_blocks))
         return dataclasses.replace(self, q_idx=idx, q_cnt=cnt), overflow
 
     def check(self) -> BlockMask:

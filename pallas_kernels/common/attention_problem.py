@@ -1,7 +1,7 @@
-"""One attention problem as every backend receives it: (batch, heads, tokens, features) of whole blocks, and which pairs count.
+"""One attention problem as implementations receive it: (batch, heads, tokens, features) of whole blocks, and which pairs count.
 
 A key counts for a query if its block is in the query block's list and every token rule holds. The rules that exist are
-read from `Tokens`: an entry that is None is a rule that no backend spends an instruction on.
+read from `Tokens`: an entry that is None is a rule that no implementation spends an instruction on.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -25,7 +24,7 @@ class KernelConfig:
       step_tokens: keys (in gradients of keys: queries) that one step of the loop over a list fetches and multiplies. On
         TPU below 256 wastes the matrix unit. None: 512 on TPU, 1024 for lists of 4096 and more; elsewhere a whole list
         where it has at most 4096 keys.
-      rows_at_once: query blocks that the XLA backend handles together. None: 1 on CPU, 32 elsewhere.
+      rows_at_once: query blocks that the XLA implementation handles together. None: 1 on CPU, 32 elsewhere.
       blocks_together: query blocks (in gradients of keys: key blocks) that one TPU program takes as one, over the union of
         their lists: every fetched key serves so many times more queries, at the price of pairs that are masked. It pays
         where neighbours' lists are alike (`BlockMask.shared`) and their blocks short of 256 tokens. A value that is not
@@ -82,6 +81,11 @@ class Tokens(NamedTuple):
         """Whether a rule exists."""
         return any(x is not None for x in self)
 
+    def limits(self, batch: int, keys: int) -> tuple[Any, Any]:
+        """int32 (batch,) each: keys that count, and the causal offset (0 where there is no causal rule)."""
+        limit = jnp.full(batch, keys, jnp.int32) if self.kv_len is None else self.kv_len
+        return limit, jnp.zeros(batch, jnp.int32) if self.q_offset is None else self.q_offset
+
 
 def visible(tokens: Tokens, batch: Any, rows: Any, cols: Any) -> Any:
     """bool (queries, keys): which pairs the rules allow, for positions `rows` and `cols` of one batch element."""
@@ -106,21 +110,6 @@ def through_cap(static: Static, s: Any, ds: Any) -> Any:
     return ds * static.scale if static.soft_cap is None else ds * static.scale * (1 - (s / static.soft_cap) ** 2)
 
 
-def accumulator(*arrays: Any) -> Any:
-    """The type sums are kept in: float32, float64 for float64 inputs."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-
-
 def finite_lse(lse: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     """The log-sum-exp that a gradient subtracts: rows that saw no key get a number so large that exp(s - lse) is 0."""
     return jnp.where(jnp.isneginf(lse), 1e30, lse)
-
-
-def leading(index: Any, array: Any, axis: int) -> Any:
-    """A batch or head index into an array whose axis may be a broadcast 1."""
-    return index if array.shape[axis] > 1 else 0 * index
-
-
-def matmul(a: Any, b: Any, dtype: Any, *, transpose: bool = False) -> Any:
-    """a @ b, or a @ b.T, summed in `dtype`."""
-    return jax.lax.dot_general(a, b, (((1,), (1 if transpose else 0,)), ((), ())), preferred_element_type=dtype)

@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: steps and buffers that fit a chip, lists walked through barriers, the call itself.
+"""What Hopper kernels are built from: steps and buffers that fit a chip, lists walked through barriers, the call itself.
 
 A program is three warpgroups of 128 threads. Two compute, 64 rows each; the third only copies listed blocks from global into
 shared memory, as many steps ahead as there are buffers, and waits until both have let go of a buffer before it fills it again.
@@ -18,21 +18,33 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse_attention.block_mask import union_lists
-from pallas_kernels.block_sparse_attention.problem import Tokens
+from pallas_kernels.common.block_lists import union_lists
 
 ROWS = 64  # of a warpgroup: what its matrix instruction multiplies
 WORKERS = 2  # warpgroups that compute
+TILE = WORKERS * ROWS  # rows of a program
 SHARED_MEMORY = 232448 - 8192  # bytes of a program on Hopper, some left for barriers and vectors
 MOST_BUFFERS = 4  # steps that copies run ahead
+CHIPS = "NVIDIA H100, NVIDIA H200 or NVIDIA GH200"
 FORWARD, BACKWARD = (232, 40), (240, 24)  # registers of a thread that computes and one that copies; 2 * 240 + 24 < 512
+
+
+def device_kind() -> str:
+    """The device that a program is traced for: that of an abstract mesh, or the default one."""
+    chip: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return chip.device_kind if chip is not None else jax.devices()[0].device_kind
+
+
+def is_hopper() -> bool:
+    """Whether programs are traced for a chip with these instructions (compute capability 9.0 and no other)."""
+    return any(name in device_kind() for name in ("H100", "H200", "H800", "H20", "GH200"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How one kernel walks: tokens of a step, steps of a listed block, buffers, and whether two lists are walked as one.
 
-    `block` tokens make a listed block; a program's `ROWS * WORKERS` rows belong to one list or, `pair`, to two.
+    `block` tokens make a listed block; a program's `TILE` rows belong to one list or, `pair`, to two.
     """
 
     block: int
@@ -47,7 +59,7 @@ class Plan:
 
     def list_of(self, tile: Any) -> Any:
         """The list that a program walks."""
-        return tile if self.pair else tile * (ROWS * WORKERS) // self.rows_of_list
+        return tile if self.pair else tile * TILE // self.rows_of_list
 
 
 def plan(rows_of_list: int, block: int, most: int, own: int, streamed: int) -> Plan | None:
@@ -72,12 +84,6 @@ def wide(features: int) -> int:
     return -(-features // 64) * 64
 
 
-def padded(x: Any, axis: int, to: int) -> Any:
-    """An array with zeros up to a multiple along an axis."""
-    missing = -x.shape[axis] % to
-    return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)]) if missing else x
-
-
 def lists_of(p: Plan, idx: Any, cnt: Any, ids: int) -> tuple[Any, ...]:
     """(lists, counts) as programs walk them; of pairs the unions, with the owners of every entry.
 
@@ -86,39 +92,30 @@ def lists_of(p: Plan, idx: Any, cnt: Any, ids: int) -> tuple[Any, ...]:
     return union_lists(idx, cnt, ids, 2) if p.pair and idx.shape[-2] > 1 else (idx, cnt)
 
 
-def numbers_of(tokens: Tokens, batch: int, keys: int) -> Any:
-    """int32 (batch, 2): [keys that count, causal offset] of every batch element."""
-    limit = jnp.full(batch, keys, jnp.int32) if tokens.kv_len is None else tokens.kv_len
-    offset = jnp.zeros(batch, jnp.int32) if tokens.q_offset is None else tokens.q_offset
-    return jnp.stack([limit, offset], -1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """One list in global memory: (batch or 1, heads or 1, rows or 1, width) references and the place of a program in them."""
 
     plan: Plan
-    idx: Any
-    cnt: Any
-    owners: Any
+    lists: tuple[Any, Any, Any]  # ids, counts, owners or None
     at: tuple[Any, ...]  # batch, head, list
 
     def _place(self) -> tuple[Any, ...]:
-        return tuple(i if n > 1 else 0 for i, n in zip(self.at, self.cnt.shape))
+        return tuple(i if n > 1 else 0 for i, n in zip(self.at, self.lists[1].shape))
 
     def steps(self) -> Any:
-        return self.cnt[self._place()] * self.plan.parts
+        return self.lists[1][self._place()] * self.plan.parts
 
     def start(self, step: Any) -> Any:
         """The first token of a step."""
-        entry = self.idx[(*self._place(), jax.lax.div(step, self.plan.parts))]
+        entry = self.lists[0][(*self._place(), jax.lax.div(step, self.plan.parts))]
         return entry * self.plan.block + jax.lax.rem(step, self.plan.parts) * self.plan.step
 
     def owned(self, step: Any, worker: Any) -> Any:
         """Whether a step's block is in the worker's own list; None where that is always so."""
-        if self.owners is None:
+        if self.lists[2] is None:
             return None
-        owner = self.owners[(*self._place(), jax.lax.div(step, self.plan.parts))]
+        owner = self.lists[2][(*self._place(), jax.lax.div(step, self.plan.parts))]
         return (jax.lax.shift_right_logical(owner, worker) & 1) != 0
 
 

@@ -1,75 +1,61 @@
-"""What a warpgroup does with a tile of its 64 rows and a step's columns, in registers: products, logits, which pairs count.
-
-Under `interpret` (jax's interpreter of such kernels, which knows memories, copies and barriers) the few functions here that
-name a layout or a matrix instruction take a plain path; everything else is the same.
-"""
+"""What attention kernels on Hopper share: logits in base 2, the pairs that count, and the arrays that say which."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse_attention.mosaic_gpu_walk import ROWS
-from pallas_kernels.block_sparse_attention.problem import LOG2E, Static, Tokens
+from pallas_kernels.common.attention_problem import LOG2E, Static, Tokens
+from pallas_kernels.common.mosaic_gpu import CHIPS, ROWS, TILE, device_kind, is_hopper
+from pallas_kernels.common.mosaic_gpu_tile import column_layout, load, over, positions, row_layout
+from pallas_kernels.common.xla import padded
 
 NEVER = -1e30  # a logit that does not count
 FLOOR = -1e29  # where a running maximum starts: exp2(NEVER - FLOOR) is 0, so masked logits need no second mask
-_WHOLE = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # of `load`, before jax 0.11
-row_layout, column_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+LARGEST = 256  # features of a head: more have no room in registers
 
 
-def positions(shape: tuple[int, int], axis: int, interpret: Any) -> Any:
-    """int32: an element's index along an axis of a product."""
-    if interpret:
-        return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+def refusal(static: Static, q: Any, k: Any, v: Any | None, tokens: Tokens) -> str | None:
+    """Why these kernels cannot run, or None."""
+    if static.block_q != ROWS and static.block_q % TILE:
+        return f"block_q is {static.block_q}: wanted 64 or a multiple of 128"
+    if static.block_k % ROWS:
+        return f"block_k is {static.block_k}, not a multiple of 64"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"arrays are {q.dtype}: its matrix instructions take bfloat16 or float16 (impl='xla' takes any)"
+    features = max(x.shape[-1] for x in (q, k, v) if x is not None)
+    if features > LARGEST:
+        return f"heads have {features} features, more than {LARGEST}"
+    if static.interpret is True:
+        return "interpret=True is for TPU kernels: these take jax's parameters for interpreting GPU kernels"
+    if not static.interpret and not is_hopper():
+        return f"the device is {device_kind()}, no {CHIPS}"
+    return None
 
 
-def load(ref: Any, layout: Any, interpret: Any) -> Any:
-    """A vector, one number a row (or column) of a product."""
-    return ref[...] if interpret else plgpu.load(ref, *_WHOLE, layout=layout, optimized=False)
+def rule_inputs(tokens: Tokens, batch: int, keys: int, rows: str = "q") -> list[Any]:
+    """int32 (batch, 2) [keys that count, causal offset], then segment ids where there are any.
+
+    Those of a program's `rows`, "q" or "kv", come first, with zeros up to whole programs; then those of the other side.
+    """
+    numbers = [jnp.stack(tokens.limits(batch, keys), -1)]
+    if tokens.q_segments is None:
+        return numbers
+    own, other = tokens.q_segments, tokens.kv_segments
+    own, other = (own, other) if rows == "q" else (other, own)
+    return [*numbers, padded(own, 1, TILE), other]
 
 
-def full_of(shape: tuple[int, ...], value: float, interpret: Any) -> Any:
-    """A product, or a number for each of its rows, of one value."""
-    x = jnp.full(shape, value, jnp.float32)
-    return x if interpret else plgpu.layout_cast(x, plgpu.Layout.WGMMA if len(shape) == 2 else row_layout)
-
-
-def over(x: Any, shape: tuple[int, int], axis: int = 0) -> Any:
-    """A vector along an axis of a product."""
-    return jax.lax.broadcast_in_dim(x, shape, [axis])
-
-
-def _read(x: Any) -> Any:
-    """Interpreted only: shared memory, read as copies see it. Matrix instructions do; for plain reads that takes a fence."""
-    value = x[...].astype(jnp.float32)
-    plgpu.commit_smem()
-    return value
-
-
-def product(a: Any, b: Any, interpret: Any) -> Any:
-    """a @ b.T of shared memory, in float32."""
-    if interpret:
-        return jnp.dot(_read(a), _read(b).T)
-
-    def multiply(out: Any) -> Any:
-        plgpu.wgmma(out, a, b.transpose((1, 0)))
-        return out[...]
-
-    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[0]), jnp.float32))
-
-
-def add_product(acc: Any, a: Any, b: Any, interpret: Any) -> Any:
-    """acc + a @ b for a in registers, b in shared memory; `acc` stays where it is."""
-    if interpret:
-        return acc + jnp.dot(a.astype(jnp.float32), _read(b))
-    return pl.run_state(lambda out: plgpu.wgmma(out, a, b))(plgpu.WGMMAAccumulatorRef.init(acc))
+def split(tokens: Tokens, lists: int, references: Any) -> tuple[Any, Any, Any, list[Any]]:
+    """((lists, counts, owners or None), numbers, segment references or None, the others), in the order of `rule_inputs`."""
+    found, numbers, rest = references[:lists], references[lists], list(references[lists + 1 :])
+    found = (*found, None)[:3]
+    if tokens.q_segments is None:
+        return found, numbers, None, rest
+    return found, numbers, (rest[0], rest[1]), rest[2:]
 
 
 def base2(static: Static, products: Any) -> tuple[Any, Any]:
