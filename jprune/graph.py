@@ -223,6 +223,10 @@ def trace(
     Nothing is computed: `params` and `inputs` may be arrays or `jax.ShapeDtypeStruct`s. Any traceable function
     qualifies (linen `apply`, nnx `split`/`merge`, Equinox, Haiku, plain code); give it in evaluation mode.
 
+    The Python code of `fn` runs once per call, as it may read what has changed since. Of `module.apply` of a linen module
+    (also within `functools.partial`) and of a jitted function jax remembers the trace per shapes, types and
+    configuration, so that tracing again, at other batch sizes known before or for another purpose, costs the walk alone.
+
     Args:
       fn: the function; its first argument is the tree to prune (all collections of it).
       params: the variables.

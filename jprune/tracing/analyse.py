@@ -11,15 +11,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.interpreters import partial_eval
 
 from jprune.tracing import tags as T
 from jprune.tracing.errors import TraceError
+from jprune.tracing.jaxpr import jaxpr_of
 from jprune.tracing.layout import Fixed
 from jprune.tracing.paths import flatten, path_str
 from jprune.tracing.rules import BUILT_IN, USER_RULES
 from jprune.tracing.state import mirrored_leaf, updated_leaf
-from jprune.tracing.structure import Group, Leaf, Member, to_layout
+from jprune.tracing.structure import Group, Layouts, Leaf, Member
 from jprune.tracing.tags import Frozen
 from jprune.tracing.walk import DIVISOR, Analysis, Path, Rule, Val
 
@@ -49,8 +49,8 @@ def analyse(
     given = _input_structs(inputs)
 
     def at(structs: Any) -> tuple[_Walk, Any]:
-        closed, used, out_shape = _jaxpr_of(fn, shapes, structs)
         with _no_collection():
+            closed, used, out_shape = jaxpr_of(fn, shapes, structs)
             return _walk(closed, used, flat, structs, Analysis(every, fold_constants)), out_shape
 
     def again(sizes: Sequence[tuple[int, ...]]) -> Analysis:
@@ -75,25 +75,6 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _jaxpr_of(fn: Callable[..., Any], params: Any, inputs: Any) -> tuple[Any, list[bool], Any]:
-    """(closed jaxpr without dead code, which of its arguments are left, shapes of the outputs)."""
-    try:
-        closed, out_shape = jax.make_jaxpr(lambda p, xs: fn(p, *xs), return_shape=True)(params, inputs)
-    except (
-        jax.errors.ConcretizationTypeError,
-        jax.errors.TracerArrayConversionError,
-        jax.errors.TracerIntegerConversionError,
-        jax.errors.NonConcreteBooleanIndexError,
-        jax.errors.UnexpectedTracerError,
-    ) as e:
-        raise TraceError(
-            "the function cannot be traced: it needs concrete values of its arguments "
-            f"({str(e).splitlines()[0]}); close over static arguments instead of passing them"
-        ) from e
-    jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return type(closed)(jaxpr, closed.consts), list(used), out_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,33 +190,25 @@ def _finish(
     is_param = is_param or (lambda p: True)
     leaf_used = {v.leaf: u for v, u in zip(leaf_vals, used, strict=False)}
     # live atoms in the order the leaves present them
-    owners: dict[int, list[tuple[str, int]]] = collections.OrderedDict()
+    owners: dict[int, dict[tuple[str, int], None]] = {}
     atom_of: dict[int, T.Atom] = {}
     known = [v for v in leaf_vals if leaf_used[v.leaf]]
+    made_of = {v.leaf: [T.atoms(t) for t in v.tags] for v in leaf_vals}
     unread = [v for v in leaf_vals if v.leaf in written or v.leaf in mirrors]
     for v in (*known, *(v for v in unread if not leaf_used[v.leaf])):  # groups are named after leaves that are read
-        for axis, t in enumerate(v.tags):
-            for atom in T.atoms(t):
+        for axis, found in enumerate(made_of[v.leaf]):
+            for atom in found:
                 if atom.reason is None and atom.n > 0:
                     atom_of[id(atom)] = atom
-                    where = owners.setdefault(id(atom), [])
-                    if (v.leaf, axis) not in where:
-                        where.append((str(v.leaf), axis))
+                    owners.setdefault(id(atom), {})[str(v.leaf), axis] = None
                 if atom.input_dim is not None:
                     atom.rigid = True  # a parameter axis has this size
     roles = _roles(a)
     names: dict[int, str] = {}
     taken: dict[str, list[int]] = {}
     for key, where in owners.items():
-        best = min(
-            where,
-            key=lambda w: (
-                not leaf_used[w[0]],
-                PREFERENCE.index(roles.get((w[0], key), ("other", ""))[0]),
-                where.index(w),
-            ),
-        )
-        taken.setdefault(f"{best[0]}:{best[1]}", []).append(key)
+        path, axis = min(where, key=lambda w: (not leaf_used[w[0]], RANK[roles.get((w[0], key), OTHER)[0]]))
+        taken.setdefault(f"{path}:{axis}", []).append(key)
     for base, keys in taken.items():
         for i, key in enumerate(keys):
             names[key] = base if len(keys) == 1 else f"{base}#{i}"
@@ -259,15 +232,16 @@ def _finish(
         lengths[scan_symbols[path]] = atom.n
     local = _body_local(a, set(owners), leaf_vals, scan_index, scan_symbols, walk.outputs)
 
+    layout = Layouts(names, symbols)
     leaves = {}
     for (path, x), v in zip(flat, leaf_vals, strict=True):
-        layouts = tuple(to_layout(t, names, symbols) for t in v.tags)
+        layouts = tuple([layout(t) for t in v.tags])
         scans = [
             i
             for i, lay in enumerate(layouts)
             if len(lay) == 1 and isinstance(lay[0], Fixed) and lay[0].symbol and lay[0].symbol.startswith("@scan")
         ]
-        frozen = tuple(_why(t, n) for t, n in zip(v.tags, x.shape, strict=True))
+        frozen = tuple([_why(found, n) for found, n in zip(made_of[path], x.shape, strict=True)])
         if not leaf_used[path] and path not in written and path not in mirrors:
             frozen = tuple(Frozen("UNUSED", "no output depends on this leaf") for _ in v.tags)
             layouts = tuple((Fixed(n),) for n in x.shape)
@@ -288,7 +262,7 @@ def _finish(
         scan = local.get(key)
         members = []
         for path, axis in where:
-            role, primitive = roles.get((path, key), ("other", ""))
+            role, primitive = roles.get((path, key), OTHER)
             leaf = leaves[path]
             members.append(
                 Member(path, axis, role, primitive, leaf.layer_axis if scan else None, leaf.layouts[axis], gid)
@@ -303,8 +277,7 @@ def _finish(
         "analysis": a,
         "leaves": leaves,
         "groups": groups,
-        "names": names,
-        "input_symbols": symbols,
+        "layout": layout,
         "scan_symbols": scan_symbols,
         "in_tree": jax.tree.structure((params, tuple(inputs))),
         "out_tree": jax.tree.structure(out_shape),
@@ -321,13 +294,16 @@ def _under_params(path: str) -> bool:
     return path.startswith("params/")
 
 
-def _why(tag: T.Tag, n: int) -> Frozen | None:
+def _why(found: Sequence[T.Atom], n: int) -> Frozen | None:
     """Why an axis, or part of it, is unprunable; single positions laid together have no atom that says it."""
-    single = Frozen(T.SINGLE_INDEX) if n > 1 and not any(T.atoms(tag)) else None
-    return next((atom.reason for atom in T.atoms(tag) if atom.reason is not None), single)
+    for atom in found:
+        if atom.reason is not None:
+            return atom.reason
+    return Frozen(T.SINGLE_INDEX) if n > 1 and not found else None
 
 
-PREFERENCE = ["out", "lookup", "scale", "shift", "other", "in"]
+RANK = {role: k for k, role in enumerate(("out", "lookup", "scale", "shift", "other", "in"))}  # groups are named by it
+OTHER = ("other", "")
 
 
 def _roles(a: Analysis) -> dict[tuple[str, int], tuple[str, str]]:
@@ -339,7 +315,7 @@ def _roles(a: Analysis) -> dict[tuple[str, int], tuple[str, str]]:
             for atom in T.atoms(t):
                 role = "in" if id(atom) in contracted else use.role
                 key = (use.leaf, id(atom))
-                if key not in out or PREFERENCE.index(role) < PREFERENCE.index(out[key][0]):
+                if key not in out or RANK[role] < RANK[out[key][0]]:
                     out[key] = (role, use.primitive)
     return out
 

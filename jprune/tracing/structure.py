@@ -117,7 +117,6 @@ class Tap:
       primitive: dot_general, conv_general_dilated, mul, add, gather, ...
       layers: L where the use is in the body of a scan over stacked leaves, else None.
       in_layouts, out_layouts: layouts of the feature axes of the activation that enters and of the result.
-      where: the user's source line.
     """
 
     id: str
@@ -126,9 +125,13 @@ class Tap:
     layers: int | None
     in_layouts: tuple[Layout, ...]
     out_layouts: tuple[Layout, ...]
-    where: str
     use: Use = dataclasses.field(repr=False, compare=False)
     scan_path: Path | None = dataclasses.field(repr=False, compare=False, default=None)
+
+    @property
+    def where(self) -> str:
+        """The user's source line."""
+        return self.use.where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,19 +163,38 @@ class Contraction:
     branches: tuple[tuple[Path, int], ...] = ()
 
 
-def to_layout(tag: T.Tag, names: Mapping[int, str], symbols: Mapping[int, str]) -> Layout:
-    """The static layout of a settled tag, given the group ids and symbols of its atoms."""
-    out: list[L.Dim] = []
-    for d in T.norm(tag):
+class Layouts:
+    """The static layouts of settled tags, given the group ids and symbols of their atoms.
+
+    Thousands of values share a few hundred dims, so each dim is translated once.
+    """
+
+    def __init__(self, names: Mapping[int, str], symbols: Mapping[int, str]):
+        self._names = names
+        self._symbols = symbols
+        self._of_dim: dict[int, tuple[T.Dim, L.Dim]] = {}  # by identity; the dim is held, so that its id stays its own
+        self._of_tag: dict[int, tuple[T.Tag, Layout]] = {}
+
+    def __call__(self, tag: T.Tag) -> Layout:
+        """The layout of one axis."""
+        found = self._of_tag.get(id(tag))
+        if found is None:
+            found = self._of_tag[id(tag)] = (tag, tuple([self._dim(d) for d in T.norm(tag)]))
+        return found[1]
+
+    def _dim(self, d: T.Dim) -> L.Dim:
+        found = self._of_dim.get(id(d))
+        if found is None:
+            found = self._of_dim[id(d)] = (d, self._translated(d))
+        return found[1]
+
+    def _translated(self, d: T.Dim) -> L.Dim:
         if isinstance(d, T.Sum):
-            out.append(Concat(tuple(to_layout(p, names, symbols) for p in d.parts), d.n))
-        elif isinstance(d, T.Order):
-            out.append(Reordered(to_layout(d.inner, names, symbols), tuple(d.index.tolist())))
-        elif id(d) in names:
-            out.append(Unit(names[id(d)], d.n))
-        else:
-            out.append(Fixed(d.n, symbols.get(id(d))))
-    return tuple(out)
+            return Concat(tuple([self(p) for p in d.parts]), d.n)
+        if isinstance(d, T.Order):
+            return Reordered(self(d.inner), tuple(d.index.tolist()))
+        name = self._names.get(id(d))
+        return Fixed(d.n, self._symbols.get(id(d))) if name is None else Unit(name, d.n)
 
 
 def _symbol(layout: Layout) -> str | None:
@@ -185,7 +207,6 @@ class Structure:
     Attributes:
       groups: prunable groups by id.
       leaves: every leaf of the variables by path.
-      taps: every place a leaf meets data, by tap id.
       contractions: terms of the cost polynomial.
       output_layouts: layouts of each output's axes.
       unsupported: primitives without a rule -> source lines.
@@ -198,8 +219,7 @@ class Structure:
         analysis: Analysis,
         leaves: Mapping[str, Leaf],
         groups: Mapping[str, Group],
-        names: Mapping[int, str],
-        input_symbols: Mapping[int, str],
+        layout: Layouts,
         scan_symbols: Mapping[Path, str],
         in_tree: Any,
         out_tree: Any,
@@ -218,33 +238,25 @@ class Structure:
         self.scan_symbols = dict(scan_symbols)
         self.in_tree, self.out_tree, self.param_treedef = in_tree, out_tree, param_treedef
         self.used_invars = tuple(used_invars)
-        self._names = names
-        self._symbols = input_symbols
+        self.layout = layout
         self._layout_cache: dict[Path, Any] = {}
-        self._tag_cache: dict[int, tuple[T.Tag, Layout]] = {}  # by identity: one value has many uses
         self.const_vals = tuple(const_vals)
         self.rules = analysis.rules
-        self.input_dims = [(path, [_symbol(to_layout(t, names, input_symbols)) for t in v.tags]) for path, v in inputs]
+        self.input_dims = [(path, [_symbol(layout(t)) for t in v.tags]) for path, v in inputs]
         self.input_shapes = [v.shape for _, v in inputs]
         self._input_dtypes = [jax.dtypes.result_type(jax.ShapeDtypeStruct((), v.dtype)) for _, v in inputs]
         self._again = again
         self._differences: dict[tuple[tuple[str, int], ...], str | None] = {}
-        self.output_layouts = tuple(tuple(self.layout(t) for t in v.tags) for v in outputs)
-        self.loops_counted_once = tuple(sorted(self._while_lines(closed.jaxpr)))
+        self.output_layouts = tuple(tuple([self.layout(t) for t in v.tags]) for v in outputs)
+        self.loops_counted_once = tuple(
+            sorted({user_line(e) for e in analysis.eqns.values() if e.primitive.name == "while"})
+        )
         self.contractions = tuple(self._contractions())
-        self.taps = self._taps()
 
     __hash__ = object.__hash__
 
-    def layout(self, tag: T.Tag) -> Layout:
-        """The static layout of a settled tag."""
-        found = self._tag_cache.get(id(tag))
-        if found is None or found[0] is not tag:
-            found = self._tag_cache[id(tag)] = (tag, to_layout(tag, self._names, self._symbols))
-        return found[1]
-
     def _axes(self, values: Sequence[Val]) -> list[tuple[Layout, ...]]:
-        return [tuple(self.layout(t) for t in v.tags) for v in values]
+        return [tuple([self.layout(t) for t in v.tags]) for v in values]
 
     def layouts_at(self, path: Path) -> tuple[list[tuple[Layout, ...]], list[tuple[Layout, ...]]]:
         """Axis layouts of the operands and results of the equation at a call path."""
@@ -378,7 +390,9 @@ class Structure:
         around = self._loops(path)
         return L.full_size(around[-1]) if around else None
 
-    def _taps(self) -> dict[str, Tap]:
+    @functools.cached_property
+    def taps(self) -> dict[str, Tap]:
+        """Every place a leaf meets data, by tap id."""
         by_leaf = collections.defaultdict(list)
         for use in self.analysis.uses.values():
             by_leaf[use.leaf].append(use)
@@ -402,19 +416,7 @@ class Structure:
                     layers,
                     tuple(ins[use.data_operand][i] for i in use.data_features),
                     tuple(outs[0][i] for i in use.out_features),
-                    use.where,
                     use,
                     scan_path,
                 )
         return out
-
-    def _while_lines(self, jaxpr: Any) -> set[str]:
-        found = set()
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "while":
-                found.add(user_line(eqn))
-            for p in eqn.params.values():
-                for sub in p if isinstance(p, tuple | list) else (p,):
-                    if hasattr(sub, "eqns") or hasattr(sub, "jaxpr"):
-                        found |= self._while_lines(getattr(sub, "jaxpr", sub))
-        return found

@@ -21,6 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core as jex
 
+from jprune.tracing import refine
 from jprune.tracing import tags as T
 from jprune.tracing.tags import Frozen, Misaligned, Tag
 
@@ -31,6 +32,7 @@ Path: TypeAlias = tuple[int | str, ...]
 Eqn: TypeAlias = Any  # jax.extend.core.JaxprEqn
 LARGEST_INDEX = 1 << 20  # entries of a constant that is computed to see which positions it names
 LAYERS = "layers"  # a step of moves: one layer of a stacked leaf enters the body of a scan
+Site: TypeAlias = tuple[Eqn, ...]  # an equation and the calls it lies in, innermost first
 Move: TypeAlias = Any  # (equation, number of its result), or LAYERS
 
 
@@ -98,9 +100,18 @@ class Use:
     contracted: tuple[Tag, ...]
     data_features: tuple[int, ...]  # axes of the data operand that are indexed by the leaf
     out_features: tuple[int, ...]  # axes of the result that are indexed by the leaf
-    where: str
-    eqn: Any
+    site: Site
     moves: tuple[Move, ...]  # from the leaf to the leaf operand
+
+    @property
+    def eqn(self) -> Eqn:
+        """The equation in which they meet."""
+        return self.site[0]
+
+    @property
+    def where(self) -> str:
+        """The user's source line."""
+        return line_of(self.site)
 
 
 @dataclasses.dataclass(slots=True)
@@ -115,8 +126,25 @@ class MacTerm:
     out_tags: tuple[Tag, ...]
     contracted: tuple[Tag, ...]
     itemsize: int
-    where: str
-    eqn: Any
+    site: Site
+
+    @property
+    def eqn(self) -> Eqn:
+        """The contraction."""
+        return self.site[0]
+
+    @property
+    def where(self) -> str:
+        """The user's source line."""
+        return line_of(self.site)
+
+
+def line_of(site: Site) -> str:
+    """The user's source line of an equation, or of the nearest call around it that has one; "" if none has."""
+    return next(filter(None, map(user_line, site)), "")
+
+
+LIBRARIES = ("/site-packages/", "/dist-packages/", os.path.dirname(__file__) + os.sep)  # of arrays, modules, and ours
 
 
 def user_line(eqn: Eqn) -> str:
@@ -124,9 +152,8 @@ def user_line(eqn: Eqn) -> str:
     traceback = getattr(eqn.source_info, "traceback", None)
     if traceback is None:
         return ""
-    inside = ("/site-packages/", "/dist-packages/", os.sep + os.path.join("jprune", "trace") + os.sep)
     for frame in traceback.frames:
-        if not frame.file_name.startswith("<") and not any(s in frame.file_name for s in inside):
+        if not frame.file_name.startswith("<") and not any(s in frame.file_name for s in LIBRARIES):
             return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
     return ""
 
@@ -198,9 +225,7 @@ class Analysis:
     @property
     def where(self) -> str:
         """The user's source line of the current equation, or of the nearest call around it that has one."""
-        for eqn in (self.eqn, *reversed(self._callers)):
-            if eqn is None:
-                continue
+        for eqn in self._site if self.eqn is not None else ():
             key = id(eqn)
             if key not in self._lines:
                 self._lines[key] = user_line(eqn)
@@ -208,10 +233,14 @@ class Analysis:
                 return self._lines[key]
         return ""
 
+    @property
+    def _site(self) -> Site:
+        return (self.eqn, *reversed(self._callers))
+
     def unify(self, a: Tag, b: Tag, code: str = "MISALIGNED") -> None:
         """Tie two axes; where they have no common pieces both are frozen."""
         try:
-            T.unify(a, b)
+            refine.unify(a, b)
         except Misaligned:
             self.freeze(a, code)
             self.freeze(b, code)
@@ -222,8 +251,10 @@ class Analysis:
         Where it is the layers' axis of a scan, its positions are no longer known to be those of the layers: what meets
         it in this equation must be the same in all of them.
         """
-        T.freeze(tag, Frozen(code, detail, self.where))
-        if self.path and any(a.scan is not None for a in T.atoms(tag)):
+        found = T.atoms(tag)
+        where = self.where if any([x.reason is None for x in found]) else ""  # the first reason wins
+        T.freeze(tag, Frozen(code, detail, where))
+        if self.path and any([x.scan is not None for x in found]):
             self.mixes_layers.add(self.path)
 
     def freeze_all(self, vals: Sequence[Val], code: str, detail: str = "") -> None:
@@ -263,8 +294,7 @@ class Analysis:
             tuple(contracted),
             tuple(data_features),
             tuple(out_features),
-            self.where,
-            self.eqn,
+            self._site,
             v.moves,
         )
 
@@ -289,8 +319,7 @@ class Analysis:
             tuple(out_tags),
             tuple(contracted),
             itemsize,
-            self.where,
-            self.eqn,
+            self._site,
         )
 
     @contextlib.contextmanager
@@ -319,12 +348,13 @@ class Analysis:
         outer = self.unseen
         for i, eqn in enumerate(jaxpr.eqns):
             self.unseen = outer or not needed[i]
-            ins = [read(v, k, (*path, i)) for k, v in enumerate(eqn.invars)]
-            self.path, self.eqn = (*path, i), eqn
+            here = (*path, i)
+            ins = [read(v, k, here) for k, v in enumerate(eqn.invars)]
+            self.path, self.eqn = here, eqn
             outs = self._apply(eqn, ins)
-            self.records[(*path, i)] = (ins, outs)
+            self.records[here] = (ins, outs)
             if not self.shadow:
-                self.eqns[(*path, i)] = eqn
+                self.eqns[here] = eqn
             env.update(zip(eqn.outvars, outs, strict=True))
         self.unseen = outer
         return [read(v, k, path) for k, v in enumerate(jaxpr.outvars)]
@@ -361,12 +391,13 @@ class Analysis:
                 return folded
         outs = rule.propagate(self, eqn, ins)
         if rule.evaluate is None:
-            if outs and not eqn.effects and all(v.known or v.scalar is not None for v in ins):
+            if outs and not eqn.effects and all([v.known or v.scalar is not None for v in ins]):
                 _compute_on_demand(eqn, ins, outs)
             for k, o in enumerate(outs):
-                source = next((v for v in ins if o.leaf is not None and v.leaf == o.leaf and v is not o), None)
-                if source is not None:
-                    o.moves = (*source.moves, (eqn, k))
+                if o.leaf is not None:
+                    source = next((v for v in ins if v.leaf == o.leaf and v is not o), None)
+                    if source is not None:
+                        o.moves = (*source.moves, (eqn, k))
         return outs
 
     def _fold(self, eqn: Eqn, ins: list[Val]) -> list[Val] | None:

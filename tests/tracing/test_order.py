@@ -7,6 +7,7 @@ import pytest
 from laws import check_laws, check_values, members, normal
 
 import jprune
+from jprune.tracing import refine
 from jprune.tracing import tags as T
 
 X = normal(99, 5, 6)
@@ -294,10 +295,10 @@ def test_ties_go_position_by_position():
         tag = (a,)
         for _ in range(rng.integers(1, 4)):
             p = rng.permutation(n)
-            T.unify(tag, T.take(tag, p))
+            refine.unify(tag, refine.take(tag, p))
             net.add_edges_from(enumerate(p.tolist()))
         live: list[T.Atom] = []
-        owner, unit = T._owners(tag, live)
+        owner, unit = refine.owners(tag, live)
         found = {}
         for j in range(n):
             found.setdefault((owner[j], unit[j]), set()).add(j)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jprune.tracing import refine
 from jprune.tracing import tags as T
 from jprune.tracing.tags import Misaligned, Tag
 from jprune.tracing.walk import Analysis, Eqn, Rule, Val
@@ -87,7 +88,7 @@ def _ragged_dot(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
 
 def _split_channels(a: Analysis, tag: Tag, groups: int) -> tuple[Tag, Tag]:
     try:
-        return T.split_front(tag, groups)
+        return refine.split_front(tag, groups)
     except Misaligned:
         a.freeze(tag, "MISALIGNED_RESHAPE", "feature groups")
         return a.fixed(groups, "MISALIGNED_RESHAPE"), a.fixed(T.size(tag) // groups, "MISALIGNED_RESHAPE")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jprune.tracing import refine
 from jprune.tracing import tags as T
 from jprune.tracing.evaluate import Evaluator
 from jprune.tracing.tags import Frozen
@@ -221,7 +222,7 @@ def _scan(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
     for v in vals[nk:]:
         t = T.norm(v.tags[0])
         if length != 1 and len(t) == 1 and isinstance(t[0], T.Atom) and (t[0].reason is None or t[0].scan is not None):
-            T.unify(axis, t)
+            refine.unify(axis, t)
         else:
             a.freeze(t, "SCAN_LENGTH")
         xs.append(Val(v.shape[1:], v.dtype, v.tags[1:], v.zero[1:], v.scalar, v.leaf, moves=(*v.moves, LAYERS)))

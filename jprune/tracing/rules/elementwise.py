@@ -70,11 +70,16 @@ def _elementwise(zero_rule: ZeroRule) -> Callable[[Analysis, Eqn, list[Val]], li
             shape = var.aval.shape
             tags, zero = [], []
             for axis, n in enumerate(shape):
-                owners = [v for v in vals if v.shape and v.shape[axis] == n]
-                for other in owners[1:]:
-                    a.unify(owners[0].tags[axis], other.tags[axis])
-                tags.append(owners[0].tags[axis] if owners else a.fresh(n))
-                zero.append(zero_rule(eqn, vals, [v.flag(axis, n) for v in vals]))
+                tag, flags = None, []
+                for v in vals:
+                    has = bool(v.shape) and v.shape[axis] == n  # others are broadcast along this axis
+                    if has and tag is None:
+                        tag = v.tags[axis]
+                    elif has and tag is not None and v.tags[axis] is not tag:
+                        a.unify(tag, v.tags[axis])
+                    flags.append(has and v.zero[axis] if v.scalar is None else v.scalar == 0)
+                tags.append(a.fresh(n) if tag is None else tag)
+                zero.append(zero_rule(eqn, vals, flags))
             outs.append(a.value(var.aval, tags, zero))
         _record_use(a, eqn, vals)
         if len(vals) == 1 and len(outs) == 1:

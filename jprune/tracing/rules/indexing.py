@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jprune.tracing import refine
 from jprune.tracing import tags as T
 from jprune.tracing.rules.shaping import taken
 from jprune.tracing.tags import Misaligned, Tag
@@ -95,7 +96,7 @@ def _take(a: Analysis, eqn: Eqn, operand: Val, axis: int, at: np.ndarray) -> lis
     rows = [j for j in range(len(aval.shape)) if j not in dn.offset_dims and aval.shape[j] > 1]
     for j in rows:
         try:
-            tags[j], rest = T.split_front(rest, aval.shape[j])
+            tags[j], rest = refine.split_front(rest, aval.shape[j])
         except Misaligned:
             a.freeze(rest, "MISALIGNED_RESHAPE", "gather")
             tags[j], rest = (

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jprune.tracing import refine
 from jprune.tracing import tags as T
 from jprune.tracing.tags import Misaligned, Tag
 from jprune.tracing.walk import Analysis, Eqn, Rule, Val
@@ -81,7 +82,7 @@ def _reshape(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
             rest = whole
             cut: list[Tag] = []
             for j in wide[:-1]:
-                front, rest = T.split_front(rest, aval.shape[j])
+                front, rest = refine.split_front(rest, aval.shape[j])
                 cut.append(front)
             cut.append(rest)
             for j, t in zip(wide, cut, strict=True):
@@ -166,7 +167,7 @@ def _unstack(a: Analysis, eqn: Eqn, vals: list[Val]) -> list[Val]:
 
 def cut(a: Analysis, v: Val, axis: int, lo: int, hi: int) -> Tag:
     """The tag of a contiguous range; a single index taken out has to stay."""
-    tag = T.slice_tag(v.tags[axis], lo, hi, a.where)
+    tag = refine.slice_tag(v.tags[axis], lo, hi, a.where)
     if hi - lo == 1 and v.shape[axis] != 1:
         a.freeze(tag, "SINGLE_INDEX")
         return ()
@@ -177,7 +178,7 @@ def _every(a: Analysis, v: Val, i: int, at: np.ndarray, step: int) -> Tag:
     """The tag of every step-th position; where the step divides the axis, its positions are units of `step` each."""
     if len(at) * step == v.shape[i]:
         try:
-            front, back = T.split_front(v.tags[i], len(at))
+            front, back = refine.split_front(v.tags[i], len(at))
         except Misaligned:
             pass
         else:
@@ -191,7 +192,7 @@ def taken(a: Analysis, v: Val, i: int, at: np.ndarray) -> Tag:
     if len(at) == 1:
         return cut(a, v, i, int(at[0]), int(at[0]) + 1)
     try:
-        return T.take(v.tags[i], at, a.where)
+        return refine.take(v.tags[i], at, a.where)
     except Misaligned:
         a.freeze(v.tags[i], "ORDER_OR_MIX", a.eqn.primitive.name)
         return a.fixed(len(at), "ORDER_OR_MIX", a.eqn.primitive.name)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from jprune.tracing import refine
 from jprune.tracing import tags as T
 from jprune.tracing.errors import TraceError
 from jprune.tracing.evaluate import Evaluator
@@ -45,7 +46,7 @@ def _part(a: Analysis, tag: Tag, k: int) -> Tag:
         return tag
     n = T.size(tag) // k
     try:
-        front, back = T.split_front(tag, k)
+        front, back = refine.split_front(tag, k)
     except Misaligned:
         a.freeze(tag, "SHARDED", "the shards do not begin where the parts of this axis do")
         return a.fixed(n, "SHARDED")
