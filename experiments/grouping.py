@@ -12,32 +12,23 @@ the next, hence the many seeds.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Annotated, Any
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import jprune
-from experiments import record
-from experiments.benchmarks import DISTURBED, RESULTS, in_turns, medians, ratio
+from experiments.benchmarks import DISTURBED, in_turns, medians, ratio
+from experiments.classifier import Classifier
+from experiments.figures import spread, table
+from experiments.study import Demand, Key, Run, Study, at_least, at_most
 from jprune.budget import Target, ranked
-from jprune.data import Dataset, load_digits
+from jprune.data import load_digits
 from jprune.importance import first_member, magnitude, random
 from jprune.models import rebuild, resnet
-from jprune.training import TrainConfig, evaluate, train
-
-BLOCKS, WIDTHS = (1, 1, 1), (16, 32, 64)  # per stage
-RECIPE = TrainConfig(epochs=15, batch_size=64, learning_rate=0.05, weight_decay=5e-4, eval_every_epochs=0)
-STEP = 0.01  # of the dense multiply-accumulates, between two scorings
-SHOWN = (0.9, 0.8, 0.7)  # fractions left at which the network is tested; the last one is what the checks are about
-TIMED = 0.5
+from jprune.training import TrainConfig, evaluate
 
 Criterion = Callable[[jprune.Graph, Any, jax.Array], dict[str, Any]]
 CRITERIA: dict[str, Criterion] = {
@@ -48,148 +39,107 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def pruned(
-    model: Any, variables: Any, criterion: Criterion, seed: int, until: tuple[float, ...], step: float
-) -> Iterator[tuple[float, Any, Any]]:
-    """(fraction of the dense multiply-accumulates left, module, variables) each time one of `until` is reached.
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Network, training and budgets.
 
-    Before every step the scores are those of the network as it is then.
+    Attributes:
+      blocks, widths: of every stage.
+      recipe: of the dense network.
+      step: fraction of the dense MACs removed between two scorings.
+      shown: fractions of the MACs left at which the network is tested; demands are about the last.
+      timed: fraction left of the network whose time is taken; rounds: of the clock; batch: images at a time.
     """
-    dense = None
-    left = 1.0
-    steps = 0
-    for stop in until:
-        while left > stop:
-            x = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
-            graph = jprune.trace(model.apply, variables, x)
-            dense = graph.cost().macs if dense is None else dense
-            limit = max(left - step, stop)
-            scores = criterion(graph, variables, jax.random.fold_in(jax.random.key(seed), steps))
-            keep = ranked(graph, scores, Target.macs(int(limit * dense))).keep
-            variables = graph.compact(variables, keep)
-            model = rebuild(model, variables)
-            left = graph.cost(keep).macs / dense
-            steps += 1
-        yield left, model, variables
+
+    blocks: tuple[int, ...] = (1, 1, 1)
+    widths: tuple[int, ...] = (16, 32, 64)
+    recipe: TrainConfig = TrainConfig(
+        epochs=15, batch_size=64, learning_rate=0.05, weight_decay=5e-4, eval_every_epochs=0
+    )
+    step: float = 0.01
+    shown: tuple[float, ...] = (0.9, 0.8, 0.7)
+    timed: float = 0.5
+    rounds: int = 50
+    batch: int = 256
 
 
-def wall_clock(model: Any, variables: Any, step: float, rounds: int, batch: int = 256) -> dict[str, float]:
-    """Time of the network with half its multiply-accumulates, chosen by group L2, beside that of the dense one."""
-    left, small, weights = next(pruned(model, variables, CRITERIA["group L2"], 0, (TIMED,), step))
-    x = jnp.ones((batch, 8, 8, 1), jnp.float32)
-    dense_run, small_run = jax.jit(model.apply), jax.jit(small.apply)
-    times = in_turns({"dense": lambda: dense_run(variables, x), "small": lambda: small_run(weights, x)}, rounds, 10)
-    seconds = medians(times)
+class Trained:
+    """The dense network of one seed."""
+
+    def __init__(self, s: Setting, run: Run):
+        self.s, self.seed = s, run.seed
+        self.net = Classifier(resnet.small(s.blocks, widths=s.widths), load_digits(run.seed), run)
+        self.variables = self.net.fit("dense", s.recipe, self.net.variables)
+
+    def pruned(self, criterion: Criterion, stops: tuple[float, ...], seed: int) -> Iterator[tuple[float, Any, Any]]:
+        """(fraction of the dense MACs left, module, variables) each time one of `stops` is reached."""
+        module, variables, left, steps = self.net.model, self.variables, 1.0, 0
+        x = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
+        dense = jprune.trace(module.apply, variables, x).cost().macs
+        for stop in stops:
+            while left > stop:
+                graph = jprune.trace(module.apply, variables, x)
+                limit = max(left - self.s.step, stop)
+                scores = criterion(graph, variables, jax.random.fold_in(jax.random.key(seed), steps))
+                keep = ranked(graph, scores, Target.macs(int(limit * dense))).keep
+                variables = graph.compact(variables, keep)
+                module = rebuild(module, variables)
+                left = graph.cost(keep).macs / dense
+                steps += 1
+            yield left, module, variables
+
+    def row(self, name: str) -> dict[str, Any]:
+        """Accuracy at every budget."""
+        path = self.pruned(CRITERIA[name], self.s.shown, self.seed)
+        return {
+            f"{stop:g}": {"accuracy": evaluate(small, weights, self.net.data).accuracy, "macs_fraction": left}
+            for stop, (left, small, weights) in zip(self.s.shown, path, strict=True)
+        }
+
+    def wall_clock(self) -> dict[str, float]:
+        """Time of the network with half its MACs, chosen by group L2, beside that of the dense one."""
+        left, small, weights = next(self.pruned(CRITERIA["group L2"], (self.s.timed,), 0))
+        x = jnp.ones((self.s.batch, 8, 8, 1), jnp.float32)
+        dense_run, small_run = jax.jit(self.net.model.apply), jax.jit(small.apply)
+        jobs = {"dense": lambda: dense_run(self.variables, x), "small": lambda: small_run(weights, x)}
+        times = in_turns(jobs, self.s.rounds, 10)
+        ms = {f"{name}_ms": 1e3 * seconds for name, seconds in medians(times).items()}
+        return {"macs_fraction": left, "batch": self.s.batch, **ms, "time_fraction": ratio(times, "small", "dense")}
+
+
+def rows(s: Setting) -> dict[Key, Callable[[Trained], Any]]:
+    """The dense network, every criterion, the clock."""
+    criteria = {("pruned", name): functools.partial(lambda one, name: one.row(name), name=name) for name in CRITERIA}
+    return {("dense",): lambda one: one.net.accuracy(one.variables), **criteria, ("wall_clock",): Trained.wall_clock}
+
+
+def demands(stored: Mapping[str, Any]) -> dict[str, Demand]:
+    """On means over the seeds, at the smallest budget."""
+    results = stored["results"]
+    left = {name: list(row.values())[-1]["accuracy"]["mean"] for name, row in results["pruned"].items()}
+    ours, firsts = left["group L2"], [name for name in left if name.startswith("first-member")]
     return {
-        "macs_fraction": left,
-        "batch": batch,
-        "dense_ms": 1e3 * seconds["dense"],
-        "small_ms": 1e3 * seconds["small"],
-        "time_fraction": ratio(times, "small", "dense"),
+        "group L2 is 8 points above random": at_least(ours, left["random"] + 0.08),
+        **{f"group L2 is 10 points above {name}": at_least(ours, left[name] + 0.10) for name in firsts},
+        "half the MACs take at most 0.9 of the time": at_most(results["wall_clock"]["time_fraction"]["mean"], 0.9),
     }
 
 
-def one_seed(dataset: Dataset, seed: int, recipe: TrainConfig, step: float, rounds: int, progress: Progress) -> Any:
-    """Accuracies of the dense network and of every criterion at every fraction, and the wall clock."""
-    model = resnet.small(BLOCKS, widths=WIDTHS)
-    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((2, *dataset.image_shape), jnp.float32))
-    recipe = dataclasses.replace(recipe, seed=seed)
-    variables, _ = train(model, variables, dataset, recipe, progress=progress, title=f"seed {seed} dense")
-    rows: dict[str, Any] = {}
-    for name, criterion in CRITERIA.items():
-        rows[name] = {}
-        path = pruned(model, variables, criterion, seed, SHOWN, step)
-        for stop, (left, small, weights) in zip(SHOWN, path, strict=True):
-            rows[name][f"{stop:g}"] = {
-                "accuracy": evaluate(small, weights, dataset).accuracy,
-                "macs_fraction": left,
-            }
-    return {
-        "dense": evaluate(model, variables, dataset).accuracy,
-        "pruned": rows,
-        "wall_clock": wall_clock(model, variables, step, rounds),
-    }
+def tables(stored: Mapping[str, Any]) -> list[Any]:
+    """Accuracies, and the clock."""
+    r = stored["results"]
+    shown, clock = next(iter(r["pruned"].values())), {k: x["mean"] for k, x in r["wall_clock"].items()}
+    title = f"test accuracy without fine-tuning; dense {r['dense']['mean']:.3f}"
+    lines = [[name, *(spread(x["accuracy"]) for x in row.values())] for name, row in r["pruned"].items()]
+    said = (f"at {clock['macs_fraction']:.1%} of the MACs, batch {clock['batch']:.0f}: "
+            f"{clock['time_fraction']:.2f} of the dense time")  # fmt: skip
+    return [table(title, ["scores", *(f"{float(f):.0%} of the MACs" for f in shown)], lines), said]
 
 
-def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means and deviations over the seeds."""
-    spread = record.mean_and_spread
-    return {
-        "dense": spread([s["dense"] for s in seeds]),
-        "pruned": {
-            name: {
-                at: {k: spread([s["pruned"][name][at][k] for s in seeds]) for k in numbers}
-                for at, numbers in row.items()
-            }
-            for name, row in seeds[0]["pruned"].items()
-        },
-        "wall_clock": {k: spread([s["wall_clock"][k] for s in seeds]) for k in seeds[0]["wall_clock"]},
-    }
-
-
-def checks(results: dict[str, Any]) -> dict[str, bool]:
-    """What the means over the seeds have to show."""
-    last = f"{SHOWN[-1]:g}"
-    accuracy = {name: row[last]["accuracy"]["mean"] for name, row in results["pruned"].items()}
-    return {
-        "group L2 is 8 points above random": accuracy["group L2"] >= accuracy["random"] + 0.08,
-        **{
-            f"group L2 is 10 points above {name}": accuracy["group L2"] >= accuracy[name] + 0.10
-            for name in accuracy
-            if name.startswith("first-member")
-        },
-        "half the MACs take at most 0.9 of the time": results["wall_clock"]["time_fraction"]["mean"] <= 0.9,
-    }
-
-
-def table(results: dict[str, Any]) -> Table:
-    """Means and deviations as a table."""
-    out = Table(title=f"test accuracy without fine-tuning; dense {results['dense']['mean']:.3f}")
-    out.add_column("scores")
-    for stop in SHOWN:
-        out.add_column(f"{stop:.0%} of the MACs")
-    for name, row in results["pruned"].items():
-        out.add_row(name, *(f"{r['accuracy']['mean']:.3f} ± {r['accuracy']['std']:.3f}" for r in row.values()))
-    return out
-
-
-def main(
-    seeds: tuple[int, ...] = tuple(range(10)),
-    out: Path = RESULTS / "grouping.json",
-    epochs: int = RECIPE.epochs,
-    step: Annotated[float, tyro.conf.arg(help="fraction of the dense MACs removed between two scorings")] = STEP,
-    rounds: Annotated[int, tyro.conf.arg(help="rounds of the wall clock")] = 50,
-) -> None:
-    """Prune a digits ResNet by group L2, by first-member L1 and at random, and test it without fine-tuning."""
-    recipe = dataclasses.replace(RECIPE, epochs=epochs)
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    per_seed = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        whole = progress.add_task("seeds", total=len(seeds))
-        for seed in seeds:
-            per_seed.append(one_seed(load_digits(seed), seed, recipe, step, rounds, progress))
-            progress.update(whole, advance=1)
-    results = summary(per_seed)
-    verdict = checks(results)
-    record.write(out, {
-        "command": f"python -m experiments.grouping --seeds {' '.join(map(str, seeds))} --epochs {epochs} "
-                   f"--step {step:g} --rounds {rounds}",
-        "machine": record.machine(),
-        "note": DISTURBED,
-        "setting": {"widths": WIDTHS, "blocks": BLOCKS, "recipe": json.loads(json.dumps(dataclasses.asdict(recipe)))},
-        "checks": verdict,
-        "results": results,
-        "seeds": dict(zip(map(str, seeds), per_seed, strict=True)),
-    })  # fmt: skip
-    console.print(table(results))
-    clock = results["wall_clock"]
-    console.print(f"at {clock['macs_fraction']['mean']:.1%} of the MACs, batch {clock['batch']['mean']:.0f}: "
-                  f"{clock['time_fraction']['mean']:.2f} of the dense time")  # fmt: skip
-    for what, holds in verdict.items():
-        console.print(f"[{'green' if holds else 'red'}]{'yes' if holds else 'NO '}[/] {what}")
-    console.print(f"written to {out}")
-
+STUDY = Study(
+    "grouping", __doc__, {"digits": Setting()}, Trained, rows, demands, tables,
+    once={"note": lambda s: DISTURBED}, seeds=tuple(range(10)),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    STUDY.main()
