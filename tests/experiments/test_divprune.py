@@ -1,4 +1,4 @@
-"""The committed results of DivPrune's experiment: complete, summed up as the program does, and judged by checks that can fail."""
+"""DivPrune's experiment: what it measures, demands that can fail, and what the choice costs."""
 
 import copy
 import json
@@ -6,38 +6,33 @@ import json
 import numpy as np
 import pytest
 
-from experiments import divprune
-from experiments.benchmarks import divprune_cost
-from experiments.divprune import METHODS, RESULTS, Setting, checks, digits, measured, summary
+from experiments import digit_tokens, divprune
+from experiments.benchmarks import RESULTS, divprune_cost
 
 
-def stored():
-    return json.loads((RESULTS / "divprune-digits.json").read_text())
+def test_demands_can_fail():
+    """Where DivPrune is no better than chance, nothing is shown."""
+    of = {"min_distance": 0.1, "best_min_distance": 0.1, "cover_radius": 0.5, "nearest": 0.5, "attention": 0.5}
+    ours = {"min_distance": 0.31, "cover_radius": 0.44, "nearest": 0.6, "attention": 0.6}
 
+    def judged(ours, ratio):
+        counts = {k: {"divprune": ours, "random": of} for k in ("32", "56", "144")}
+        stored = divprune.STUDY.summed({"seeds": {"0": counts}, "cost": {"ratio": ratio}}, judge=True)
+        return list(stored["checks"].values())
 
-def test_the_file_is_what_the_program_makes_of_its_draws():
-    r = stored()
-    seeds = [r["seeds"][str(s)] for s in (0, 1, 2)]
-    assert r["command"] == "python -m experiments.divprune --config digits --seeds 0 1 2"
-    assert r["results"] == json.loads(json.dumps(summary(seeds)))
-    assert r["checks"] == checks(seeds, r["cost"])
-    assert set(r["results"]) == {"all", *map(str, Setting().counts)}
-
-
-def test_checks_can_fail():
-    r = stored()
-    seeds = [copy.deepcopy(r["seeds"][str(s)]) for s in (0, 1, 2)]
-    for one in seeds:
-        for k in ("32", "56", "144"):
-            one[k]["divprune"] = dict(one[k]["random"])
-    assert not any(checks(seeds, {"ratio": 41.0}).values())
+    assert judged(ours, 25.0) == [True] * 6
+    assert judged({**ours, "min_distance": 0.29}, 25.0) == [False, True, True, True, True, True]
+    assert judged({**ours, "min_distance": 0.19}, 25.0) == [False, False, True, True, True, True]
+    assert judged({**ours, "cover_radius": 0.46}, 41.0) == [True, True, False, True, True, False]
+    assert judged({**ours, "nearest": 0.4, "attention": 0.4}, 1.0)[3:] == [False, False, True]
 
 
 def test_measures_of_one_draw():
     """Against numpy, for eight tokens."""
-    x, y, questions, answers = (np.asarray(a) for a in digits(30, 0))
+    digits = digit_tokens.draw(30, 0)
+    x, y, questions, answers = (np.asarray(a) for a in digits)
     index = np.arange(0, 24, 3)
-    got = measured(x, y, questions, answers, index, 40.0)
+    got = digit_tokens.measured(digits, index, 40.0)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     apart = 1 - unit @ unit[index].T
     np.testing.assert_allclose(got["cover_radius"], apart.min(1).max(), atol=1e-5)
@@ -49,12 +44,12 @@ def test_measures_of_one_draw():
 
 
 @pytest.mark.slow
-def test_it_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(divprune, "timed", lambda setting: {**stored()["cost"], "ratio": 20.0})
-    divprune.main(setting=Setting(tokens=150, draws=2), seeds=(0,), out=tmp_path / "d.json")
-    r = json.loads((tmp_path / "d.json").read_text())
-    assert set(r["results"]["8"]) == set(METHODS) and (tmp_path / "divprune-digits.png").stat().st_size > 5000
-    divprune.main(out=tmp_path / "d.json", redraw=True)
+def test_it_runs(tmp_path):
+    out = ["--out", str(tmp_path / "d.json")]
+    sizes = "--sizes 40 4 80 8 --rounds 2"
+    r = divprune.STUDY.main([*out, "--seeds", "0", "--tokens", "150", "--draws", "2", *sizes.split()])
+    assert set(r["results"]["8"]) == {"divprune", "random", "norm_topk", "uniform_grid"}
+    assert r["cost"]["ratio_of_k_m"] == 4 and (tmp_path / "d.png").stat().st_size > 5000
 
 
 def test_the_committed_costs_are_judged_as_the_program_does():
