@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,10 @@ import jax.numpy as jnp
 import jprune
 from experiments.study import Run
 from jprune.data import Dataset
-from jprune.training import TrainConfig, evaluate, train
+from jprune.training import TrainConfig, as_forward, evaluate, mean_cross_entropy, sgd, train
+from jprune.training.forward import split_variables
+from jprune.training.placement import data_mesh
+from jprune.training.state import Recipe, compiled_step, init_state, update_of
 
 
 class Classifier:
@@ -48,3 +52,23 @@ class Classifier:
     def accuracy(self, variables: Any, model: Any = None) -> float:
         """On the test split."""
         return evaluate(model or self.model, variables, self.data, self.batch).accuracy
+
+
+def training_step(model: Any, variables: Any, batch: Any, recipe: TrainConfig, steps: int) -> Callable[[], Any]:
+    """What does so many of the recipe's steps on one batch at each call, to be timed; compiled and warm."""
+    params, rest = split_variables(variables)
+    descent = sgd(recipe.weight_decay, recipe.momentum, recipe.nesterov)
+    state = init_state(params, rest, (descent,), data_mesh(None))
+    shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(state))
+    step = compiled_step(
+        Recipe(as_forward(model), (update_of(descent),), mean_cross_entropy(0.0), "float32", True, shardings)
+    )
+    batch, key, rate = jax.device_put(batch), jax.random.key(0), jnp.float32(1e-3)
+    holder = [step(state, batch, key, rate)[0]]  # a step takes its state's buffers over
+
+    def run() -> Any:
+        for _ in range(steps):
+            holder[0] = step(holder[0], batch, key, rate)[0]
+        return holder[0]
+
+    return run

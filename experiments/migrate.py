@@ -11,11 +11,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from experiments import divprune, grouping
+from experiments import divprune, grouping, masksparsity, precropping
 from experiments.record import write
 from experiments.study import RESULTS, Study
 
-STUDIES: dict[str, Study[Any, Any]] = {"grouping": grouping.STUDY, "divprune-digits": divprune.STUDY}
+STUDIES: dict[str, Study[Any, Any]] = {
+    "grouping": grouping.STUDY,
+    "divprune-digits": divprune.STUDY,
+    "masksparsity-small": masksparsity.STUDY,
+    "precropping-small": precropping.STUDY,
+}
+RENAMED = {"ratios": "sparsities"}
 
 
 def contained(old: Any, new: Any) -> bool:
@@ -28,7 +34,7 @@ def contained(old: Any, new: Any) -> bool:
 def migrated(study: Study[Any, Any], stem: str, old: dict[str, Any]) -> dict[str, Any]:
     """The file in today's form."""
     config = next(iter(study.settings))
-    setting = {k: v for k, v in old["setting"].items() if k not in ("model", "data", "config")}
+    setting = {RENAMED.get(k, k): v for k, v in old["setting"].items() if k not in ("model", "data", "config")}
     command = f"python -m experiments.{study.name} --config {config} --seeds {' '.join(old['seeds'])}"
     new = study.summed({**old, "command": command, "setting": {"config": config, **setting}}, judge=True)
     assert contained(old["results"], new["results"]), stem

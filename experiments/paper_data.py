@@ -1,10 +1,15 @@
-"""The papers' data sets, from the folder that --data-dir names; nothing is downloaded."""
+"""Data of the experiments on classifiers: digits, and the papers' sets from the folder that --data-dir names."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from jprune.data import Dataset, load_cifar, load_image_folder
+from jprune.data import Dataset, load_cifar, load_digits, load_image_folder
+
+
+def digits(folder: Path | None, seed: int) -> Dataset:
+    """scikit-learn's, split by the seed; they need no folder."""
+    return load_digits(seed)
 
 
 def cifar10(folder: Path | None, seed: int) -> Dataset:

@@ -5,13 +5,11 @@ import shutil
 
 import pytest
 
-from experiments import adaspa, cfsp, lapp, masksparsity, precropping
+from experiments import adaspa, cfsp, lapp
 
-PROGRAMS = {"masksparsity": masksparsity, "lapp": lapp, "precropping": precropping, "cfsp": cfsp, "adaspa": adaspa}
+PROGRAMS = {"lapp": lapp, "cfsp": cfsp, "adaspa": adaspa}
 BESIDE = {
-    "masksparsity": [],
     "lapp": ["seeds"],
-    "precropping": ["step_ms"],
     "cfsp": [],
     "adaspa": ["seeds"],
 }  # what else their checks look at
