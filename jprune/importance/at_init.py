@@ -20,9 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jprune.tracing.errors import suggest
 from jprune.tracing.paths import flatten, path_str
+from jprune.tracing.primitives import DENSE_CONTRACTIONS
 from jprune.tracing.structure import Structure
 
-CONTRACTIONS = ("conv_general_dilated", "dot_general")
 Fn: TypeAlias = Callable[[Any, Any], Any]
 Batches: TypeAlias = Iterable[tuple[Any, Any]]
 OutputLoss: TypeAlias = Callable[[Any, Any], Any]
@@ -34,7 +34,7 @@ def weight_leaves(graph: Structure) -> tuple[str, ...]:
 
     Biases, normalisation scales, embeddings and the like only meet data element by element and are not among them.
     """
-    used = [t.leaf for t in graph.taps.values() if t.primitive in CONTRACTIONS]
+    used = [t.leaf for t in graph.taps.values() if t.primitive in DENSE_CONTRACTIONS]
     return tuple(p for p in dict.fromkeys(used) if graph.leaves[p].is_param)
 
 

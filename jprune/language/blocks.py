@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from jprune.tracing import layout as L
+from jprune.tracing.branches import Branch, branches
+from jprune.tracing.flow import Flow
 from jprune.tracing.layout import Unit
 from jprune.tracing.probes import Point
-from jprune.tracing.residual import Branch, Flow
 from jprune.tracing.structure import Structure, Tap
 from jprune.tracing.walk import Path
 
@@ -84,7 +85,7 @@ def blocks(graph: Structure) -> tuple[Block, ...]:
     flow = Flow(graph)
     mlps: list[tuple[Branch, str]] = []
     attentions: list[tuple[Branch, _Heads]] = []
-    for b in flow.branches():
+    for b in branches(graph, flow):
         tap = graph.taps[b.tap]
         if b.products:
             attentions.append((b, _heads(graph, tap, b.products)))

@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float32
 
 from jprune.language.blocks import Block, blocks
-from jprune.surgery.adapt import Product, TapError, adapt, consumers, gate, gates, product
+from jprune.surgery.products import Product, TapError, adapt, consumers, gate, gates, product
 from jprune.tracing import layout as L
 from jprune.tracing.paths import flatten, with_leaves
 from jprune.tracing.structure import Structure, Tap

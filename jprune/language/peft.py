@@ -28,7 +28,7 @@ from jprune.files.atomic import write_json
 from jprune.files.json_files import Fields, read_json, said_of
 from jprune.language.blocks import blocks
 from jprune.language.lora import Lora, LoraConfig, own_scales, products
-from jprune.surgery.adapt import Product
+from jprune.surgery.products import Product
 from jprune.tracing import layout as L
 from jprune.tracing.structure import Structure
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from jprune.surgery.decision import Keep, axis_index, decide, touched
 from jprune.tracing import operand as moves
+from jprune.tracing.flow import Flow
 from jprune.tracing.paths import flatten, path_str
+from jprune.tracing.primitives import DENSE_CONTRACTIONS
 from jprune.tracing.structure import Structure, Tap
-
-CONTRACTIONS = ("dot_general", "conv_general_dilated")
 
 
 class Compensated(NamedTuple):
@@ -43,41 +43,47 @@ def compensate(structure: Structure, params: Any, keep: Keep, means: Mapping[str
       The edited dense parameters, and the consumers for which there is no bias to edit, with the reason.
     """
     decision = decide(structure, keep, True, True)
-    values = dict(flatten(params))
+    values, flow = dict(flatten(params)), Flow(structure)
     skipped: dict[str, str] = {}
     for tap in structure.taps.values():
-        if tap.primitive not in CONTRACTIONS:
+        if tap.primitive not in DENSE_CONTRACTIONS:
             continue
         gone = {
             a: axis_index(lay, decision.slots) for a, lay in enumerate(tap.in_layouts) if touched(lay, decision.keep)
         }
         if not gone:
             continue
-        reason = _move(structure, tap, gone, values, means)
+        reason = _move(structure, flow, tap, gone, values, means)
         if reason:
             skipped[tap.id] = reason
     new = jax.tree_util.tree_map_with_path(lambda p, x: values[path_str(p)], params)
     return Compensated(new, skipped)
 
 
-def _move(structure: Structure, tap: Tap, kept: Mapping[int, Any], values: dict[str, Any], means: Any) -> str:
+def _move(
+    structure: Structure, flow: Flow, tap: Tap, kept: Mapping[int, Any], values: dict[str, Any], means: Any
+) -> str:
     """Move what one consumer loses into the bias behind it; why that cannot be done, or ""."""
     if tap.id not in means:
         return "no mean was given for it"
     if reason := moves.check(tap.use.moves, tap.layers):
         return reason
-    records = structure.analysis.records
-    result = records[tap.use.path][1][0]
-    readers = [(path, k) for path, (ins, _) in records.items() for k, v in enumerate(ins) if v is result]
-    biases = [u for u in structure.analysis.uses.values() if (u.path, u.data_operand) in readers]
-    biases = [u for u in biases if u.primitive == "add" or (u.primitive == "sub" and u.leaf_operand == 1)]
-    if len(biases) != 1 or len({path for path, _ in readers}) != 1:
+    product = flow.steps[tap.use.path]
+    (result,) = product.outs
+    readers = {s.path: s for s in flow.read_by(result) if not s.is_call}
+    biases = [
+        u
+        for u in structure.analysis.uses.values()
+        if u.path in readers and readers[u.path].ins[u.data_operand] is result
+        if u.primitive == "add" or (u.primitive == "sub" and u.leaf_operand == 1)
+    ]
+    if len(biases) != 1 or len(readers) != 1:
         return "no bias or running mean follows it directly"
     (bias,) = biases
     layer_axis = structure.leaves[bias.leaf].layer_axis
     if (layer_axis is None) != (tap.layers is None):
         return f"{bias.leaf} is shared by layers whose weights are not, or the other way round"
-    operand = records[tap.use.path][0][tap.use.data_operand]
+    operand = product.ins[tap.use.data_operand]
     features = [operand.shape[a] for a in tap.use.data_features]
     constants = np.asarray(jax.device_get(means[tap.id]), np.float32).reshape(tap.layers or 1, *features)
     weights = moves.operand(tap.use.moves, jnp.asarray(values[tap.leaf], jnp.float32))

@@ -3,7 +3,7 @@
 Sizes that equations carry as parameters (target shapes, slice bounds, group counts, ...) are rewritten from the
 axis layouts, so the user's function runs on smaller leaves without an edit. States of statistics are threaded
 through loops and branches: per layer where the tapped parameter is stacked, accumulated where it is shared. Results
-of watched equations may also be replaced (jprune.surgery.graft).
+of watched equations may also be replaced (jprune.surgery.sites).
 """
 
 from __future__ import annotations

@@ -12,12 +12,11 @@ from typing import Any, TypeAlias
 
 import jax
 
+from jprune.tracing.primitives import SAME
 from jprune.tracing.walk import LAYERS, Move
 
 Moves: TypeAlias = Sequence[Move]
 
-SAME = ("convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision", "optimization_barrier",
-        "sharding_constraint")  # fmt: skip
 MOVED = ("transpose", "reshape", "squeeze", "expand_dims", "rev", "slice", "split", "broadcast_in_dim")
 
 

@@ -241,6 +241,8 @@ class Structure:
         self.layout = layout
         self._layout_cache: dict[Path, Any] = {}
         self.const_vals = tuple(const_vals)
+        self.input_vals = tuple(v for _, v in inputs)
+        self.output_vals = tuple(outputs)
         self.rules = analysis.rules
         self.input_dims = [(path, [_symbol(layout(t)) for t in v.tags]) for path, v in inputs]
         self.input_shapes = [v.shape for _, v in inputs]

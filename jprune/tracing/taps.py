@@ -20,6 +20,7 @@ from rich.progress import track
 
 from jprune.tracing import layout as L
 from jprune.tracing.errors import TraceError, suggest
+from jprune.tracing.primitives import DENSE_CONTRACTIONS
 from jprune.tracing.probes import Point, Probe, probed
 from jprune.tracing.structure import Structure, Tap
 
@@ -208,7 +209,7 @@ def _choose(structure: Structure, taps: Iterable[str] | None, side: str) -> list
     if side not in ("in", "out"):
         raise TraceError(f"side must be 'in' or 'out', not {side!r}")
     if taps is None:
-        names = [t for t, tap in structure.taps.items() if tap.primitive in ("dot_general", "conv_general_dilated")]
+        names = [t for t, tap in structure.taps.items() if tap.primitive in DENSE_CONTRACTIONS]
     else:
         names = list(taps)
         for t in names:

@@ -14,7 +14,7 @@ import jprune
 from jprune.language import lora as L
 from jprune.language.lora import LoraConfig
 from jprune.models.llama import Llama, stack_layers
-from jprune.surgery.adapt import TapError
+from jprune.surgery.products import TapError
 from jprune.tracing.paths import flatten
 
 IDS, MASK = prompt(tokens=6)

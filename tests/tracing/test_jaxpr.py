@@ -71,7 +71,8 @@ def test_what_a_plain_function_closes_over_may_change():
     state = {"scale": 1.0}
 
     def fn(v: Any, x: jax.Array) -> jax.Array:
-        return net.apply(v, x) * state["scale"]
+        out: Any = net.apply(v, x)
+        return out * state["scale"]
 
     before = jprune.trace(fn, v, X)
     state["scale"] = 0.5

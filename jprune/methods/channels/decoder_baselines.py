@@ -27,10 +27,10 @@ from jprune.importance.reduce import WEIGHTS, counted_members, leaf_values, trac
 from jprune.language.blocks import Block, blocks, layers
 from jprune.language.statistics import BlockStats, layerwise_stats
 from jprune.methods.channels.decoder_channels import channel_scores, ffn_groups, select
-from jprune.surgery.adapt import product
 from jprune.surgery.compensate import Compensated, compensate
 from jprune.surgery.decision import Keep
 from jprune.surgery.mask import mask
+from jprune.surgery.products import product
 from jprune.tracing import cost
 from jprune.tracing.paths import flatten, with_leaves
 from jprune.tracing.structure import Structure

@@ -13,6 +13,7 @@ from jax import lax
 from jprune.tracing import refine
 from jprune.tracing import tags as T
 from jprune.tracing.evaluate import Evaluator
+from jprune.tracing.primitives import CALLS, REMAT
 from jprune.tracing.tags import Frozen
 from jprune.tracing.walk import LAYERS, Analysis, Eqn, Path, Rule, Val
 
@@ -341,19 +342,9 @@ def _eval_cond(ev: Evaluator, eqn: Eqn, args: list[Any], path: Path) -> list[Any
     return outs
 
 
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_vmap_call": "call",  # its own rule for vmap was asked when the function was traced
-    "composite": "jaxpr",
-}
-
 RULES: dict[str, Rule] = {
     **{name: Rule(_call(_inner(p)), evaluate=_eval_call(_inner(p))) for name, p in CALLS.items()},
-    **{name: Rule(_call(_inner("jaxpr")), evaluate=_eval_remat) for name in ("remat2", "remat", "checkpoint")},
+    **{name: Rule(_call(_inner("jaxpr")), evaluate=_eval_remat) for name in REMAT},
     "custom_jvp_call": Rule(_custom_jvp, evaluate=_eval_custom_jvp),
     "custom_vjp_call": Rule(_custom_vjp, evaluate=_eval_custom_vjp),
     "scan": Rule(_scan, evaluate=_eval_scan),

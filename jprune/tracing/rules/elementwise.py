@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from jprune.tracing.primitives import SAME
 from jprune.tracing.walk import Analysis, Eqn, Rule, Val
 
 Flags = list[bool]
@@ -121,15 +122,10 @@ ZERO_LOST = (
     "population_count clz eq ne lt le gt ge eq_to le_to lt_to nextafter complex igamma igammac zeta polygamma "
     "regularized_incomplete_beta igamma_grad_a random_gamma bitcast_convert_type"
 )
-SAME = (
-    "convert_element_type copy reduce_precision stop_gradient optimization_barrier sharding_constraint "
-    "name device_put pvary pcast layout_constraint reshard mesh_cast"
-)
-
 RULES: dict[str, Rule] = {
     **{name: Rule(_elementwise(_first)) for name in ZERO_STAYS.split()},
     **{name: Rule(_elementwise(_never)) for name in ZERO_LOST.split()},
-    **{name: Rule(_same_entries) for name in SAME.split()},
+    **{name: Rule(_same_entries) for name in SAME},
     **{name: Rule(_elementwise(_all)) for name in ("add", "sub", "add_any", "or", "xor", "atan2")},
     **{name: Rule(_elementwise(_any)) for name in ("mul", "and")},
     **{

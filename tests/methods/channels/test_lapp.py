@@ -27,7 +27,7 @@ from jprune.methods.channels.lapp.layers import original, sliceable
 from jprune.methods.channels.lapp.network import finalise, gated_forward, init, prepare, slice_lapp, update_rules
 from jprune.methods.channels.lapp.run import LappRun, run
 from jprune.models import rebuild, resnet, vgg
-from jprune.surgery.graft import SiteError, select
+from jprune.surgery.sites import SiteError, select
 from jprune.training import TrainConfig, evaluate, sgd, with_own_updates
 
 KEY = jax.random.key(0)

@@ -22,7 +22,7 @@ from jprune.methods.channels.loraprune import masks as lm
 from jprune.methods.channels.loraprune import run
 from jprune.methods.channels.loraprune.loraprune import group_importance, lora_sensitivity, weight_sensitivity
 from jprune.models.llama import Llama
-from jprune.surgery.adapt import product
+from jprune.surgery.products import product
 from jprune.tracing.paths import flatten
 
 SMALL = {"vocab": 20, "stream": 16, "ffn": 12, "depth": 4}

@@ -15,7 +15,7 @@ from jprune.methods.channels.precrop import controls as claims
 from jprune.methods.channels.precrop import precrop as pc
 from jprune.methods.channels.precrop.free_widths import width_variables
 from jprune.models import build, rebuild, resnet, vgg
-from jprune.tracing.joins import joins
+from jprune.tracing.connections import connections
 from jprune.training import TrainConfig, evaluate, train
 
 
@@ -201,24 +201,24 @@ def test_widths_inside_blocks_are_found_in_the_zoo(name, free, sizes):
     assert all(len(b.groups) == (2 if name == "resnet50" else 1) for b in found.blocks)
 
 
-def test_chains_are_free_everywhere_and_joins_say_why_others_are_not():
+def test_chains_are_free_everywhere_and_connections_say_why_others_are_not():
     module, x = build("vgg16_bn", 10), shape(2, 32, 32, 3)
     graph = jprune.trace(module.apply, jax.eval_shape(module.init, jax.random.key(0), x), x)
     assert width_variables(graph).mode == "scale" and set(width_variables(graph).groups) == set(graph.groups)
     graph, _ = traced(inverted(squeeze=8), 32)
-    facts = joins(graph)
+    facts = connections(graph)
     assert facts.summed == {"stem:3"} or len(facts.summed) == 1
     assert facts.gates == {"up"} and not facts.concatenated
 
 
-def test_normalising_joins_nothing():
+def test_normalising_connects_nothing():
     def fn(p, x):
         h = x @ p["a"]
         h = jax.nn.softmax(h - h.mean(1, keepdims=True), axis=1)  # both keep the channels, neither is a skip
         return h @ p["b"]
 
     graph = jprune.trace(fn, {"a": shape(3, 8), "b": shape(8, 2)}, shape(5, 7, 3))
-    assert not joins(graph).summed and joins(graph).bent == {"a:1"}
+    assert not connections(graph).summed and connections(graph).nonlinear == {"a:1"}
 
 
 def test_two_branches_that_are_added_are_joined():
@@ -226,7 +226,7 @@ def test_two_branches_that_are_added_are_joined():
         return jax.nn.relu(x @ p["a"] + jnp.tanh(x @ p["b"])) @ p["c"]
 
     graph = jprune.trace(fn, {"a": shape(3, 8), "b": shape(3, 8), "c": shape(8, 2)}, shape(5, 3))
-    assert joins(graph).summed == set(graph.groups)
+    assert connections(graph).summed == set(graph.groups)
 
 
 # --- budgets -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jprune.surgery.graft import Site
+from jprune.surgery.sites import Site
 
 KINDS = ("pw", "dw", "lowrank", "none")
 EPSILON, MOMENTUM = 1e-5, 0.9

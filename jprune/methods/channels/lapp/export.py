@@ -13,7 +13,7 @@ from jprune.methods.channels.lapp import bypass
 from jprune.methods.channels.lapp.forward import placed_join
 from jprune.methods.channels.lapp.layers import Network, original, relative_path
 from jprune.methods.channels.lapp.network import Sliced
-from jprune.surgery.graft import Site, folded, graft
+from jprune.surgery.sites import Site, folded, graft
 from jprune.tracing.paths import flatten, path_str
 
 

@@ -16,8 +16,8 @@ from jax import lax
 from jprune.methods.channels.lapp import bypass, lapp
 from jprune.methods.channels.lapp.gates import gates, ratio, scores
 from jprune.methods.channels.lapp.layers import Network, original
-from jprune.surgery import graft as g
-from jprune.surgery.graft import Site
+from jprune.surgery import sites as g
+from jprune.surgery.sites import Site
 from jprune.training.forward import Forward
 
 

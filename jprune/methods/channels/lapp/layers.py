@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jprune.graph import Graph
 from jprune.methods.channels.lapp import bypass
 from jprune.methods.channels.lapp.lapp import LappConfig
-from jprune.surgery import graft as g
-from jprune.surgery.graft import Site
+from jprune.surgery import sites as g
+from jprune.surgery.sites import Site
 from jprune.training.forward import Forward
 
 

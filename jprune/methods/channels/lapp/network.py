@@ -27,7 +27,7 @@ from jprune.methods.channels.lapp.layers import (
     prunable,
     sliceable,
 )
-from jprune.surgery import graft as g
+from jprune.surgery import sites as g
 from jprune.training.forward import Forward, as_forward
 from jprune.training.pruned import pruned_forward
 

@@ -14,7 +14,7 @@ import math
 
 from jprune.importance.at_init import weight_leaves
 from jprune.tracing import layout as L
-from jprune.tracing.joins import joins
+from jprune.tracing.connections import connections
 from jprune.tracing.layout import Fixed, Unit
 from jprune.tracing.structure import Structure
 
@@ -84,7 +84,7 @@ def width_variables(graph: Structure, stage_width: str | None = None) -> WidthVa
     weights = weight_leaves(graph)
     own = {p: {g for lay in graph.leaves[p].layouts for g in L.groups_in(lay)} for p in weights}
     summed_over, depthwise, cardinality = _contracted(graph, set(weights))
-    facts = joins(graph)
+    facts = connections(graph)
     between = facts.summed | facts.concatenated
     mode = stage_width or ("keep" if between else "scale")
     touching = {g: tuple(p for p in weights if g in own[p]) for g in graph.groups}
@@ -95,7 +95,7 @@ def width_variables(graph: Structure, stage_width: str | None = None) -> WidthVa
 
     stay = set(cardinality)
     if mode == "keep":
-        stay |= between | (graph.groups.keys() - facts.bent)
+        stay |= between | (graph.groups.keys() - facts.nonlinear)
         for p in weights:
             codes = {f.code for f in graph.leaves[p].frozen if f is not None}
             reads_input = not summed_over[p] and codes <= {"MODEL_INPUT", *SPATIAL}

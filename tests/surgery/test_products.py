@@ -11,7 +11,7 @@ from laws import normal, relative, same_numbers
 
 import jprune
 from jprune.models.llama import Llama, stack_layers
-from jprune.surgery.adapt import TapError, adapt, consumers, gate, gates, product
+from jprune.surgery.products import TapError, adapt, consumers, gate, gates, product
 from jprune.tracing.paths import flatten
 
 IDS, MASK = prompt(tokens=5)
@@ -243,7 +243,7 @@ def test_what_is_refused():
     graph = jprune.trace(fn, params, normal(1, 2, 4))
     with pytest.raises(TapError, match="is mul, no matrix product"):
         product(graph, "s")
-    with pytest.raises(TapError, match=r"a derivative of its own, at .*test_adapt"):
+    with pytest.raises(TapError, match=r"a derivative of its own, at .*test_products"):
         adapt(graph, ["w"], gating)
     graph = jprune.trace(
         scanned, {"w": normal(0, 4, 3, 5), "v": normal(1, 3, 4, 5), "shared": normal(2, 4, 5)}, normal(3, 2, 4)

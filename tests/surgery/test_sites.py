@@ -12,7 +12,7 @@ from laws import lively, relative, same_numbers
 
 import jprune
 from jprune.models import resnet
-from jprune.surgery.graft import SiteError, folded, graft, select, sites
+from jprune.surgery.sites import SiteError, folded, graft, select, sites
 from jprune.training import as_forward
 
 RNG = np.random.default_rng(0)
@@ -269,7 +269,7 @@ def test_what_cannot_be_grafted_is_named():
              (leaving, {"w": p["w"], "scale": jnp.ones(3)}, "w", "rematerialisation", leaving)]  # fmt: skip
     for fn, params, leaf, why, _ in cases:
         graph = jprune.trace(fn, params, IMAGES)
-        with pytest.raises(SiteError, match=f"(?s){leaf!r}.*{why}.*test_graft.py:\\d+"):
+        with pytest.raises(SiteError, match=f"(?s){leaf!r}.*{why}.*test_sites.py:\\d+"):
             select(graph, [leaf])
     with pytest.raises(SiteError, match="'v' is no convolution's kernel"):
         select(jprune.trace(looped, p, IMAGES), ["v"])

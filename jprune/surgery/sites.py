@@ -15,21 +15,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.extend import core as jex
 
 from jprune.tracing.errors import suggest
 from jprune.tracing.evaluate import Evaluator
+from jprune.tracing.flow import Flow, Step
 from jprune.tracing.paths import flatten
-from jprune.tracing.rules.control_flow import CALLS
+from jprune.tracing.primitives import SUMS
 from jprune.tracing.structure import Structure
-from jprune.tracing.walk import Path
+from jprune.tracing.walk import Path, Val
 
 AFFINE = ("add", "sub", "mul", "div", "add_any")
 CARRIED = ("convert_element_type", "copy", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "reduce_precision")
 ELEMENTWISE = (*AFFINE, "square", "integer_pow", "pow", "sqrt", "rsqrt", "abs", "neg", "max", "stop_gradient", "copy",
                "convert_element_type")  # fmt: skip
-REMAT = ("remat2", "remat", "checkpoint")
+CONVOLUTION = "conv_general_dilated"
 
 Join = Callable[["Site", jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -88,66 +87,53 @@ class Site:
         return tuple(self.kernel_shape[i] for i in self.eqn.params["dimension_numbers"].rhs_spec[2:])
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class _Value:
-    shape: tuple[int, ...]
-    made_by: _Node | None = None
-    read_by: list[_Node] = dataclasses.field(default_factory=list)
-    leaf: str | None = None
-    is_output: bool = False
-    after_conv: bool = False
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class _Node:
-    path: Path
-    eqn: Any
-    remat: Path | None
-    ins: list[_Value] = dataclasses.field(default_factory=list)
-    outs: list[_Value] = dataclasses.field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return self.eqn.primitive.name
-
-
 def sites(graph: Structure) -> tuple[dict[str, Site], dict[str, str]]:
     """({kernel path: site} in program order, {kernel path: why nothing can be grafted there}).
 
     Works on the trace of either mode: batch statistics are recognised as reductions to one number a channel.
     """
-    nodes, arguments, results = _flat(graph)
-    at = {n.path: n for n in nodes}
+    flow = Flow(graph)
     uses: dict[str, list[Any]] = {}
     for use in graph.analysis.uses.values():
-        if use.primitive == "conv_general_dilated":
+        if use.primitive == CONVOLUTION:
             uses.setdefault(use.leaf, []).append(use)
+    order = {path: i for i, path in enumerate(flow.steps)}
+    convolved = _convolved(flow)
     found: dict[str, Site] = {}
     refused: dict[str, str] = {}
-    ends: dict[str, _Value] = {}
-    for leaf, (use, *others) in sorted(uses.items(), key=lambda item: _order(item[1][0].path)):
-        node = at.get(use.path)
+    ends: dict[str, Val] = {}
+    for leaf, (use, *others) in sorted(uses.items(), key=lambda item: order[item[1][0].path]):
+        step = flow.steps[use.path]
         if others:
             refused[leaf] = (
                 f"it is used {1 + len(others)} times ({use.where}; {others[0].where}): give each use its own"
             )
-        elif node is None:
+        elif step.scope != ():
             refused[leaf] = f"it lies in the body of a loop, branch or custom derivative, at {use.where}: unroll that"
         else:
-            end, norm = _follow(node)
-            assert end.made_by is not None
-            if end.made_by.remat != node.remat:
+            end, norm = _follow(flow, step)
+            last = flow.made_by(end, ())
+            assert last is not None
+            if last.remat != step.remat:
                 refused[leaf] = f"rematerialisation ends between it and its normalisation, at {use.where}"
                 continue
             ends[leaf] = end
-            found[leaf] = Site(leaf, node.eqn, tuple(norm), not node.ins[0].after_conv, False,
-                               _reachable(nodes, arguments, results, {end}), use.where, node.path,
-                               end.made_by.path)  # fmt: skip
-    made = {end: at[found[p].conv] for p, end in ends.items()}
-    found = {p: dataclasses.replace(s, shortcut=_is_shortcut(ends[p], made)) for p, s in found.items()}
+            found[leaf] = Site(
+                leaf,
+                step.eqn,
+                tuple(norm),
+                id(step.ins[0]) not in convolved,
+                False,
+                _reachable(flow, [end]),
+                use.where,
+                step.path,
+                last.path,
+            )
+    made = {id(end): flow.steps[found[p].conv] for p, end in ends.items()}
+    found = {p: dataclasses.replace(s, shortcut=_is_shortcut(flow, ends[p], made)) for p, s in found.items()}
     # several sites that can each be passed by, but not all at once, are not bypassed: one of them has to stay
-    around = {ends[p] for p, s in found.items() if s.bypassed and not s.shortcut}
-    if not _reachable(nodes, arguments, results, around):
+    around = [ends[p] for p, s in found.items() if s.bypassed and not s.shortcut]
+    if not _reachable(flow, around):
         found = {p: dataclasses.replace(s, bypassed=False) for p, s in found.items()}
     return found, refused
 
@@ -265,121 +251,79 @@ def evaluated(
     return jax.tree.unflatten(graph.out_tree, outs), ev.states
 
 
-# -- the jaxpr with its calls inlined, and what can be read from it --------------------------------------------------
+# -- what is read from the dataflow ------------------------------------------------------------------------------------
 
 
-def _flat(graph: Structure) -> tuple[list[_Node], list[_Value], list[_Value]]:
-    """Equations in order, the values of the inputs (not the leaves), the results."""
-    nodes: list[_Node] = []
-
-    def walk(jaxpr: Any, args: Sequence[_Value], path: Path, remat: Path | None) -> list[_Value]:
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        env: dict[Any, _Value] = dict(zip(jaxpr.invars, args, strict=True))
-
-        def read(v: Any) -> _Value:
-            if isinstance(v, jex.Literal):
-                return _Value(tuple(np.shape(v.val)))
-            return env.setdefault(v, _Value(tuple(v.aval.shape)))  # only constants are met for the first time here
-
-        for i, eqn in enumerate(jaxpr.eqns):
-            ins = [read(v) for v in eqn.invars]
-            name, here = eqn.primitive.name, (*path, i)
-            inner = eqn.params.get("jaxpr" if name in REMAT else CALLS.get(name, ""))
-            if inner is not None:
-                outs = walk(inner, ins, (*here, "call"), here if name in REMAT else remat)
-            else:
-                node = _Node(here, eqn, remat, ins)
-                nodes.append(node)
-                convolves = any(v.after_conv for v in ins) or "conv_general_dilated" in (name, *_inside(eqn))
-                outs = [_Value(tuple(v.aval.shape), node, after_conv=convolves) for v in eqn.outvars]
-                node.outs = outs
-                for v in ins:
-                    v.read_by.append(node)
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
-
-    paths = [*graph.leaves, *[None] * len(graph.input_shapes)]
-    used = [p for p, u in zip(paths, graph.used_invars, strict=True) if u]
-    arguments = [_Value(tuple(v.aval.shape), leaf=p) for v, p in zip(graph.jaxpr.jaxpr.invars, used, strict=True)]
-    results = walk(graph.jaxpr.jaxpr, arguments, (), None)
-    for v in results:
-        v.is_output = True
-    return nodes, [v for v in arguments if v.leaf is None], results
-
-
-def _inside(eqn: Any) -> Iterable[str]:
-    """Names of the primitives inside an equation that is not inlined."""
-    for p in eqn.params.values():
-        for sub in p if isinstance(p, tuple | list) else (p,):
-            for e in getattr(getattr(sub, "jaxpr", sub), "eqns", ()):
-                yield e.primitive.name
-                yield from _inside(e)
-
-
-def _order(path: Path) -> tuple[int, ...]:
-    return tuple(k for k in path if isinstance(k, int))
+def _convolved(flow: Flow) -> set[int]:
+    """Values (by identity) that a convolution lies before."""
+    holders = {s.path[:i] for s in flow.steps.values() if s.name == CONVOLUTION for i in range(len(s.path) + 1)}
+    out: set[int] = set()
+    for step in flow.within(()):
+        if step.path in holders or any(id(v) in out for v in step.ins):
+            out.update(id(v) for v in step.outs)
+    return out
 
 
 def _wide(shape: Sequence[int]) -> list[int]:
     return [i for i, n in enumerate(shape) if n != 1]
 
 
-def _varies(v: _Value) -> set[int]:
+def _varies(flow: Flow, v: Val) -> set[int]:
     """Axes along which the entries of a value may differ."""
-    node = v.made_by
-    if node is not None and v.shape == node.outs[0].shape:
-        if node.name == "broadcast_in_dim":
-            axes = node.eqn.params["broadcast_dimensions"]
-            return {axes[i] for i in _varies(node.ins[0]) if i < len(axes)}
-        if node.name in ("convert_element_type", "copy"):
-            return _varies(node.ins[0])
-        if node.name in CARRIED:
-            before = _wide(node.ins[0].shape)
-            if [node.ins[0].shape[i] for i in before] == [v.shape[i] for i in _wide(v.shape)]:
+    step = flow.made_by(v, ())
+    if step is not None and v.shape == step.outs[0].shape:
+        if step.name == "broadcast_in_dim":
+            axes = step.eqn.params["broadcast_dimensions"]
+            return {axes[i] for i in _varies(flow, step.ins[0]) if i < len(axes)}
+        if step.name in ("convert_element_type", "copy"):
+            return _varies(flow, step.ins[0])
+        if step.name in CARRIED:
+            before = _wide(step.ins[0].shape)
+            if [step.ins[0].shape[i] for i in before] == [v.shape[i] for i in _wide(v.shape)]:
                 moved = dict(zip(before, _wide(v.shape), strict=True))
-                return {moved[i] for i in _varies(node.ins[0]) if i in moved}
-        if node.name in ELEMENTWISE:
-            return {i for x in node.ins for i in _varies(x)}
+                return {moved[i] for i in _varies(flow, step.ins[0]) if i in moved}
+        if step.name in ELEMENTWISE:
+            return {i for x in step.ins for i in _varies(flow, x)}
     return set(_wide(v.shape))
 
 
-def _leaves_of(v: _Value) -> list[str]:
+def _leaves_of(flow: Flow, v: Val) -> list[str]:
     """Leaves that a per-channel operand is computed from directly, not through statistics of the data."""
     if v.leaf is not None:
         return [v.leaf]
-    node = v.made_by
-    if node is None or node.name not in (*ELEMENTWISE, *CARRIED):
+    step = flow.made_by(v, ())
+    if step is None or step.name not in (*ELEMENTWISE, *CARRIED):
         return []
-    return [p for x in node.ins for p in _leaves_of(x)]
+    return [p for x in step.ins for p in _leaves_of(flow, x)]
 
 
-def _is_statistical(node: _Node, axis: int) -> bool:
+def _is_statistical(flow: Flow, step: Step, axis: int) -> bool:
     """Whether this reader only lets numbers per channel out: a reduction, or elementwise steps towards some."""
-    if node.name.startswith("reduce_") and "axes" in node.eqn.params:
-        left = set(_wide(node.ins[0].shape)) - set(node.eqn.params["axes"])
+    if step.name.startswith("reduce_") and "axes" in step.eqn.params:
+        left = set(_wide(step.ins[0].shape)) - set(step.eqn.params["axes"])
         return left <= {axis}
-    if node.name not in ELEMENTWISE or any(v.is_output for v in node.outs):
+    if step.name not in ELEMENTWISE or any(flow.is_output(v) for v in step.outs):
         return False
-    readers = [n for v in node.outs for n in v.read_by]
-    return bool(readers) and all(_is_statistical(n, axis) for n in readers)
+    readers = [r for v in step.outs for r in flow.read_by(v, ())]
+    return bool(readers) and all(_is_statistical(flow, r, axis) for r in readers)
 
 
-def _follow(node: _Node) -> tuple[_Value, list[str]]:
+def _follow(flow: Flow, convolution: Step) -> tuple[Val, list[str]]:
     """From a convolution through the per-channel arithmetic behind it: (the last such result, leaves on the way)."""
-    value = end = node.outs[0]
-    axis = node.eqn.params["dimension_numbers"].out_spec[1]
+    value = end = convolution.outs[0]
+    axis = convolution.eqn.params["dimension_numbers"].out_spec[1]
     leaves: list[str] = []
-    while not value.is_output:
-        readers = [n for n in value.read_by if not _is_statistical(n, axis)]
+    while not flow.is_output(value):
+        readers = [r for r in flow.read_by(value, ()) if not _is_statistical(flow, r, axis)]
         if len(readers) != 1:  # it is used elsewhere too, or twice
             break
         step = readers[0]
         out = step.outs[0]
         if step.name in AFFINE and out.shape == value.shape:
             (other,) = [v for v in step.ins if v is not value]
-            if not _varies(other) <= {axis} or (step.name == "div" and step.ins[0] is not value):
+            if not _varies(flow, other) <= {axis} or (step.name == "div" and step.ins[0] is not value):
                 break
-            leaves += [p for p in _leaves_of(other) if p not in leaves]
+            leaves += [p for p in _leaves_of(flow, other) if p not in leaves]
             value = end = out
         elif step.name in CARRIED and [value.shape[i] for i in _wide(value.shape)] == [
             out.shape[i] for i in _wide(out.shape)
@@ -393,20 +337,23 @@ def _follow(node: _Node) -> tuple[_Value, list[str]]:
     return end, leaves
 
 
-def _is_shortcut(end: _Value, made: Mapping[_Value, _Node]) -> bool:
+def _is_shortcut(flow: Flow, end: Val, made: Mapping[int, Step]) -> bool:
     """Its input also enters another convolution, and its result is only added to what is further from that input."""
-    start = made[end].ins[0]
-    shared = any(n is not made[end] and n.name == "conv_general_dilated" for n in start.read_by)
-    if not shared or len(end.read_by) != 1 or end.read_by[0].name not in ("add", "add_any"):
+    own = made[id(end)]
+    start = own.ins[0]
+    shared = any(s is not own and s.name == CONVOLUTION for s in flow.read_by(start, ()))
+    readers = flow.read_by(end, ())
+    if not shared or len(readers) != 1 or readers[0].name not in SUMS:
         return False
-    others = [made.get(v) for v in end.read_by[0].ins if v is not end]
-    return all(node is None or node.ins[0] is not start for node in others)
+    others = [made.get(id(v)) for v in readers[0].ins if v is not end]
+    return all(step is None or step.ins[0] is not start for step in others)
 
 
-def _reachable(nodes: list[_Node], inputs: list[_Value], results: list[_Value], blocked: set[_Value]) -> bool:
+def _reachable(flow: Flow, blocked: Sequence[Val]) -> bool:
     """Whether data gets from the inputs to a result without passing through the blocked values."""
-    reached = set(inputs)
-    for node in nodes:
-        if not reached.isdisjoint(node.ins):
-            reached.update(v for v in node.outs if v not in blocked)
-    return not reached.isdisjoint(results)
+    stopped = {id(v) for v in blocked}
+    reached = {id(v) for v in flow.inputs}
+    for step in flow.within(()):
+        if any(id(v) in reached for v in step.ins):
+            reached.update(id(v) for v in step.outs if id(v) not in stopped)
+    return any(id(v) in reached for v in flow.outputs)

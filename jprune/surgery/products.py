@@ -20,14 +20,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jprune.surgery.decision import check_names
-from jprune.surgery.graft import evaluated
 from jprune.surgery.mask import gated
+from jprune.surgery.sites import evaluated
 from jprune.tracing import layout as L
 from jprune.tracing import operand as moves
 from jprune.tracing.errors import suggest
+from jprune.tracing.primitives import DENSE_CONTRACTIONS
 from jprune.tracing.structure import Structure, Tap
 
-CONTRACTIONS = ("dot_general", "conv_general_dilated")
 Join = Callable[[Tap, Any, Any, Callable[[Any], Any], Any], Any]
 
 
@@ -88,7 +88,7 @@ def _tap(graph: Structure, name: str) -> Tap:
     tap = graph.taps.get(name)
     if tap is None:
         raise TapError(f"there is no tap {name!r}{suggest(name, graph.taps)}")
-    if tap.primitive not in CONTRACTIONS:
+    if tap.primitive not in DENSE_CONTRACTIONS:
         raise TapError(f"tap {name!r} is {tap.primitive}, no matrix product or convolution, at {tap.where}")
     path = tap.use.path
     if any((*path[:i], rule) in graph.analysis.jaxprs for i in range(len(path)) for rule in ("jvp", "fwd")):
@@ -112,7 +112,7 @@ def consumers(graph: Structure, groups: Iterable[str]) -> dict[str, tuple[str, .
     for t, tap in graph.taps.items():
         own = {g for layout in tap.in_layouts for g in L.groups_in(layout)}
         found = tuple(g for g in groups if g in own)
-        if found and tap.primitive in CONTRACTIONS:
+        if found and tap.primitive in DENSE_CONTRACTIONS:
             out[t] = found
     if lost := set(groups).difference(*out.values()):
         raise TapError(f"no matrix product or convolution consumes group {sorted(lost)[0]!r}: it has no input to gate")
