@@ -56,3 +56,12 @@ def line(ax: Any, x: Sequence[Any], points: Sequence[Mapping[str, float]], scale
     at = [p["mean"] if isinstance(p, Mapping) else p for p in x]
     style = {"marker": "o", "ms": 3.5, "lw": 1.2, "elinewidth": 0.6} | style
     ax.errorbar(at, [scale * p["mean"] for p in points], [scale * p["std"] for p in points], **style)
+
+
+def label(ax: Any, x: str, y: str, title: str = "", **legend: Any) -> None:
+    """What the axes say, and a legend if anything has a name."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.set_title(title, fontsize=10)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(**{"fontsize": 7, "frameon": False} | legend)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from experiments import divprune, grouping, masksparsity, precropping
+from experiments import divprune, grouping, lapp, masksparsity, precropping
 from experiments.record import write
 from experiments.study import RESULTS, Study
 
@@ -19,9 +19,10 @@ STUDIES: dict[str, Study[Any, Any]] = {
     "grouping": grouping.STUDY,
     "divprune-digits": divprune.STUDY,
     "masksparsity-small": masksparsity.STUDY,
+    "lapp-small": lapp.STUDY,
     "precropping-small": precropping.STUDY,
 }
-RENAMED = {"ratios": "sparsities"}
+RENAMED = {"ratios": "sparsities", "rows": "compared"}
 
 
 def contained(old: Any, new: Any) -> bool:

@@ -5,11 +5,10 @@ import shutil
 
 import pytest
 
-from experiments import adaspa, cfsp, lapp
+from experiments import adaspa, cfsp
 
-PROGRAMS = {"lapp": lapp, "cfsp": cfsp, "adaspa": adaspa}
+PROGRAMS = {"cfsp": cfsp, "adaspa": adaspa}
 BESIDE = {
-    "lapp": ["seeds"],
     "cfsp": [],
     "adaspa": ["seeds"],
 }  # what else their checks look at
