@@ -62,8 +62,7 @@ SMALL = (
         (0.25, "dw", ("lapp", "uniform")), (0.25, "lowrank", ("lapp", "uniform")),
         (0.15, "none", ("lapp", "uniform", "random")), (0.4, "none", ("lapp", "uniform")), (0.4, "pw", ("lapp",)),
         (0.25, "none", ("narrow", "random widths"))) for how in ways),
-    Way("lapp", _constant(0.25, "none", task_to_threshold=False)), Way("dense"),
-)  # fmt: skip
+    Way("lapp", _constant(0.25, "none", task_to_threshold=False)), Way("dense"))  # fmt: skip
 
 
 def paper(target: float, *more: str) -> tuple[Way, ...]:
@@ -128,7 +127,7 @@ def draw(stored: Mapping[str, Any]) -> Any:
     figure, (left, right) = panels(2, (11, 4.6))
     if "dense" in results:
         left.axhline(results.pop("dense")["accuracy"]["mean"], color="#444444", lw=0.8, label="dense")
-    curves: dict[tuple[str, str], list[Any]] = {}
+    curves: dict[Any, list[Any]] = {}
     for name, r in sorted(results.items(), key=lambda item: item[1]["macs_fraction"]["mean"]):
         how = next(h for h in sorted(COLORS, key=len, reverse=True) if name.startswith(h))
         curves.setdefault((how, name.removeprefix(how).strip().rpartition(" ")[0]), []).append(r)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from experiments import divprune, grouping, lapp, masksparsity, precropping
+from experiments import adaspa, divprune, grouping, lapp, masksparsity, precropping
 from experiments.record import write
 from experiments.study import RESULTS, Study
 
@@ -19,6 +19,7 @@ STUDIES: dict[str, Study[Any, Any]] = {
     "grouping": grouping.STUDY,
     "divprune-digits": divprune.STUDY,
     "masksparsity-small": masksparsity.STUDY,
+    "adaspa-small": adaspa.STUDY,
     "lapp-small": lapp.STUDY,
     "precropping-small": precropping.STUDY,
 }

@@ -112,19 +112,20 @@ class Study(Generic[S, C]):
         """Where the results of a configuration are committed."""
         return RESULTS / f"{self.name.replace('_', '-')}-{config}.json"
 
-    def main(self, args: Sequence[str] | None = None) -> dict[str, Any]:
-        """The command line; returns what the results file holds."""
-        args = sys.argv[1:] if args is None else list(args)
-        first = next(iter(self.settings))
+    def options(self, args: Sequence[str]) -> Options[S]:
+        """What the command line says."""
         choose = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        choose.add_argument("--config", choices=list(self.settings), default=first)
-        config = choose.parse_known_args(args)[0].config
-        setting = self.settings[config]
+        choose.add_argument("--config", choices=list(self.settings), default=next(iter(self.settings)))
+        config = choose.parse_known_args(list(args))[0].config
+        setting, prog = self.settings[config], f"python -m experiments.{self.name}"
         kind: Any = Options[type(setting)]
         default = Options(setting, config, self.seeds)
-        o = tyro.cli(
-            kind, args=args, default=default, prog=f"python -m experiments.{self.name}", description=self.about
-        )
+        return tyro.cli(kind, args=list(args), default=default, prog=prog, description=self.about)
+
+    def main(self, args: Sequence[str] | None = None) -> dict[str, Any]:
+        """The command line; returns what the results file holds."""
+        o = self.options(sys.argv[1:] if args is None else args)
+        config = o.config
         out = o.out or self.file(config)
         console = Console(width=None if Console().is_terminal else 130)
         if o.redraw:

@@ -1,38 +1,112 @@
-"""The experiments' programs: a results file is drawn and judged again as it says."""
+"""The experiments' programs: rows and settings of every configuration, and demands that can fail."""
 
-import json
-import shutil
+import copy
+import dataclasses
+import itertools
 
 import pytest
 
-from experiments import adaspa, cfsp
+from experiments import adaspa, divprune, grouping, lapp, masksparsity, precropping
+from experiments.benchmarks import adaspa_roofline
+from experiments.study import over_seeds
+from jprune.files.json_files import read_json
 
-PROGRAMS = {"cfsp": cfsp, "adaspa": adaspa}
-BESIDE = {
-    "cfsp": [],
-    "adaspa": ["seeds"],
-}  # what else their checks look at
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_the_committed_results_say_what_the_checks_say(name, tmp_path):
-    program = PROGRAMS[name]
-    file = program.RESULTS / f"{name}-small.json"
-    stored = json.loads(file.read_text())
-    more = [list(stored[k].values()) if k == "seeds" else stored[k] for k in BESIDE[name]]
-    assert program.checks(stored["results"], *more) == stored["checks"]
-    assert len(stored["seeds"]) >= 3
-    copy = tmp_path / file.name
-    shutil.copy(file, copy)
-    program.main(config="small", out=copy, redraw=True)
-    assert copy.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert copy.read_text() == file.read_text()
+STUDIES = {s.STUDY.name: s.STUDY for s in (adaspa, divprune, grouping, lapp, masksparsity, precropping)}
 
 
-def test_what_the_page_says_of_a_large_video_is_what_the_program_says(tmp_path):
-    file = adaspa.RESULTS / "adaspa-hunyuan.json"
-    adaspa.main(config="hunyuan", out=tmp_path / file.name)
-    assert (tmp_path / file.name).read_text() == file.read_text()
-    at = json.loads(file.read_text())["results"]["0.8"]
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_configuration_has_settings_and_rows(name):
+    study = STUDIES[name]
+    assert study.about and f"python -m experiments.{name}" in study.about
+    for config, setting in study.settings.items():
+        assert study.options(["--config", config, "--seeds", "7"]).seeds == (7,)
+        keys = list(study.rows(setting))
+        assert keys and not any(a == b[: len(a)] for a, b in itertools.permutations(keys, 2))  # none lies in another
+        assert dataclasses.is_dataclass(setting)
+
+
+def test_demands_of_masksparsity_can_fail():
+    def judged(**changed):
+        row = {"before": 0.99, "pruned": 0.985, "mean_kept_gamma": 0.9}
+        rows = {k[-1]: dict(row) for k in masksparsity.STUDY.rows(masksparsity.SETTINGS["small"]) if k[0] == "0.75"}
+        rows["slimming"] |= {"pruned": 0.3, "mean_kept_gamma": 0.05}
+        rows["control: penalty too weak"]["pruned"] = 0.3
+        for name, change in changed.items():
+            rows[name] |= change
+        d = masksparsity.demands({"results": over_seeds([{"0.75": rows}])})
+        return [i for i, x in enumerate(d.values()) if not x.holds]
+
+    assert judged() == []
+    assert judged(masksparsity={"pruned": 0.96}) == [0] and judged(slimming={"pruned": 0.8}) == [1]
+    assert judged(slimming={"mean_kept_gamma": 0.1}) == [2] and judged(
+        **{"control: penalty too weak": {"pruned": 0.98}}
+    ) == [3]
+    assert judged(**{f"control: {n}": {"pruned": 0.96} for n in masksparsity.MaskedNetwork.CONTROLS}) == [4, 5, 6, 7]
+
+
+def test_demands_of_precropping_can_fail():
+    def judged(times=(2.0, 9.0), **changed):
+        rows = {name: {"accuracy": 0.95} for name in precropping.FULL} | {
+            n: {"accuracy": 0.9} for n in ("uniform_width", "reverse")
+        }
+        rows |= {name.replace("__", " "): {"accuracy": a} for name, a in changed.items()}
+        stored = {
+            "results": over_seeds([{"0.02": rows}]),
+            "step_ms": dict(zip(("cropped", "masked"), times, strict=True)),
+        }
+        return [i for i, x in enumerate(precropping.demands(stored).values()) if not x.holds]
+
+    assert judged() == []
+    assert judged(shuffled__synflow=0.97, shuffled__snip=0.93) == [0, 1]
+    assert judged(uniform_width=0.945, reverse=0.93) == [2, 3]
+    assert judged(synexp__lsq=0.96, snip__lsq=0.96) == [5, 6]
+    assert judged(times=(9.0, 2.0), unstructured__synflow=0.99, shuffled__synflow=0.99) == [7, 8]
+
+
+def test_demands_of_lapp_can_fail():
+    rows = {k[0]: {"accuracy": 0.9, "offset": 0.1, "spread": 0.5} for k in lapp.STUDY.rows(lapp.SETTINGS["small"])}
+    rows["lapp none 0.25"]["accuracy"] = rows["lapp pw 0.25"]["accuracy"] = 0.95
+
+    def judged(**changed):
+        seed = copy.deepcopy(rows)
+        for name, change in changed.items():
+            seed[name] |= change
+        d = lapp.demands({"results": over_seeds([seed]), "seeds": {"0": seed}})
+        return [i for i, x in enumerate(d.values()) if not x.holds]
+
+    assert judged() == []
+    assert judged(**{"uniform none 0.25": {"accuracy": 0.94}}) == [0] and judged(
+        **{"lapp pw 0.25": {"accuracy": 0.94}}
+    ) == [2]
+    assert judged(**{"lapp dw 0.25": {"offset": -0.4}}) == [3] and judged(**{"lapp none 0.25": {"spread": 0.2}}) == [4]
+    assert judged(**{"narrow 0.25": {"accuracy": 0.96}, "random widths 0.25": {"accuracy": 0.96}}) == [6, 7]
+
+
+def test_demands_of_adaspa_are_about_every_run():
+    decibels = {"exact": 27, "adaspa": 26, "adaspa, cached lse": 26, "mean pool": 23, "window": 18, "last queries": 19}
+    masses = {
+        "exact": 0.7,
+        "adaspa": 0.68,
+        "adaspa, cached lse": 0.68,
+        "mean pool": 0.6,
+        "window": 0.5,
+        "last queries": 0.55,
+    }
+
+    def judged(second=decibels, masses=masses):
+        seeds = {str(i): {"0.8": {m: [{"psnr": d, "recall": masses[m]} for d in (decibels[m], second[m])] for m in masses}}
+                 for i in range(2)}  # fmt: skip
+        d = adaspa.demands({"results": over_seeds(list(seeds.values())), "seeds": seeds})
+        return [i for i, x in enumerate(d.values()) if not x.holds]
+
+    assert judged() == []
+    assert judged({**decibels, "window": 24}) == [0] and judged({**decibels, "last queries": 25}) == [1]
+    assert judged({**decibels, "adaspa, cached lse": 24.9}) == [2] and judged({**decibels, "exact": 25.6}) == [3]
+    assert judged(masses={**masses, "mean pool": 0.69}) == [4]
+
+
+def test_what_the_page_says_of_a_large_video_is_what_the_program_counts(tmp_path):
+    adaspa_roofline.main(tmp_path / "roofline.json")
+    at = read_json(tmp_path / "roofline.json")["results"]["0.8"]
     assert (round(at["flops"] / 1e15), round(at["dense_flops"] / 1e15)) == (195, 523)
     assert round(at["speed_up_of_attention"], 1) == 2.7
