@@ -27,7 +27,7 @@ from experiments import record
 from experiments.benchmarks import DISTURBED, RESULTS, in_turns, medians, ratio
 from experiments.peers import peer
 from pallas_kernels.block_score import block_scores, search_attention
-from pallas_kernels.block_sparse_attention import BlockMask, block_sparse_attention
+from pallas_kernels.block_sparse_attention import BlockMask, arg_specs, block_sparse_attention
 
 SPARSITIES = (0.0, 0.5, 0.8, 0.9)
 OF_IDEAL = 0.5  # the check: at least this part of (blocks of a row) / (blocks kept), at 0.8 and above
@@ -35,11 +35,11 @@ OF_IDEAL = 0.5  # the check: at least this part of (blocks of a row) / (blocks k
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One attention problem."""
+    """One attention problem: some heads of SAM's image encoder."""
 
-    tokens: int = 4096
+    tokens: int = arg_specs.TIMED[0].tokens
     heads: int = 4
-    features: int = 64
+    features: int = arg_specs.TIMED[0].features
     block: int = 64
     seed: int = 0
 

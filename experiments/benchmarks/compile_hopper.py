@@ -11,13 +11,13 @@ before, registers go where they are needed, and the kernels of the common sizes 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import tyro
 from rich.console import Console
 from rich.progress import track
@@ -26,12 +26,12 @@ from rich.table import Table
 from experiments import record
 from experiments.benchmarks import RESULTS
 from pallas_kernels.block_score import block_scores, search_attention
-from pallas_kernels.block_sparse_attention import BlockMask, KernelConfig, block_sparse_attention
+from pallas_kernels.block_sparse_attention import KernelConfig, arg_specs, block_sparse_attention
 from pallas_kernels.common import aot_hopper
+from pallas_kernels.common.attention_specs import AttentionSpec
 
-# features: (tokens, query heads, key heads). Lengths differ, so that heads padded to the same size are compiled all the same.
-WORKLOADS = {64: (75776, 48, 48), 80: (4096, 16, 16), 96: (8192, 32, 32), 128: (119056, 24, 24), 256: (32768, 8, 4)}
-KEPT = 0.2  # of the blocks of a row
+# Lengths differ, so that heads padded to the same size are compiled all the same.
+SPECS = {spec.features: spec for spec in arg_specs.COMPILED}
 SOURCES = {
     "grid, threads, shared_memory": "the call that launches the kernel, in the host code that XLA compiles",
     "registers, stack, spill_stores, spill_loads, serialized, fixed_registers": "ptxas, as XLA runs it",
@@ -39,18 +39,10 @@ SOURCES = {
 }
 
 
-def programs(features: int, block: int, rules: bool) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """{name: (function of arrays in a dtype, shapes without the dtype)}: attention with its gradients, a search, masses."""
-    tokens, heads, kv_heads = WORKLOADS[features]
-    n = -(-tokens // block)
-    sizes = {"block_q": block, "block_k": block, "q_size": tokens, "kv_size": tokens}
-    mask = jax.eval_shape(
-        lambda a: BlockMask.pack(a, round(KEPT * n), **sizes)[0].transposed(n)[0],
-        jax.ShapeDtypeStruct((1, heads, n, n), bool),
-    )
-    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    queries, keys = (1, heads, tokens, features), (1, kv_heads, tokens, features)
-    blocks = {"block_q": block, "block_k": block, "impl": "mosaic_gpu"}
+def programs(spec: AttentionSpec, rules: bool) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """{name: (function, shapes)}: attention with its gradients, a search, masses."""
+    tokens, (q, k, v) = spec.tokens, spec.arrays
+    blocks = {"block_q": spec.block_q, "block_k": spec.block_k, "impl": "mosaic_gpu"}
 
     def options(ids: Any) -> dict[str, Any]:
         return (
@@ -70,20 +62,19 @@ def programs(features: int, block: int, rules: bool) -> dict[str, tuple[Any, tup
     def masses(ids: Any, lse: Any, q: Any, k: Any) -> Any:
         return block_scores(q, k, lse, **blocks, **options(ids))
 
-    lse = jax.ShapeDtypeStruct(queries[:3], jnp.float32)
     return {
-        "attention": (attention, (mask, ids, queries, keys, keys)),
-        "search": (search, (ids, queries, keys, keys)),
-        "masses": (masses, (ids, lse, queries, keys)),
+        "attention": (attention, (spec.mask(), spec.segments, q, k, v)),
+        "search": (search, (spec.segments, q, k, v)),
+        "masses": (masses, (spec.segments, spec.lse, q, k)),
     }
 
 
 def compiled(chip: str, dtype: str, features: int, block: int, rules: bool) -> list[dict[str, Any]]:
     """What the compiler says of every kernel of one size."""
     out = []
-    for program, (fn, shapes) in programs(features, block, rules).items():
-        args = (jax.ShapeDtypeStruct(x, jnp.dtype(dtype)) if isinstance(x, tuple) else x for x in shapes)
-        found = aot_hopper.compile_kernels(fn, chip, *args)
+    spec = dataclasses.replace(SPECS[features], dtype=dtype).with_blocks(block)
+    for program, (fn, shapes) in programs(spec, rules).items():
+        found = aot_hopper.compile_kernels(fn, chip, *shapes)
         if not found:
             raise AssertionError(f"{program} for {features} features compiled no kernel of its own")
         about = {"program": program, "dtype": dtype, "features": features, "block": block, "rules": rules}
@@ -120,7 +111,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main(
     chip: Annotated[str, tyro.conf.arg(help="H100 or H200; both are compiled for by the same instructions")] = "H100",
-    features: tuple[int, ...] = tuple(WORKLOADS),
+    features: tuple[int, ...] = tuple(SPECS),
     dtypes: tuple[str, ...] = ("bfloat16", "float16"),
     blocks: tuple[int, ...] = (64, 128),
     out: Path = RESULTS / "compile-hopper.json",

@@ -2,10 +2,11 @@
 
     python -m experiments.benchmarks.gpu_attention                   # about 20 minutes on an H100 or H200
 
-Random blocks of 128 tokens in every head, the diagonal kept, an equal number in every row, at sparsities 0, 0.5, 0.75 and 0.9;
-forward, and forward with gradients. Before anything is timed, results and gradients are compared with dense attention in
-float32 under the same mask. tokamax and FlexAttention take part where they are installed (the latter with a torch that sees
-the GPU). All programs of a size take turns in one process. Without such a GPU it says so and runs nothing.
+Eight heads of SAM's image encoder and of three video transformers. Random blocks of 128 tokens in every head, the diagonal
+kept, an equal number in every row, at sparsities 0, 0.5, 0.75 and 0.9; forward, and forward with gradients. Before anything is
+timed, results and gradients are compared with dense attention in float32 under the same mask. tokamax and FlexAttention take
+part where they are installed (the latter with a torch that sees the GPU). All programs of a model take turns in one process.
+Without such a GPU it says so and runs nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from rich.table import Table
 
 from experiments import record
 from experiments.benchmarks import RESULTS, in_turns, medians, ratio
-from pallas_kernels.block_sparse_attention import BlockMask, block_sparse_attention
+from pallas_kernels.block_sparse_attention import BlockMask, arg_specs, block_sparse_attention
+from pallas_kernels.common.attention_specs import AttentionSpec
 
 SPARSITIES = (0.0, 0.5, 0.75, 0.9)
 CHIPS = ("H100", "H200", "GH200")
@@ -38,10 +40,8 @@ OF_IDEAL = (
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The attention problems: every length with every number of features, in bfloat16."""
+    """How the models' attentions are measured, a part of their heads."""
 
-    tokens: tuple[int, ...] = (8192, 32768, 110592)
-    features: tuple[int, ...] = (64, 128)
     heads: int = 8
     block: int = 128
     checked_tokens: int = 2048
@@ -49,19 +49,24 @@ class Setting:
     seed: int = 0
 
 
-def arrays(s: Setting, tokens: int, features: int) -> list[Any]:
+def part(s: Setting, spec: AttentionSpec) -> AttentionSpec:
+    """What is measured of a model's attention."""
+    heads = min(s.heads, spec.heads)
+    return dataclasses.replace(spec.with_blocks(s.block), batch=1, heads=heads, kv_heads=heads)
+
+
+def arrays(s: Setting, spec: AttentionSpec) -> list[Any]:
     """Queries, keys, values and a cotangent, (1, heads, tokens, features)."""
     keys = jax.random.split(jax.random.key(s.seed), 4)
-    return [jax.random.normal(key, (1, s.heads, tokens, features), jnp.bfloat16) for key in keys]
+    return [jax.random.normal(key, spec.arrays[0].shape, jnp.bfloat16) for key in keys]
 
 
-def mask_of(s: Setting, tokens: int, sparsity: float) -> BlockMask:
+def mask_of(s: Setting, spec: AttentionSpec, sparsity: float) -> BlockMask:
     """Random blocks and the diagonal, as many in every row."""
-    n = tokens // s.block
-    noise = np.random.default_rng([s.seed, tokens, int(100 * sparsity)]).random((1, s.heads, n, n), np.float32)
+    n, kept = -(-spec.tokens // spec.block_k), dataclasses.replace(spec, kept=1 - sparsity).width
+    noise = np.random.default_rng([s.seed, n, int(100 * sparsity)]).random((1, spec.heads, n, n), np.float32)
     noise[..., np.arange(n), np.arange(n)] = 2
-    sizes = {"block_q": s.block, "block_k": s.block, "q_size": tokens, "kv_size": tokens}
-    return BlockMask.top_k(jnp.asarray(noise), max(1, round((1 - sparsity) * n)), **sizes).with_transpose()
+    return BlockMask.top_k(jnp.asarray(noise), kept, **spec.blocks).with_transpose()
 
 
 def with_gradients(attend: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,16 +79,16 @@ def with_gradients(attend: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(run)
 
 
-def errors(s: Setting, features: int, impl: str) -> dict[str, float]:
-    """The worst relative error (of the norm) of results and gradients at every sparsity.
+def errors(s: Setting, spec: AttentionSpec, impl: str) -> dict[str, float]:
+    """The worst relative error (of the norm) of results and gradients at every sparsity, over fewer tokens.
 
     Raises:
       AssertionError: one is above 2e-2.
     """
-    found = {}
-    given = arrays(s, s.checked_tokens, features)
+    found, spec = {}, dataclasses.replace(part(s, spec), tokens=s.checked_tokens)
+    given = arrays(s, spec)
     for sparsity in SPARSITIES:
-        mask = mask_of(s, s.checked_tokens, sparsity)
+        mask = mask_of(s, spec, sparsity)
         run = with_gradients(lambda q, k, v, m: block_sparse_attention(q, k, v, m, impl=impl))(*given, mask)
         dense = with_gradients(lambda q, k, v, m: block_sparse_attention(q, k, v, m, impl="reference"))
         wanted = dense(*(x.astype(jnp.float32) for x in given), mask)
@@ -148,15 +153,16 @@ def repeated(calls: int, run: Callable[..., Any], *args: Any) -> Callable[[], An
     return job
 
 
-def measure(s: Setting, tokens: int, features: int, rounds: int, impl: str, peers: dict[str, Any]) -> dict[str, Any]:
-    """Times of one size: milliseconds of a call, speed-ups over the dense peers, teraflops a second of the kept pairs."""
-    given = arrays(s, tokens, features)
+def measure(s: Setting, spec: AttentionSpec, rounds: int, impl: str, peers: dict[str, Any]) -> dict[str, Any]:
+    """Times of one model: milliseconds of a call, speed-ups over the dense peers, teraflops a second of the kept pairs."""
+    spec = part(s, spec)
+    given = arrays(s, spec)
     jobs: dict[str, Callable[[], Any]] = {}
     for name, attend in peers.items():
         jobs[name] = repeated(s.calls, jax.jit(attend), *given[:3])
         jobs[f"{name}, gradients"] = repeated(s.calls, with_gradients(attend), *given)
     for sparsity in SPARSITIES:
-        mask = mask_of(s, tokens, sparsity)
+        mask = mask_of(s, spec, sparsity)
 
         def ours(q: Any, k: Any, v: Any, m: Any) -> Any:
             return block_sparse_attention(q, k, v, m, impl=impl)
@@ -168,17 +174,19 @@ def measure(s: Setting, tokens: int, features: int, rounds: int, impl: str, peer
     times = in_turns(jobs, rounds, 2)
     rows = {}
     for sparsity in SPARSITIES:
-        pairs = tokens * s.block * max(1, round((1 - sparsity) * (tokens // s.block))) * s.heads
-        row = {"ideal": tokens**2 * s.heads / pairs}
+        kept = dataclasses.replace(spec, kept=1 - sparsity).width
+        pairs = min(kept * spec.block_k, spec.tokens) * spec.tokens * spec.heads
+        row = {"ideal": spec.tokens**2 * spec.heads / pairs}
         for kind, products in (("", 2), (", gradients", 9)):  # multiplied pairs of features: 2, and 3 and 4 more
             mine = f"ours{kind} {sparsity}"
-            row[f"teraflops{kind}"] = 2 * products * pairs * features * s.calls / medians(times)[mine] / 1e12
+            row[f"teraflops{kind}"] = 2 * products * pairs * spec.features * s.calls / medians(times)[mine] / 1e12
             for name in [*peers, "flex"]:
                 theirs = f"{name}{kind} {sparsity}" if name == "flex" else f"{name}{kind}"
                 if theirs in times:
                     row[f"over {name}{kind}"] = ratio(times, theirs, mine)
         rows[str(sparsity)] = row
     return {
+        "tokens": spec.tokens,
         "milliseconds": {n: 1e3 * t / s.calls for n, t in medians(times).items()},
         "sparsities": rows,
         "rounds": times,
@@ -189,8 +197,8 @@ def checks(results: dict[str, Any]) -> dict[str, bool]:
     """What is demanded of a Hopper GPU."""
     rows = [
         row
-        for size, r in results.items()
-        if int(size.split("x")[0]) >= 32768
+        for r in results.values()
+        if r["tokens"] >= 32768
         for sparsity, row in r["sparsities"].items()
         if float(sparsity) >= 0.75
     ]
@@ -206,11 +214,11 @@ def table(results: dict[str, Any]) -> Table:
     out = Table(title="block-sparse attention on a GPU: speed-ups of ours")
     columns = ["ideal", "over cudnn", "over tokamax", "over flex", "teraflops"]
     columns += [f"{n}, gradients" for n in columns[1:]]
-    for name in ("tokens x features", "sparsity", *columns):
+    for name in ("model", "sparsity", *columns):
         out.add_column(name)
-    for size, r in results.items():
+    for model, r in results.items():
         for sparsity, row in r["sparsities"].items():
-            out.add_row(size, sparsity, *(f"{row[n]:.2f}" if n in row else "-" for n in columns))
+            out.add_row(model, sparsity, *(f"{row[n]:.2f}" if n in row else "-" for n in columns))
     return out
 
 
@@ -225,13 +233,9 @@ def main(
     if not any(name in kind for name in CHIPS):
         console.print(f"nothing was run: the device is {kind}, and the kernels are for an NVIDIA H100 or H200")
         return
-    found = {str(d): errors(setting, d, "mosaic_gpu") for d in setting.features}
+    found = {spec.name: errors(setting, spec, "mosaic_gpu") for spec in arg_specs.TIMED}
     console.print(f"results and gradients agree with dense attention: {found}")
-    results = {
-        f"{tokens}x{features}": measure(setting, tokens, features, rounds, "mosaic_gpu", dense_peers())
-        for features in setting.features
-        for tokens in setting.tokens
-    }
+    results = {spec.name: measure(setting, spec, rounds, "mosaic_gpu", dense_peers()) for spec in arg_specs.TIMED}
     record.write(out, {
         "command": f"python -m experiments.benchmarks.gpu_attention --rounds {rounds}",
         "machine": record.machine(),

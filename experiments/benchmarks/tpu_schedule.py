@@ -28,7 +28,6 @@ from rich.table import Table
 from pallas_kernels.common import aot_tpu as aot
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-TOKENS, HEADS = 16384, 1
 UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL", "SALU")
 BUNDLE = re.compile(r"^\s*(?:0x([0-9a-f]+)|0)\s+(?:[A-Z]{2})?\s*:\s?([> ]*)\{")
 
@@ -95,24 +94,19 @@ class Case:
 
 
 def cases(block: int, features: int) -> list[Case]:
-    """Every kernel for bfloat16 heads."""
+    """Every kernel for one head of a video transformer that has heads of so many features."""
     import jax
-    import jax.numpy as jnp
 
     from pallas_kernels.block_score import search_attention, tpu, tpu_search
-    from pallas_kernels.block_sparse_attention import BlockMask, KernelConfig, block_sparse_attention
+    from pallas_kernels.block_sparse_attention import BlockMask, KernelConfig, arg_specs, block_sparse_attention
     from pallas_kernels.common.attention_problem import Static
     from pallas_kernels.common.tpu import group_of
 
-    n, width = TOKENS // block, TOKENS // block // 4
-    sizes = {"block_q": block, "block_k": block, "q_size": TOKENS, "kv_size": TOKENS}
-    x = jax.ShapeDtypeStruct((1, HEADS, TOKENS, features), jnp.bfloat16)
-    mask = jax.eval_shape(
-        lambda a: BlockMask.pack(a, width, **sizes)[0].transposed(width)[0],
-        jax.ShapeDtypeStruct((1, HEADS, n, n), bool),
-    )
+    (spec,) = (s for s in arg_specs.COMPILED if s.features == features)
+    spec = spec.of_one_head().with_blocks(block)
+    x, mask = spec.arrays[0], spec.mask(spec.width)
     static = Static(1.0, None, block, block)
-    step = group_of(None, width, block) * block
+    step = group_of(None, spec.width, block) * block
 
     def gradients(**options: Any) -> Callable[..., Any]:
         def run(q: Any, k: Any, v: Any, m: BlockMask) -> Any:

@@ -1,5 +1,6 @@
 """The attention kernels are accepted by the compilers of real TPU chips, for the sizes that models have."""
 
+import dataclasses
 import re
 
 import pytest
@@ -11,23 +12,27 @@ aot.prepare()
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
+from pallas_kernels.block_score import arg_specs as searched  # noqa: E402
 from pallas_kernels.block_score import block_scores, search_attention  # noqa: E402
-from pallas_kernels.block_sparse_attention import BlockMask, KernelConfig, block_sparse_attention  # noqa: E402
+from pallas_kernels.block_sparse_attention import (  # noqa: E402
+    BlockMask,
+    KernelConfig,
+    arg_specs,
+    block_sparse_attention,
+)
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="libtpu is not installed")]
 TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
 
 
-def problem(tokens, block, width, features, dtype, heads=(4, 2)):
-    """Shapes of (q, k, v, mask with transposes, segment ids)."""
-    n = tokens // block
-    sizes = {"block_q": block, "block_k": block, "q_size": tokens, "kv_size": tokens}
-    mask = jax.eval_shape(
-        lambda a: BlockMask.pack(a, width, **sizes)[0].transposed(width)[0],
-        jax.ShapeDtypeStruct((1, heads[0], n, n), bool),
-    )
-    q, k = (jax.ShapeDtypeStruct((1, h, tokens, features), jnp.dtype(dtype)) for h in heads)
-    return q, k, k, mask, jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+def named(specs):
+    return [pytest.param(spec, id=spec.name) for spec in specs]
+
+
+def problem(spec, dtype="bfloat16"):
+    """Shapes of (q, k, v, mask with transposes, segment ids); transposed lists have room for as many as the others."""
+    spec = dataclasses.replace(spec, dtype=dtype)
+    return *spec.arrays, spec.mask(spec.width), spec.segments
 
 
 def gradients(rules, **config):
@@ -40,53 +45,57 @@ def gradients(rules, **config):
     return run
 
 
-@pytest.mark.parametrize("features", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("spec", named(arg_specs.COMPILED))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_forward_and_both_gradients_compile(topology, dtype, features):
-    out = aot.compile_kernel(gradients(features in (64, 128)), topology, *problem(4096, 64, 32, features, dtype))
+def test_forward_and_both_gradients_compile(topology, dtype, spec):
+    out = aot.compile_kernel(gradients(spec.features in (64, 128)), topology, *problem(spec.with_blocks(64), dtype))
     assert out.kernels() == 3
-    assert out.temporary < 64 << 20  # nothing as large as tokens x tokens, 64 MB a head in float32
+    one_head = 4 * spec.tokens**2
+    assert out.temporary < max(one_head, 3 * out.output)  # copies of arrays, nothing as large as tokens x tokens
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_a_long_sequence_needs_no_more_than_its_arrays(topology):
-    shapes = problem(131072, 128, 400, 128, "bfloat16")
-    out = aot.compile_kernel(gradients(True), topology, *shapes)
-    assert out.kernels() == 3 and out.temporary < 2 * out.output
+def test_a_long_sequence_needs_no_more_than_its_arrays():
+    spec = arg_specs.LONGEST
+    for topology in TOPOLOGIES:
+        out = aot.compile_kernel(gradients(True), topology, *problem(dataclasses.replace(spec, kept=0.4)))
+        assert out.kernels() == 3 and out.temporary < 2 * out.output
 
 
 @pytest.mark.parametrize("block", [16, 128, 256])
 def test_blocks_of_other_sizes_compile(block):
-    assert aot.compile_kernel(gradients(True), "v5e:2x2", *problem(2048, block, 8, 128, "bfloat16")).kernels() == 3
+    spec = dataclasses.replace(arg_specs.COMPILED[3].with_blocks(block), tokens=2048, kept=0.2)
+    assert aot.compile_kernel(gradients(True), "v5e:2x2", *problem(spec)).kernels() == 3
 
 
 @pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("features", [64, 128])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_several_blocks_together_compile(topology, features, resident):
+    (spec,) = (s for s in arg_specs.COMPILED if s.features == features)
     fn = gradients(resident, blocks_together=4, resident=resident)
-    assert aot.compile_kernel(fn, topology, *problem(4096, 64, 32, features, "bfloat16")).kernels() == 3
+    spec = dataclasses.replace(spec.with_blocks(64), tokens=4096)  # which fit into VMEM on every chip
+    assert aot.compile_kernel(fn, topology, *problem(spec)).kernels() == 3
 
 
 def test_a_head_of_a_video_is_kept_in_vmem_where_it_fits():
-    shapes = problem(119296, 64, 380, 128, "bfloat16", heads=(1, 1))
+    spec = searched.VIDEO.of_one_head().with_blocks(64)
 
     def forward(q, k, v, mask, ids):
         return block_sparse_attention(q, k, v, mask, impl="tpu", config=KernelConfig(blocks_together=4))
 
     for topology, fits in (("v5e:2x2", True), ("v5p:2x2x1", False)):  # 61 MB of 128 MB, and of 64
-        text = aot.compile_kernel(forward, topology, *shapes).text
+        text = aot.compile_kernel(forward, topology, *problem(spec)).text
         (call,) = (line for line in text.splitlines() if "tpu_custom_call" in line)
         limits = map(int, re.findall(r'"memory_space":"1","offset":"0","size":"([0-9]+)"', call))
-        assert (max(limits, default=0) > 2 * 119296 * 128 * 2) == fits
+        assert (max(limits, default=0) > 2 * spec.tokens * spec.features * 2) == fits
 
 
 @pytest.mark.parametrize("rules", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_block_masses_compile(topology, dtype, rules):
-    q, k, v, _, ids = problem(16384, 64, 8, 128, dtype)
+    q, k, v, _, ids = problem(dataclasses.replace(searched.VIDEO.with_blocks(64), tokens=16384), dtype)
 
     def run(q, k, v, lse, ids):
         options = {"causal": True, "q_segment_ids": ids, "kv_segment_ids": ids} if rules else {}
@@ -98,14 +107,6 @@ def test_block_masses_compile(topology, dtype, rules):
     assert out.kernels() == 1 + 1 + 2
 
 
-def arrays(tokens, features, dtype, heads=(4, 2), queries=None):
-    """Shapes of (q, k, v, segment ids)."""
-    sizes = ((heads[0], queries or tokens), (heads[1], tokens), (heads[1], tokens))
-    return *(jax.ShapeDtypeStruct((1, *n, features), jnp.dtype(dtype)) for n in sizes), jax.ShapeDtypeStruct(
-        (1, tokens), jnp.int32
-    )
-
-
 def search(block, **options):
     def run(q, k, v, ids):
         return search_attention(q, k, v, block_q=block, block_k=block, impl="tpu", **options)
@@ -113,25 +114,35 @@ def search(block, **options):
     return run
 
 
+def searching(spec, dtype="bfloat16"):
+    """Shapes of (q, k, v, segment ids)."""
+    return *dataclasses.replace(spec, dtype=dtype).arrays, spec.segments
+
+
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_a_search_of_a_whole_video_is_one_pass(topology, block):
-    out = aot.compile_kernel(search(block), topology, *arrays(119056, 128, "bfloat16", heads=(2, 2)))
+    out = aot.compile_kernel(search(block), topology, *searching(searched.VIDEO))
     assert out.kernels() == 1 and out.temporary < 2 * out.argument  # copies; tokens x tokens would be 28 GB a head
 
 
-@pytest.mark.parametrize(("features", "block"), [(64, 64), (80, 48), (96, 64), (256, 256), (128, 16)])
+@pytest.mark.parametrize(
+    ("spec", "block"),
+    [pytest.param(s, b, id=f"{s.name}, {b}") for s, b in zip(searched.COMPILED, (64, 48, 64, 16, 256), strict=True)],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_search_in_one_pass_compiles_for_other_sizes(features, block, dtype):
+def test_a_search_in_one_pass_compiles_for_other_sizes(spec, block, dtype):
     def run(q, k, v, ids):
-        rules = {"causal": True, "soft_cap": 5.0, "q_segment_ids": ids, "kv_segment_ids": ids} if features != 80 else {}
+        rules = {"causal": True, "soft_cap": 5.0, "q_segment_ids": ids, "kv_segment_ids": ids} if block != 48 else {}
         return search(block, **rules)(q, k, v, ids)
 
-    assert aot.compile_kernel(run, "v5e:2x2", *arrays(4096, features, dtype)).kernels() == 1
+    few = dataclasses.replace(spec, tokens=4096)  # one pass has room for blocks of 16 and for float32
+    assert aot.compile_kernel(run, "v5e:2x2", *searching(few, dtype)).kernels() == 1
 
 
 def test_a_search_that_one_pass_has_no_room_for_takes_two_or_says_so():
-    shapes = arrays(1 << 23, 64, "bfloat16", heads=(1, 1), queries=4096)
+    q, k = (jax.ShapeDtypeStruct((1, 1, n, 64), jnp.bfloat16) for n in (4096, 1 << 23))
+    shapes = (q, k, k, None)
     with pytest.raises(ValueError, match="passes=2"):
         aot.compile_kernel(search(64, config=KernelConfig(passes=1)), "v5p:2x2x1", *shapes)
     assert aot.compile_kernel(search(64), "v5p:2x2x1", *shapes).kernels() == 2

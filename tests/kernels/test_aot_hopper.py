@@ -67,7 +67,7 @@ def test_the_compiled_sizes_are_complete_and_the_page_tells_of_them():
     rows = stored["results"]
     assert stored["checks"] == compile_hopper.checks(rows) and all(stored["checks"].values())
     sizes = {(r["dtype"], r["features"], r["block"], r["rules"]) for r in rows}
-    assert sizes == set(itertools.product(("bfloat16", "float16"), compile_hopper.WORKLOADS, (64, 128), (False, True)))
+    assert sizes == set(itertools.product(("bfloat16", "float16"), compile_hopper.SPECS, (64, 128), (False, True)))
     page = (Path(__file__).parents[2] / "docs" / "block_sparse_attention.md").read_text()
     assert f"all {len(rows)} of them" in page and f"by jax {stored['machine']['jax']}" in page
     told = re.findall(r"^\| ([a-z ]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.M)

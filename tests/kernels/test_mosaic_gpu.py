@@ -29,6 +29,7 @@ from pallas_kernels.block_sparse_attention import (
     KernelConfig,
     MiscompilationError,
     api,
+    arg_specs,
     block_sparse_attention,
     mosaic_gpu,
     mosaic_gpu_backward,
@@ -212,9 +213,6 @@ def test_no_plan_where_nothing_fits():
     assert shared.plan(128, 128, 128, 200_000, 4 * 256) is None
 
 
-CHIP = {"q": (1, 4, 1024), "kv": (1, 2, 1024)}
-
-
 def lowered(f, *shapes):
     """The program that jax hands to the chip's compiler, made on this machine."""
     known = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
@@ -222,47 +220,41 @@ def lowered(f, *shapes):
         return jax.export.export(jax.jit(f), platforms=["cuda"], disabled_checks=known)(*shapes).mlir_module()
 
 
-def shapes(block, features, dtype):
-    n = 1024 // block
-    sizes = {"block_q": block, "block_k": block, "q_size": 1024, "kv_size": 1024}
-    mask = jax.eval_shape(
-        lambda a: BlockMask.pack(a, 4, **sizes)[0].transposed(4)[0], jax.ShapeDtypeStruct((1, 4, n, n), bool)
-    )
-    q, k = (jax.ShapeDtypeStruct((*CHIP[x], features), dtype) for x in ("q", "kv"))
-    ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
-    return q, k, k, mask, ids
-
-
+CHOSEN = {(80, "bfloat16", 64), (256, "float16", 128)}
 EVERY = [
-    pytest.param(d, t, b, marks=() if (d, t, b) in ((80, "bfloat16", 64), (256, "float16", 128)) else pytest.mark.slow)
-    for d in (64, 80, 96, 128, 256)
-    for t in ("bfloat16", "float16")
-    for b in (64, 128)
+    pytest.param(
+        dataclasses.replace(spec, dtype=dtype).with_blocks(block),
+        id=f"{spec.name}, {dtype}, {block}",
+        marks=() if (spec.features, dtype, block) in CHOSEN else pytest.mark.slow,
+    )
+    for spec in arg_specs.COMPILED
+    for dtype in ("bfloat16", "float16")
+    for block in (64, 128)
 ]
 
 
-@pytest.mark.parametrize(("features", "dtype", "block"), EVERY)
-def test_attention_lowers_for_the_chip(features, dtype, block):
+@pytest.mark.parametrize("spec", EVERY)
+def test_attention_lowers_for_the_chip(spec):
     """Forward and both gradients; beyond 128 features those of keys and values are two kernels."""
 
     def run(q, k, v, mask, ids):
-        rules = {"causal": True, "soft_cap": 5.0, "q_segment_ids": ids, "kv_segment_ids": ids} if block == 64 else {}
-        attend = functools.partial(block_sparse_attention, mask=mask, impl="mosaic_gpu", **rules)
-        out, back = jax.vjp(attend, q, k, v)
+        rules = {"causal": True, "soft_cap": 5.0, "q_segment_ids": ids, "kv_segment_ids": ids}
+        attend = functools.partial(block_sparse_attention, mask=mask, impl="mosaic_gpu")
+        out, back = jax.vjp(functools.partial(attend, **(rules if spec.block_q == 64 else {})), q, k, v)
         return out, back(out)
 
-    text = lowered(run, *shapes(block, features, jnp.dtype(dtype)))
-    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == (4 if features > 128 else 3)
+    text = lowered(run, *spec.arrays, spec.mask(), spec.segments)
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == (4 if spec.features > 128 else 3)
 
 
-@pytest.mark.parametrize(("features", "dtype", "block"), EVERY)
-def test_masses_lower_for_the_chip(features, dtype, block):
-    def run(q, k, v, mask, ids):
-        rules = {"causal": True, "q_segment_ids": ids, "kv_segment_ids": ids} if block == 64 else {}
-        rules |= {"block_q": block, "block_k": block, "impl": "mosaic_gpu"}
-        return search_attention(q, k, v, **rules), block_scores(q, k, jnp.zeros(q.shape[:3]), **rules)
+@pytest.mark.parametrize("spec", EVERY)
+def test_masses_lower_for_the_chip(spec):
+    def run(q, k, v, lse, ids):
+        rules = {"causal": True, "q_segment_ids": ids, "kv_segment_ids": ids} if spec.block_q == 64 else {}
+        rules |= {"block_q": spec.block_q, "block_k": spec.block_k, "impl": "mosaic_gpu"}
+        return search_attention(q, k, v, **rules), block_scores(q, k, lse, **rules)
 
-    text = lowered(run, *shapes(block, features, jnp.dtype(dtype)))
+    text = lowered(run, *spec.arrays, spec.lse, spec.segments)
     assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 2
 
 
