@@ -104,20 +104,20 @@ def prove(name: str) -> None:
     Raises:
       MiscompilationError: naming what differs.
     """  # fmt: skip
+    draw = np.random.default_rng(0)
+    shapes = [(1, 2, 256, 64), (1, 1, 256, 64), (1, 1, 256, 64), (1, 2, 256, 64)]
     with jax.ensure_compile_time_eval():
-        shapes = [(1, 2, 256, 64), (1, 1, 256, 64), (1, 1, 256, 64), (1, 2, 256, 64)]
-        draw = np.random.default_rng(0)
         drawn = [jnp.asarray(draw.normal(size=s), jnp.bfloat16) for s in shapes]
-        mask = BlockMask.window(None, 0, block_q=64, block_k=64, q_size=256, kv_size=256).with_transpose()
-        static, tokens = Static(0.125, None, 64, 64), Tokens(q_offset=jnp.zeros(1, jnp.int32))
+        compare(name, _proof(name, *drawn), _proof("reference", *drawn))
 
-        @functools.partial(jax.jit, static_argnums=0)
-        def both(name: str, q: Any, k: Any, v: Any, dout: Any) -> dict[str, Any]:
-            (out, lse), back = jax.vjp(lambda q, k, v: attend(name, static, q, k, v, mask, tokens), q, k, v)
-            dq, dk, dv = back((dout, jnp.zeros_like(lse)))
-            return {"values": out, "log-sum-exps": lse, "dq": dq, "dk": dk, "dv": dv}
 
-        compare(name, both(name, *drawn), both("reference", *drawn))
+@functools.partial(jax.jit, static_argnums=0)
+def _proof(name: str, q: Any, k: Any, v: Any, dout: Any) -> dict[str, Any]:
+    mask = BlockMask.window(None, 0, block_q=64, block_k=64, q_size=256, kv_size=256).with_transpose()
+    static, tokens = Static(0.125, None, 64, 64), Tokens(q_offset=jnp.zeros(1, jnp.int32))
+    (out, lse), back = jax.vjp(lambda q, k, v: attend(name, static, q, k, v, mask, tokens), q, k, v)
+    dq, dk, dv = back((dout, jnp.zeros_like(lse)))
+    return {"values": out, "log-sum-exps": lse, "dq": dq, "dk": dk, "dv": dv}
 
 
 OPERATION = Operation("block-sparse attention", "pallas_kernels.block_sparse_attention", prove)

@@ -1,7 +1,8 @@
 """Padded lists of block ids, one a row, and the flags that they stand for: what kernels walk in place of a dense mask.
 
 A list holds its active blocks first; entries behind the count mean nothing to a reader (the functions here repeat the last
-active one). All of it is jit-able; the number of ids that are possible and the room of a list are static.
+active one). All of it is jit-able; the number of ids that are possible and the room of a list are static. What is known and
+lies in host memory numpy computes, which compiles nothing for a new shape.
 """
 
 from __future__ import annotations
@@ -11,34 +12,72 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 
-@functools.partial(jax.jit, static_argnums=1)
+def known(*arrays: Any) -> bool:
+    """Whether these are values, not what stands for them while a program is traced."""
+    return not any(isinstance(a, Tracer) for a in arrays)
+
+
+def in_host_memory(*arrays: Any) -> bool:
+    """Whether numpy reads these where they lie: its own, or known ones on CPUs of this process."""
+
+    def one(a: Any) -> bool:
+        if isinstance(a, Tracer) or not isinstance(a, jax.Array):
+            return isinstance(a, np.ndarray)
+        return a.is_fully_addressable and all(d.platform == "cpu" for d in a.devices())
+
+    return all(map(one, arrays))
+
+
 def pack_lists(
-    active: Bool[Array, "*rows n"], width: int
+    active: Bool[Array, "*rows n"] | np.ndarray, width: int
 ) -> tuple[Int[Array, "*rows W"], Int[Array, "*rows"], Bool[Array, ""]]:
     """(ids ascending and padded with the last, counts, whether a row has more than `width`) of rows of flags."""
-    total = active.sum(-1, dtype=jnp.int32)
-    ids = jnp.arange(active.shape[-1], dtype=jnp.int32)
-    order = jnp.sort(jnp.where(active, ids, active.shape[-1]), axis=-1)[..., :width]  # the others go to the end
-    count = jnp.minimum(total, width)
-    return pad_lists(order, count), count, jnp.any(total > width)
+    if in_host_memory(active):
+        return jax.tree.map(jnp.asarray, _pack(np, np.asarray(active), width))
+    return _pack_traced(active, width)
+
+
+def _pack(xp: Any, active: Any, width: int) -> tuple[Any, Any, Any]:
+    total = active.sum(-1, dtype=xp.int32)
+    ids = xp.arange(active.shape[-1], dtype=xp.int32)
+    order = xp.sort(xp.where(active, ids, xp.int32(active.shape[-1])), axis=-1)[..., :width]  # the others go to the end
+    count = xp.minimum(total, xp.int32(width))
+    return _padded(xp, order, count), count, xp.any(total > width)
+
+
+_pack_traced = jax.jit(functools.partial(_pack, jnp), static_argnums=1)
 
 
 def pad_lists(ids: Int[Array, "*rows W"], count: Int[Array, "*rows"]) -> Int[Array, "*rows W"]:
     """The lists with every entry behind the count replaced by the last active one, by 0 where there is none."""
-    last = jnp.maximum(count - 1, 0)[..., None]
-    padded = jnp.take_along_axis(ids, jnp.minimum(jnp.arange(ids.shape[-1]), last), axis=-1)
-    return jnp.where(count[..., None] > 0, padded, 0)
+    return _padded(jnp, ids, count)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def flags_of(ids: Int[Array, "*rows W"], count: Int[Array, "*rows"], n: int) -> Bool[Array, "*rows n"]:
+def _padded(xp: Any, ids: Any, count: Any) -> Any:
+    last = xp.maximum(count - 1, 0)[..., None]
+    repeated = xp.take_along_axis(ids, xp.minimum(xp.arange(ids.shape[-1]), last), axis=-1)
+    return xp.where(count[..., None] > 0, repeated, xp.int32(0))
+
+
+def flags_of(
+    ids: Int[Array, "*rows W"] | np.ndarray, count: Int[Array, "*rows"] | np.ndarray, n: int
+) -> Bool[Array, "*rows n"]:
     """Flags of the ids in each list, of `n` possible ones."""
-    return jax.lax.platform_dependent(
-        ids, count, tpu=functools.partial(flags_compared, n), default=functools.partial(flags_scattered, n)
-    )
+    if in_host_memory(ids, count):
+        return jnp.asarray(_flags_in_host_memory(n, np.asarray(ids), np.asarray(count)))
+    return _flags_traced(n, ids, count)
+
+
+def _flags_in_host_memory(n: int, ids: np.ndarray, count: np.ndarray) -> np.ndarray:
+    flags = np.zeros((*count.shape, n), bool)
+    *row, entry = np.nonzero(np.arange(ids.shape[-1]) < count[..., None])
+    flags[(*row, ids[(*row, entry)])] = True
+    return flags
 
 
 def flags_scattered(n: int, ids: Any, count: Any) -> Any:
@@ -59,17 +98,35 @@ def flags_compared(n: int, ids: Any, count: Any) -> Any:
     return jax.lax.fori_loop(0, ids.shape[-1], entry, jnp.zeros((*count.shape, n), bool))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=0)
+def _flags_traced(n: int, ids: Any, count: Any) -> Any:
+    ways = {"tpu": functools.partial(flags_compared, n), "default": functools.partial(flags_scattered, n)}
+    return jax.lax.platform_dependent(ids, count, **ways)
+
+
 def union_lists(
-    ids: Int[Array, "*rows W"], count: Int[Array, "*rows"], n: int, together: int
+    ids: Int[Array, "*rows W"] | np.ndarray, count: Int[Array, "*rows"] | np.ndarray, n: int, together: int
 ) -> tuple[Int[Array, "*groups V"], Int[Array, "*groups"], Int[Array, "*groups V"]]:
     """(lists, counts, owners) of every `together` lists in a row as one; bit i of an owner: the i-th of them has the id.
 
     A last group that is not full counts as if lists without ids followed. `n` ids are possible.
     """
-    missing = -count.shape[-1] % together
-    flags = jnp.pad(flags_of(ids, count, n), [(0, 0)] * (count.ndim - 1) + [(0, missing), (0, 0)])
-    flags = flags.reshape(*count.shape[:-1], -1, together, n)
-    bits = (flags << jnp.arange(together, dtype=jnp.int32)[:, None]).sum(-2, dtype=jnp.int32)
-    idx, cnt, _ = pack_lists(bits > 0, min(together * ids.shape[-1], n))
-    return idx, cnt, jnp.take_along_axis(bits, idx, axis=-1)
+    room = min(together * ids.shape[-1], n)
+    if in_host_memory(ids, count):
+        flags = _flags_in_host_memory(n, np.asarray(ids), np.asarray(count))
+        return jax.tree.map(jnp.asarray, _union(np, flags, room, together))
+    return _union_traced(n, room, together, ids, count)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _union_traced(n: int, room: int, together: int, ids: Any, count: Any) -> Any:
+    return _union(jnp, _flags_traced(n, ids, count), room, together)
+
+
+def _union(xp: Any, flags: Any, room: int, together: int) -> tuple[Any, Any, Any]:
+    missing = -flags.shape[-2] % together
+    flags = xp.pad(flags, [(0, 0)] * (flags.ndim - 2) + [(0, missing), (0, 0)])
+    flags = flags.reshape(*flags.shape[:-2], -1, together, flags.shape[-1])
+    bits = (flags << xp.arange(together, dtype=xp.int32)[:, None]).sum(-2, dtype=xp.int32)
+    idx, cnt, _ = _pack(xp, bits > 0, room)
+    return idx, cnt, xp.take_along_axis(bits, idx, axis=-1)

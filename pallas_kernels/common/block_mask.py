@@ -14,18 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.common.block_lists import flags_of, pack_lists, pad_lists, union_lists
+from pallas_kernels.common.block_lists import flags_of, in_host_memory, known, pack_lists, pad_lists, union_lists
 
 
 class BlockMaskError(ValueError):
     """A block mask that contradicts itself or its problem."""
-
-
-def _concrete(*arrays: Any) -> bool:
-    return not any(isinstance(a, Tracer) for a in arrays)
 
 
 def _sizes(block: Any, size: Any, name: str) -> int:
@@ -34,6 +29,15 @@ def _sizes(block: Any, size: Any, name: str) -> int:
         if not isinstance(n, int | np.integer) or n < 1:
             raise BlockMaskError(f"{name}_{what} is {n!r}: it must be a positive integer")
     return -(-size // block)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _best(scores: Any, counts: Any, width: int) -> tuple[Any, Any]:
+    """(lists of the best ids, counts); not-a-number ranks last."""
+    _, best = jax.lax.top_k(jnp.where(jnp.isnan(scores), -jnp.inf, scores), width)
+    cnt = jnp.broadcast_to(jnp.clip(counts, 0, width), scores.shape[:3])
+    chosen = jnp.where(jnp.arange(width) < cnt[..., None], best.astype(jnp.int32), scores.shape[3])
+    return pad_lists(jnp.sort(chosen, -1), cnt), cnt
 
 
 @functools.partial(
@@ -104,7 +108,7 @@ class BlockMask:
         Raises:
           BlockMaskError: the array is traced, has the wrong shape or dtype, or a row has more than `width` blocks.
         """
-        if not _concrete(active):
+        if not known(active):
             raise BlockMaskError("from_dense needs a known array: under jit use BlockMask.pack(active, width, ...)")
         fullest = int(np.asarray(active).sum(-1, initial=0).max(initial=0)) if np.ndim(active) == 4 else 0
         with jax.ensure_compile_time_eval():  # what is known stays known inside a traced function
@@ -133,7 +137,7 @@ class BlockMask:
           BlockMaskError: the wrong shape or dtype, or a width that is no positive integer.
         """
         nq, nk = _sizes(block_q, q_size, "q"), _sizes(block_k, kv_size, "kv")
-        flags = jnp.asarray(active)
+        flags = active if isinstance(active, np.ndarray) else jnp.asarray(active)
         if flags.ndim != 4 or flags.shape[2:] != (nq, nk) or flags.dtype != bool:
             raise BlockMaskError(f"active is {flags.dtype}{list(flags.shape)}: wanted one flag a block, "
                                  f"bool[batch, heads, {nq}, {nk}] ({q_size} queries in blocks of {block_q}, "
@@ -169,7 +173,7 @@ class BlockMask:
         nq, nk = _sizes(block_q, q_size, "q"), _sizes(block_k, kv_size, "kv")
         if scores.ndim != 4 or scores.shape[2:] != (nq, nk):
             raise BlockMaskError(f"scores have shape {scores.shape}: wanted (batch, heads, {nq}, {nk})")
-        if _concrete(counts):
+        if known(counts):
             most, least = int(np.max(counts)), int(np.min(counts))
             if least < 0 or most > nk or (width is not None and most > width):
                 raise BlockMaskError(f"counts go from {least} to {most}: 0 to {min(nk, width or nk)} are possible")
@@ -177,10 +181,8 @@ class BlockMask:
         elif width is None:
             raise BlockMaskError("counts are traced: give the width of the lists, the largest count there can be")
         width = min(width, nk)
-        _, best = jax.lax.top_k(jnp.where(jnp.isnan(scores), -jnp.inf, scores), width)
-        cnt = jnp.broadcast_to(jnp.clip(jnp.asarray(counts, jnp.int32), 0, width), scores.shape[:3])
-        chosen = jnp.where(jnp.arange(width) < cnt[..., None], best.astype(jnp.int32), nk)
-        return cls(pad_lists(jnp.sort(chosen, -1), cnt), cnt, None, None, block_q, block_k, q_size, kv_size)
+        idx, cnt = _best(scores, jnp.asarray(counts, jnp.int32), width)
+        return cls(idx, cnt, None, None, block_q, block_k, q_size, kv_size)
 
     @classmethod
     def dense(cls, *, block_q: int, block_k: int, q_size: int, kv_size: int) -> BlockMask:
@@ -191,8 +193,8 @@ class BlockMask:
     def one_list(cls, *, block_q: int, block_k: int, q_size: int, kv_size: int) -> BlockMask:
         """Every block, as one list for all query blocks, (1, 1, 1, key blocks): what kernels walk, though `check` refuses it."""
         nk = _sizes(block_k, kv_size, "kv")
-        every = jnp.arange(nk, dtype=jnp.int32).reshape(1, 1, 1, nk)
-        return cls(every, jnp.full((1, 1, 1), nk, jnp.int32), None, None, block_q, block_k, q_size, kv_size)
+        every, count = np.arange(nk, dtype=np.int32).reshape(1, 1, 1, nk), np.full((1, 1, 1), nk, np.int32)
+        return cls(jnp.asarray(every), jnp.asarray(count), None, None, block_q, block_k, q_size, kv_size)
 
     @classmethod
     def window(
@@ -259,14 +261,14 @@ class BlockMask:
         Raises:
           BlockMaskError: the width is too small, or may be because the lists are traced.
         """
-        if not _concrete(self.kv_idx, self.kv_cnt):
+        if not known(self.kv_idx, self.kv_cnt):
             if width is not None and width < self.q_blocks:
                 raise BlockMaskError(f"the lists are traced and may need more than width {width}: use transposed(width), "
                                      "which tells by a flag")  # fmt: skip
             return self.transposed(self.q_blocks)[0]
         with jax.ensure_compile_time_eval():
             if width is None:
-                width = max(int(self.to_dense().sum(2).max()), 1)
+                width = max(int(np.asarray(self.to_dense()).sum(2).max()), 1)
             mask, overflow = self.transposed(width)
         if overflow:
             raise BlockMaskError(f"a key block is active for more query blocks than width {width}: give more, or None")
@@ -274,7 +276,9 @@ class BlockMask:
 
     def transposed(self, width: int) -> tuple[BlockMask, Bool[Array, ""]]:
         """(the mask with transposed lists of `width` entries, whether one needed more); jit-able."""
-        idx, cnt, overflow = pack_lists(jnp.swapaxes(self.to_dense(), -1, -2), min(width, self.q_blocks))
+        flags = self.to_dense()
+        flags = np.asarray(flags) if in_host_memory(flags) else flags
+        idx, cnt, overflow = pack_lists(flags.swapaxes(-1, -2), min(width, self.q_blocks))
         return dataclasses.replace(self, q_idx=idx, q_cnt=cnt), overflow
 
     def check(self) -> BlockMask:
@@ -299,7 +303,7 @@ def _check_lists(name: str, idx: Any, cnt: Any, rows: int, ids: int) -> None:
     if idx.ndim != 4 or idx.shape[2] != rows or idx.shape[3] < 1 or cnt.shape != idx.shape[:3]:
         raise BlockMaskError(f"{name}_idx {idx.shape} and {name}_cnt {cnt.shape} do not fit {rows} blocks: "
                              f"wanted (batch, heads, {rows}, width) and (batch, heads, {rows})")  # fmt: skip
-    if not _concrete(idx, cnt) or not isinstance(idx, jax.Array | np.ndarray):
+    if not known(idx, cnt) or not isinstance(idx, jax.Array | np.ndarray):
         return
     idx, cnt = np.asarray(idx), np.asarray(cnt)
     if cnt.size and (cnt.min() < 0 or cnt.max() > idx.shape[-1]):

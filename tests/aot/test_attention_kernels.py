@@ -49,7 +49,10 @@ def gradients(rules, **config):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_forward_and_both_gradients_compile(topology, dtype, spec):
-    if (topology, dtype) != (TOPOLOGIES[0], "bfloat16"):  # once at the models' lengths: long arrays take long to lay out
+    if (topology, dtype) != (
+        TOPOLOGIES[0],
+        "bfloat16",
+    ):  # once at the models' lengths: long arrays take long to lay out
         spec = dataclasses.replace(spec, tokens=4096)
     out = aot.compile_kernel(gradients(spec.features in (64, 128)), topology, *problem(spec.with_blocks(64), dtype))
     assert out.kernels() == 3

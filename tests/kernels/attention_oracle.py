@@ -1,4 +1,4 @@
-"""Attention over active blocks in float64 numpy, written from the definition: one head and one pair of tokens at a time."""
+"""Attention over active blocks in float64 numpy, written from the definition, one head at a time."""
 
 import numpy as np
 
@@ -29,28 +29,27 @@ def attention(q, k, v, ok, *, scale=None, cap=None, dout=None, dlse=None):
     weights = np.zeros(ok.shape)
     grads = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for b, h in np.ndindex(batch, heads):
-        g = h // shared
-        for i in range(queries):
-            seen = np.flatnonzero(ok[b, h, i])
-            if not len(seen):
-                continue
-            s = k[b, g, seen] @ q[b, h, i] * scale
-            z = s if cap is None else cap * np.tanh(s / cap)
-            top = z.max()
-            w = np.exp(z - top)
-            lse[b, h, i] = top + np.log(w.sum())
-            w /= w.sum()
-            weights[b, h, i, seen] = w
-            out[b, h, i] = w @ v[b, g, seen]
-            if dout is None:
-                continue
-            do, dl = np.asarray(dout, np.float64)[b, h, i], np.asarray(dlse, np.float64)[b, h, i]
-            dw = v[b, g, seen] @ do
-            dz = w * (dw - w @ dw) + w * dl
-            ds = (dz if cap is None else dz * (1 - np.tanh(s / cap) ** 2)) * scale
-            grads[0][b, h, i] += ds @ k[b, g, seen]
-            grads[1][b, g, seen] += ds[:, None] * q[b, h, i]
-            grads[2][b, g, seen] += w[:, None] * do
+        g, seen = h // shared, ok[b, h]
+        alive = seen.any(1)
+        reached = seen.any(0)  # what lies in keys that nobody sees reaches nothing
+        key, value = (np.where(reached[:, None], x[b, g], 0) for x in (k, v))
+        s = q[b, h] @ key.T * scale
+        z = np.where(seen, s if cap is None else cap * np.tanh(s / cap), -np.inf)
+        top = np.where(alive, z.max(1), 0)
+        w = np.exp(z - top[:, None])
+        total = w.sum(1)
+        lse[b, h, alive] = (top + np.log(np.where(alive, total, 1)))[alive]
+        w /= np.where(alive, total, 1)[:, None]
+        weights[b, h], out[b, h] = w, w @ value
+        if dout is None:
+            continue
+        do, dl = (np.asarray(x, np.float64)[b, h] for x in (dout, dlse))
+        dw = do @ value.T
+        dz = w * (dw - (w * dw).sum(1, keepdims=True) + dl[:, None])
+        ds = (dz if cap is None else dz * (1 - np.tanh(s / cap) ** 2)) * scale
+        grads[0][b, h] = ds @ key
+        grads[1][b, g] += ds.T @ q[b, h]
+        grads[2][b, g] += w.T @ do
     return (out, lse, weights) if dout is None else (out, lse, grads)
 
 
