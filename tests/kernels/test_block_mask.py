@@ -28,8 +28,9 @@ def test_lists_and_their_transposes_say_what_the_flags_say(seed, density):
     assert np.array_equal(mask.to_dense(), active)
     assert np.array_equal(mask.kv_cnt, active.sum(-1)) and np.array_equal(mask.q_cnt, active.sum(-2))
     for idx, cnt, rows in ((mask.kv_idx, mask.kv_cnt, active), (mask.q_idx, mask.q_cnt, active.swapaxes(2, 3))):
+        idx, cnt = np.asarray(idx), np.asarray(cnt)
         for at in np.ndindex(cnt.shape):
-            n, ids = cnt[at], np.asarray(idx[at])
+            n, ids = cnt[at], idx[at]
             wanted = np.flatnonzero(rows[at])
             assert np.array_equal(ids[:n], wanted)
             assert (ids[n:] == (wanted[-1] if n else 0)).all()
@@ -39,8 +40,9 @@ def test_lists_and_their_transposes_say_what_the_flags_say(seed, density):
 
 def test_flags_are_the_same_however_a_device_makes_them():
     mask = BlockMask.from_dense(flags(4), **SIZES)
+    assert np.array_equal(mask.to_dense(), flags(4))  # by numpy
     for made in (flags_compared, flags_scattered):
-        assert np.array_equal(made(7, mask.kv_idx, mask.kv_cnt), flags(4))
+        assert np.array_equal(jax.jit(made, static_argnums=0)(7, mask.kv_idx, mask.kv_cnt), flags(4))
 
 
 def test_lists_are_as_wide_as_the_fullest_row():
@@ -94,6 +96,18 @@ def test_top_k_keeps_the_best_with_counts_of_their_own():
             assert set(np.flatnonzero(dense[b, h, p])) == set(best)
         assert np.array_equal(mask.kv_idx[0, 0, 0, :1], [0])
         mask.check()
+
+
+def test_a_traced_mask_is_the_known_one():
+    known = BlockMask.from_dense(flags(5), width=7, **SIZES).with_transpose(5)
+
+    def traced(active):
+        mask = BlockMask.pack(active, 7, **SIZES)[0]
+        return mask.with_transpose(), mask.to_dense(), union_lists(mask.kv_idx, mask.kv_cnt, 7, 3)
+
+    wanted = known, known.to_dense(), union_lists(known.kv_idx, known.kv_cnt, 7, 3)
+    for a, b in zip(jax.tree.leaves(jax.jit(traced)(flags(5))), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
 
 
 @pytest.mark.parametrize("together", [1, 2, 3])
