@@ -6,6 +6,7 @@ lowering here and by `experiments.benchmarks.compile_hopper`; that they compute 
 
 import dataclasses
 import functools
+import itertools
 import threading
 import types
 
@@ -236,20 +237,20 @@ def lowered(f, *shapes):
         return jax.export.export(jax.jit(f), platforms=["cuda"], disabled_checks=known)(*shapes).mlir_module()
 
 
-CHOSEN = {(80, "bfloat16", 64), (256, "float16", 128)}
-EVERY = [
-    pytest.param(
-        dataclasses.replace(spec, dtype=dtype).with_blocks(block),
-        id=f"{spec.name}, {dtype}, {block}",
-        marks=() if (spec.features, dtype, block) in CHOSEN else pytest.mark.slow,
-    )
-    for spec in arg_specs.COMPILED
-    for dtype in ("bfloat16", "float16")
-    for block in (64, 128)
-]
+def every(*fast):
+    """All head sizes, types and blocks; slow but for these (features, dtype, block)."""
+    cases = itertools.product(arg_specs.COMPILED, ("bfloat16", "float16"), (64, 128))
+    return [
+        pytest.param(
+            dataclasses.replace(spec, dtype=dtype).with_blocks(block),
+            id=f"{spec.name}, {dtype}, {block}",
+            marks=() if (spec.features, dtype, block) in fast else pytest.mark.slow,
+        )
+        for spec, dtype, block in cases
+    ]
 
 
-@pytest.mark.parametrize("spec", EVERY)
+@pytest.mark.parametrize("spec", every((80, "bfloat16", 64), (256, "float16", 128)))
 def test_attention_lowers_for_the_chip(spec):
     """Forward and both gradients; beyond 128 features those of keys and values are two kernels."""
 
@@ -263,7 +264,7 @@ def test_attention_lowers_for_the_chip(spec):
     assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == (4 if spec.features > 128 else 3)
 
 
-@pytest.mark.parametrize("spec", [s for s in EVERY if s.values[0].features < 256 or s.marks])
+@pytest.mark.parametrize("spec", every((80, "bfloat16", 64)))
 def test_masses_lower_for_the_chip(spec):
     def run(q, k, v, lse, ids):
         rules = {"causal": True, "q_segment_ids": ids, "kv_segment_ids": ids} if spec.block_q == 64 else {}
