@@ -36,7 +36,7 @@ from jprune.checkpoint import load_hf, load_tokenizer
 from jprune.data.text import BYTES, sample_windows, token_stream, windows
 from jprune.files.atomic import write_json
 from jprune.language.blocks import blocks
-from jprune.language.finetune import Tuning, clipped, fresh, next_token, update
+from jprune.language.finetune import next_token
 from jprune.language.lora import LoraConfig, init, layer_ranks, merge
 from jprune.language.perplexity import next_token_loss, perplexity
 from jprune.language.statistics import block_stats
@@ -45,6 +45,8 @@ from jprune.methods.channels.cfsp import CFSPOptions, cfsp_keep, lora_ranks
 from jprune.methods.channels.decoder_channels import FINE, removed
 from jprune.models.llama import Llama, LlamaConfig, with_biases
 from jprune.models.llama_blocks import pieces
+from jprune.training import TuningConfig, clipped
+from jprune.training.state import descend, init_state
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -92,7 +94,7 @@ class Setting:
     slopes: tuple[float, ...] = (0.25, 4.0)
     batch: int = 16
     gradient_windows: int = 16
-    tuning: Tuning | None = None
+    tuning: TuningConfig | None = None
     tuned_at: tuple[float, ...] = ()
     tuning_rows: int = 8
 
@@ -100,7 +102,7 @@ class Setting:
 SETTINGS = {
     "small": Setting(
         (0.2, 0.3, 0.5),
-        tuning=Tuning(steps=30, learning_rate=1e-3, schedule="cosine", warmup=0.03),
+        tuning=TuningConfig(steps=30, learning_rate=1e-3, schedule="cosine", warmup=0.03),
         tuned_at=(0.2, 0.3, 0.5),
     ),
     "paper": Setting((0.2, 0.3, 0.5), multiple_of=128, slopes=(), batch=1),
@@ -151,13 +153,13 @@ class Bench:
         if setting.tuning is not None:
             self.step = self._step(setting.tuning)
 
-    def _step(self, tuning: Tuning) -> Any:
+    def _step(self, tuning: TuningConfig) -> Any:
         loss, rates = next_token(self.wide_graph, LORA.dropout), tuning.rates
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state: Any, params: Any, ids: Any) -> Any:
             grads = jax.grad(lambda f: loss(params, f, state.rest["masks"], ids, jax.random.key(0)))(state.params)
-            return update(tuning, state, clipped(grads, tuning.clip)[0], jnp.asarray(rates)[state.step])
+            return descend(tuning.stages, state, clipped(grads, tuning.clip)[0], jnp.asarray(rates)[state.step])
 
         return step
 
@@ -230,7 +232,7 @@ class Seed:
         ).items():  # rows beyond a layer's rank are zero, and stay so
             lora[t]["a"] = lora[t]["a"].at[r:].set(0.0)
         masks = {g: jnp.asarray(k, jnp.float32) for g, k in {**self.b.every, **keep}.items()}
-        state = fresh(setting, lora, {"masks": masks})
+        state = init_state(lora, {"masks": masks}, setting.stages)
         for k in range(setting.steps):
             state = self.b.step(state, variables, self.src.tuning(k))
         return self.perplexity(self.b.merge(variables, state.params), keep)

@@ -33,7 +33,7 @@ from experiments.stdlib_lm import MODEL, base_model
 from jprune.checkpoint import PruningRecord, load_hf, load_tokenizer, save_hf
 from jprune.checkpoint.layouts import LINEN_SCAN, kept_of_plan
 from jprune.data.text import sample_windows, token_stream, windows
-from jprune.language.finetune import Tuning, next_token, recover
+from jprune.language.finetune import next_token, recover
 from jprune.language.lora import LoraConfig, init
 from jprune.language.perplexity import perplexity
 from jprune.methods.channels.loraprune.loraprune import group_importance
@@ -41,7 +41,8 @@ from jprune.methods.channels.loraprune.masks import prunable, update_masks
 from jprune.methods.channels.loraprune.run import LoraPrune, finalize, gradient, loraprune, step_of, unit_counts
 from jprune.models import rebuild
 from jprune.models.llama import Llama, unstack_layers
-from jprune.training.state import TrainState
+from jprune.training import TuningConfig
+from jprune.training.state import init_state
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -60,15 +61,15 @@ class Setting:
     """
 
     options: LoraPrune
-    tuning: Tuning
+    tuning: TuningConfig
     rows: int
     tokens: int
     evaluated: int
 
 
 SETTINGS = {
-    "small": Setting(LoraPrune(every=5, skip_first=1, lora=LoraConfig(8, 16.0)), Tuning(60, 1e-3), 4, 192, 64),
-    "llama": Setting(LoraPrune(lora=LoraConfig(8, 16.0, 0.05)), Tuning(313, 1e-4, accumulate=64), 128, 512, 256),
+    "small": Setting(LoraPrune(every=5, skip_first=1, lora=LoraConfig(8, 16.0)), TuningConfig(60, 1e-3), 4, 192, 64),
+    "llama": Setting(LoraPrune(lora=LoraConfig(8, 16.0, 0.05)), TuningConfig(313, 1e-4, accumulate=64), 128, 512, 256),
 }
 
 
@@ -239,9 +240,8 @@ def memory(setting: Setting, scanned: bool, tokens: int = 64) -> dict[str, Any]:
 
         tuning = dataclasses.replace(setting.tuning, accumulate=1)
         state = jax.eval_shape(
-            lambda f, m, tuning=tuning: TrainState(f, {"masks": m, "ema": m}, tuning.optimiser.init(f), jnp.int32(0)),
-            lora, ones,
-        )  # fmt: skip
+            lambda f, m, tuning=tuning: init_state(f, {"masks": m, "ema": m}, tuning.stages), lora, ones
+        )
         programs = {
             "accumulating": (micro, (total, params, lora, ones, ids)),
             "whole step": (step_of(graph, o, tuning, lora, loss), (state, params, ids, jnp.float32(0))),

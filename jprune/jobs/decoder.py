@@ -30,7 +30,7 @@ from jprune.files.atomic import write_json
 from jprune.graph import Graph, trace
 from jprune.jobs.decision_files import load_decision, save_decision
 from jprune.jobs.decoder_options import LanguageOptions, Texts, load_texts
-from jprune.language.finetune import Tuning, recover
+from jprune.language.finetune import recover
 from jprune.language.lora import LoraConfig, layer_ranks, merge
 from jprune.language.perplexity import Speed, perplexity, speeds
 from jprune.methods.channels.decoder_names import Found, LanguageMethod, language_method
@@ -39,6 +39,7 @@ from jprune.models.llama import Llama
 from jprune.models.llama_config import LlamaConfig
 from jprune.models.llama_placement import placement
 from jprune.report import measure, page, plots
+from jprune.training import TuningConfig
 from jprune.training.progress import display
 from jprune.training.run_folder import Workspace
 
@@ -165,7 +166,7 @@ class LanguageRun(Workspace):
         graph = trace(module.apply, small, self._example())
         ranks = None if found.ranks is None else layer_ranks(graph, found.ranks)
         config = LoraConfig(rank=o.rank, alpha=2.0 * o.rank, ranks=ranks)
-        tuning = Tuning(o.recover, o.learning_rate, "cosine", warmup=0.03, seed=o.seed)
+        tuning = TuningConfig(o.recover, o.learning_rate, "cosine", warmup=0.03, seed=o.seed)
         with self.counted("recover", o.recover, progress) as on_step:
             lora, _ = recover(graph, small, self.batch_of_step, tuning, config=config, out=self.folder("recover"),
                               resume=True, save_every=self.save_every, on_step=on_step)  # fmt: skip

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jprune.files.atomic import silent_orbax, writing
+from jprune.tracing.paths import flatten
 from jprune.training.state import TrainState
+
+
+def fingerprint(tree: Any) -> str:
+    """16 hexadecimal digits that tell trees apart by the paths, types and shapes of their leaves."""
+    leaves = ";".join(f"{path} {leaf.dtype}{list(leaf.shape)}" for path, leaf in flatten(tree))
+    return hashlib.sha256(leaves.encode()).hexdigest()[:16]
 
 
 class Checkpoints:

@@ -1,17 +1,38 @@
-"""The training recipe: what it may say, the learning-rate schedule and the optimiser it stands for."""
+"""Training recipes, by epochs and by steps: what they may say, the learning rates and the optimisers they stand for."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, cast
 
 import jax
 import numpy as np
 import optax
 from jaxtyping import Float32
+
+from jprune.training.schedules import SMOOTH, Smooth, smooth, stairs, warmed_up
+
+Rule: TypeAlias = tuple[str, bool, str]  # a field, whether its value is allowed, what is allowed
+
+
+def check_settings(settings: Any, rules: Sequence[Rule]) -> None:
+    """Raise ValueError for the first field of a settings dataclass that breaks its rule."""
+    for name, holds, allowed in rules:
+        if not holds:
+            value = getattr(settings, name)
+            raise ValueError(f"{type(settings).__name__}.{name} is {value!r}: it must be {allowed}")
+
+
+def _shared_rules(config: TrainConfig | TuningConfig) -> list[Rule]:
+    rate = config.learning_rate
+    return [
+        ("learning_rate", rate > 0 and math.isfinite(rate), "positive and finite"),
+        ("weight_decay", config.weight_decay >= 0, "at least 0"),
+        ("seed", config.seed >= 0, "at least 0"),
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,25 +64,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         rules = [
+            *_shared_rules(self),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("learning_rate", self.learning_rate > 0 and math.isfinite(self.learning_rate), "positive and finite"),
             ("schedule", self.schedule in ("cosine", "step"), "'cosine' or 'step'"),
             ("decay", 0 < self.decay <= 1, "in (0, 1]"),
             ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, "at least 0 and less than epochs"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
-            ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
             ("dtype", self.dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
-            ("seed", self.seed >= 0, "at least 0"),
             ("checkpoint_every_steps", self.checkpoint_every_steps >= 0, "at least 0"),
             ("eval_every_epochs", self.eval_every_epochs >= 0, "at least 0"),
             ("recalibrate_examples", self.recalibrate_examples >= 0, "at least 0"),
             ("log_every_steps", self.log_every_steps >= 1, "at least 1"),
         ]
-        for name, holds, allowed in rules:
-            if not holds:
-                raise ValueError(f"TrainConfig.{name} is {getattr(self, name)!r}: it must be {allowed}")
+        check_settings(self, rules)
         if list(self.milestones) != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
             raise ValueError(f"TrainConfig.milestones is {self.milestones}: epochs, from 1 on, in increasing order")
         if self.milestones and self.schedule != "step":
@@ -71,14 +88,77 @@ class TrainConfig:
 
 def learning_rates(config: TrainConfig, steps_per_epoch: int) -> Float32[np.ndarray, " steps"]:
     """The learning rate of every step: linear warm-up, then half a cosine to zero or a factor at each milestone."""
-    step = np.arange(config.epochs * steps_per_epoch, dtype=np.float64)
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    steps, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
     if config.schedule == "cosine":
-        factor = 0.5 * (1.0 + np.cos(np.pi * np.clip((step - warmup) / (len(step) - warmup), 0.0, 1.0)))
+        decay = smooth("cosine", steps, warmup)
     else:
-        factor = config.decay ** np.searchsorted(np.array(config.milestones) * steps_per_epoch, step, side="right")
-    ramp = np.minimum((step + 1) / warmup, 1.0) if warmup else 1.0
-    return np.asarray(config.learning_rate * factor * ramp, np.float32)
+        decay = stairs(steps, [m * steps_per_epoch for m in config.milestones], config.decay)
+    return warmed_up(config.learning_rate, decay, warmup)
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """AdamW for a number of steps: a linear warm-up (a share of the steps), then a decay to zero.
+
+    `accumulate` micro-batches make a step: batches have that many times the rows that are computed at once. Gradients are
+    scaled down to a global norm of `clip`.
+    """
+
+    steps: int
+    learning_rate: float = 1e-4
+    schedule: Smooth = "linear"
+    warmup: float = 0.0
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    accumulate: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = [
+            *_shared_rules(self),
+            ("steps", self.steps >= 1, "at least 1"),
+            ("schedule", self.schedule in SMOOTH, "'linear', 'cosine' or 'constant'"),
+            ("warmup", 0 <= self.warmup < 1, "a share of the steps, in [0, 1)"),
+            ("clip", self.clip > 0, "positive (infinity: no clipping)"),
+            ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"),
+            ("eps", self.eps >= 0, "at least 0"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
+        ]
+        check_settings(self, rules)
+        object.__setattr__(self, "betas", tuple(self.betas))  # a list from a JSON file would not hash
+
+    @property
+    def rates(self) -> Float32[np.ndarray, " steps"]:
+        """The learning rate of every step; the first step after the warm-up has the full one."""
+        warmup = math.ceil(self.warmup * self.steps)
+        return warmed_up(self.learning_rate, smooth(self.schedule, self.steps, warmup), warmup)
+
+    @property
+    def stages(self) -> tuple[optax.GradientTransformation, ...]:
+        """AdamW as stages of an optimiser, for `init_state` and `descend`; the rate is given to each update."""
+        return adamw(self.betas, self.eps, self.weight_decay)
+
+
+def _scaled_by_rate(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    del params
+    learning_rate = extra["learning_rate"]
+    return jax.tree.map(lambda u: -learning_rate.astype(u.dtype) * u, updates), state
+
+
+times_rate = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), _scaled_by_rate)
+
+
+@functools.lru_cache(maxsize=32)
+def adamw(betas: tuple[float, float], eps: float, weight_decay: float) -> tuple[optax.GradientTransformation, ...]:
+    """Adam's direction, then weight decay times the `learning_rate` given to each update; equal settings: equal objects."""
+    decay = optax.add_decayed_weights(weight_decay)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return times_rate.update(decay.update(updates, state, params)[0], state, params, **extra)
+
+    return optax.scale_by_adam(*betas, eps), optax.GradientTransformationExtraArgs(decay.init, update)
 
 
 @functools.lru_cache(maxsize=32)
@@ -88,17 +168,7 @@ def sgd(weight_decay: float, momentum: float, nesterov: bool) -> optax.GradientT
     The rate is an argument and equal settings give the same object, so that phases of training which differ in
     length or schedule share one compiled step.
     """
-
-    def scale(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        del params
-        learning_rate = extra["learning_rate"]
-        return jax.tree.map(lambda u: -learning_rate.astype(u.dtype) * u, updates), state
-
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.trace(momentum, nesterov),
-        optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scale),
-    )
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.trace(momentum, nesterov), times_rate)
 
 
 def with_own_updates(

@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
 
     params: Any
     rest: Mapping[str, Any]
-    opt_state: optax.OptState
+    opt_state: tuple[Any, ...]  # one entry a stage of the optimiser
     step: jax.Array
 
 
@@ -31,7 +31,7 @@ class Recipe:
     """The static part of a step; equal recipes share one compiled program."""
 
     forward: Forward
-    updates: tuple[tuple[Callable[..., Any], bool], ...]  # of the optimiser's stages; whether each takes learning_rate
+    stages: tuple[optax.GradientTransformation, ...]  # of the optimiser, each from `update_of`
     loss: Loss
     dtype: str
     wrapped: bool  # the variables are {"params": .., collections}, not a bare parameter tree
@@ -39,12 +39,16 @@ class Recipe:
 
 
 def init_state(
-    params: Any, rest: Mapping[str, Any], stages: Sequence[optax.GradientTransformation], mesh: Mesh
+    params: Any, rest: Mapping[str, Any], stages: Sequence[optax.GradientTransformation], mesh: Mesh | None = None
 ) -> TrainState:
-    """A fresh state on the mesh; the caller's arrays are copied, since steps give their buffers away.
+    """A fresh state; the caller's arrays are copied, since steps give their buffers away.
 
-    Moments that have the shape of the parameters take the parameters' sharding; everything else is replicated.
+    On a mesh, moments that have the shape of the parameters take the parameters' sharding and everything else is
+    replicated. Without one, every array stays where it is.
     """
+    if mesh is None:
+        params, rest = _copy((params, dict(rest)))
+        return TrainState(params, rest, tuple(_copy(s.init(params)) for s in stages), jnp.zeros((), jnp.int32))
     everywhere = NamedSharding(mesh, PartitionSpec())
     params, rest = (_copy_to(tree, shardings_of(tree, mesh)) for tree in (params, rest))
 
@@ -61,9 +65,37 @@ def init_state(
     return TrainState(params, rest, opt_state, jax.device_put(jnp.zeros((), jnp.int32), everywhere))
 
 
-def update_of(stage: optax.GradientTransformation) -> tuple[Callable[..., Any], bool]:
-    """What a step needs of an optimiser: without its `init`, stages that differ only in their state compile once."""
-    return stage.update, isinstance(stage, optax.GradientTransformationExtraArgs)
+def update_of(stage: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The stage without its own `init`: stages that differ only in the state they begin with then compile once."""
+    return stage._replace(init=_is_initialised)
+
+
+def descend(
+    stages: Sequence[optax.GradientTransformation],
+    state: TrainState,
+    grads: Any,
+    rate: Any,
+    rest: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """The state after one step of the optimiser, whose stages receive `learning_rate` if they take extra arguments.
+
+    rest: new values of the other collections; by default the old ones.
+    """
+    opt_state = []
+    for stage, old in zip(stages, state.opt_state, strict=True):
+        takes_rate = isinstance(stage, optax.GradientTransformationExtraArgs)
+        grads, new = stage.update(grads, old, state.params, **({"learning_rate": rate} if takes_rate else {}))
+        opt_state.append(new)
+    params = optax.apply_updates(state.params, grads)
+    return TrainState(params, state.rest if rest is None else rest, tuple(opt_state), state.step + 1)
+
+
+def _is_initialised(params: Any) -> Any:
+    raise AssertionError("a stage without init has its state already")
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 def _copy_to(tree: Any, shardings: Any) -> Any:
@@ -96,16 +128,10 @@ def compiled_step(recipe: Recipe) -> Callable[[TrainState, Mapping[str, jax.Arra
         (value, (logits, updates, extra)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         if unknown := set(updates) - set(state.rest):
             raise ValueError(f"the model updates the collections {sorted(unknown)}, which its variables do not have")
-        opt_state = []
-        for (update, takes_rate), old in zip(recipe.updates, state.opt_state, strict=True):
-            grads, new = update(grads, old, state.params, **({"learning_rate": rate} if takes_rate else {}))
-            opt_state.append(new)
         metrics = {"loss": value, "learning_rate": rate, **extra}
         if logits.ndim == 2:
             metrics["accuracy"] = (logits.argmax(axis=-1) == batch["label"]).mean()
-        new = TrainState(
-            optax.apply_updates(state.params, grads), {**state.rest, **updates}, tuple(opt_state), state.step + 1
-        )
+        new = descend(recipe.stages, state, grads, rate, {**state.rest, **updates})
         leaves, treedef = jax.tree.flatten(new)
         leaves = [jax.lax.with_sharding_constraint(x, s) for x, s in zip(leaves, recipe.shardings, strict=True)]
         return treedef.unflatten(leaves), {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}

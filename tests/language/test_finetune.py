@@ -1,4 +1,4 @@
-"""Tuning adapters: rates, accumulation, the loss, agreement with a plain AdamW, and runs that go on to the bit."""
+"""Tuning adapters: the loss, agreement with a plain AdamW on merged weights, masks, keys, and runs that go on to the bit."""
 
 import functools
 
@@ -10,8 +10,9 @@ import pytest
 from laws import normal
 
 import jprune
-from jprune.language.finetune import Tuning, accumulated, clipped, next_token, recover
+from jprune.language.finetune import next_token, recover
 from jprune.language.lora import LoraConfig, init, merge
+from jprune.training import TuningConfig
 
 CONFIG = LoraConfig(rank=2, alpha=4.0)
 PARAMS = {"e": normal(0, 11, 6) * 3, "w": normal(1, 6, 8), "v": normal(2, 8, 11)}
@@ -37,27 +38,12 @@ def fresh():
     return init(jax.random.key(7), traced(), CONFIG, ["w", "v"])
 
 
-def test_rates():
-    np.testing.assert_allclose(Tuning(4, 1.0).rates, [1, 0.75, 0.5, 0.25])
-    np.testing.assert_allclose(Tuning(4, 2.0, "cosine").rates, [2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5], rtol=1e-6)
-    np.testing.assert_allclose(Tuning(6, 1.0, warmup=0.33).rates, [0.5, 1, 1, 0.75, 0.5, 0.25])
-    np.testing.assert_allclose(Tuning(3, 0.1, "constant").rates, 0.1, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("steps", 0), ("schedule", "step"), ("clip", 0.0), ("accumulate", 0), ("warmup", 1.0)]
-)
-def test_recipes_are_checked(field, value):
-    with pytest.raises(ValueError, match=rf"Tuning\.{field} is"):
-        Tuning(**{"steps": 3, field: value})
-
-
 def test_the_loss_counts_what_the_mask_says():
     ids = batches(0)
     logits = np.asarray(bigrams(PARAMS, ids), np.float64)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     nats = -np.log(np.take_along_axis(p[:, :-1], np.asarray(ids)[:, 1:, None], -1)[..., 0])
-    loss = next_token(traced())
+    loss = jax.jit(next_token(traced()))
     lora = fresh()
     assert loss(PARAMS, lora, {}, ids, None) == pytest.approx(nats.mean(), rel=1e-6)
     mask = np.arange(20).reshape(4, 5) % 3 > 0
@@ -67,26 +53,9 @@ def test_the_loss_counts_what_the_mask_says():
         loss(PARAMS, lora, {}, (ids, ids, ids), None)
 
 
-def test_accumulation_is_the_mean_over_micro_batches():
-    x = normal(3, 6, 4)
-    w = normal(4, 4)
-
-    def of(part, key):
-        return jax.value_and_grad(lambda w: jnp.mean((part @ w) ** 2))(w)
-
-    whole, grad = accumulated(of, x, 1, jax.random.key(0))
-    parts, grads = accumulated(of, x, 3, jax.random.key(0))
-    assert float(parts) == pytest.approx(float(whole), rel=1e-6)
-    np.testing.assert_allclose(grads, grad, rtol=1e-5)
-    with pytest.raises(ValueError, match="6 rows cannot be cut into 4"):
-        accumulated(of, x, 4, jax.random.key(0))
-    np.testing.assert_allclose(clipped({"a": jnp.array([3.0, 4.0])}, 1.0)[0]["a"], [0.6, 0.8], rtol=1e-6)
-    np.testing.assert_array_equal(clipped({"a": jnp.array([0.3, 0.4])}, 1.0)[0]["a"], np.float32([0.3, 0.4]))
-
-
 def test_recovery_is_adamw_on_merged_weights():
     """Against optax's own AdamW and clipping, differentiating the merged weights, in one batch at a time."""
-    tuning = Tuning(5, 0.02, "cosine", clip=0.5, weight_decay=0.1, accumulate=2)
+    tuning = TuningConfig(5, 0.02, "cosine", clip=0.5, weight_decay=0.1, accumulate=2)
     graph = traced()
     got, losses = recover(graph, PARAMS, batches, tuning, config=CONFIG, lora=fresh())
     rates = tuning.rates
@@ -112,7 +81,7 @@ def test_recovery_is_adamw_on_merged_weights():
     for t, f in lora.items():
         for k in f:
             np.testing.assert_allclose(got[t][k], f[k], atol=2e-4)
-    long, losses = recover(graph, PARAMS, batches, Tuning(60, 0.05), config=CONFIG, lora=fresh())
+    long, losses = recover(graph, PARAMS, batches, TuningConfig(60, 0.05), config=CONFIG, lora=fresh())
     assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
     assert next_token(graph)(PARAMS, long, {}, batches(99), None) < 0.85 * next_token(graph)(
         PARAMS, fresh(), {}, batches(99), None
@@ -121,7 +90,7 @@ def test_recovery_is_adamw_on_merged_weights():
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
-    tuning = Tuning(6, 0.02)
+    tuning = TuningConfig(6, 0.02)
     config = LoraConfig(rank=2, alpha=4.0, dropout=0.2)
     run = functools.partial(recover, traced(), PARAMS, config=config, save_every=2)
     want, losses = run(batches, tuning, lora=fresh())
@@ -139,7 +108,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     with pytest.raises(ValueError, match="holds a run, up to step 6"):
         run(batches, tuning, lora=fresh(), out=tmp_path)
     with pytest.raises(ValueError, match="another recipe"):
-        run(batches, Tuning(6, 0.03), lora=fresh(), out=tmp_path, resume=True)
+        run(batches, TuningConfig(6, 0.03), lora=fresh(), out=tmp_path, resume=True)
 
 
 def test_masked_units_and_broken_losses():
@@ -147,16 +116,18 @@ def test_masked_units_and_broken_losses():
     graph = traced()
     (group,) = [g for g in graph.groups if g.startswith("w:")]
     masks = {group: np.zeros(8)}
-    lora, _ = recover(graph, PARAMS, batches, Tuning(2, 0.1), config=CONFIG, lora=fresh(), masks=masks)
+    lora, _ = recover(graph, PARAMS, batches, TuningConfig(2, 0.1), config=CONFIG, lora=fresh(), masks=masks)
     np.testing.assert_array_equal(lora["w"]["b"], fresh()["w"]["b"])
     with pytest.raises(ValueError, match="the loss is nan at step 1"):
-        recover(graph, {**PARAMS, "v": PARAMS["v"] * jnp.nan}, batches, Tuning(2), config=CONFIG, lora=fresh())
+        recover(graph, {**PARAMS, "v": PARAMS["v"] * jnp.nan}, batches, TuningConfig(2), config=CONFIG, lora=fresh())
 
 
 def test_every_step_and_micro_batch_has_its_own_key():
     def noise(params, lora, masks, batch, key):
         return jax.random.uniform(key) + 0 * jnp.sum(lora["w"]["b"])
 
-    _, losses = recover(traced(), PARAMS, batches, Tuning(3), config=CONFIG, lora=fresh(), loss=noise)
-    _, halves = recover(traced(), PARAMS, batches, Tuning(3, accumulate=2), config=CONFIG, lora=fresh(), loss=noise)
+    _, losses = recover(traced(), PARAMS, batches, TuningConfig(3), config=CONFIG, lora=fresh(), loss=noise)
+    _, halves = recover(
+        traced(), PARAMS, batches, TuningConfig(3, accumulate=2), config=CONFIG, lora=fresh(), loss=noise
+    )
     assert len({*losses, *halves}) == 6

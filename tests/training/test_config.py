@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jprune.training import TrainConfig, cross_entropy, learning_rates, sgd
+from jprune.training import TrainConfig, TuningConfig, cross_entropy, learning_rates, sgd
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,40 @@ from jprune.training import TrainConfig, cross_entropy, learning_rates, sgd
 def test_bad_values_are_named(field, value):
     with pytest.raises(ValueError, match=field):
         TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("learning_rate", float("inf")),
+        ("schedule", "step"),
+        ("warmup", 1.0),
+        ("clip", 0.0),
+        ("weight_decay", -1.0),
+        ("betas", (0.9, 1.0)),
+        ("eps", -1.0),
+        ("accumulate", 0),
+        ("seed", -1),
+    ],
+)
+def test_bad_values_of_a_recipe_by_steps_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"TuningConfig\.{field} is"):
+        TuningConfig(**{"steps": 3, field: value})
+
+
+def test_rates_of_a_recipe_by_steps():
+    np.testing.assert_allclose(TuningConfig(4, 1.0).rates, [1, 0.75, 0.5, 0.25])
+    np.testing.assert_allclose(TuningConfig(4, 2.0, "cosine").rates, [2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5], rtol=1e-6)
+    np.testing.assert_allclose(TuningConfig(6, 1.0, warmup=0.33).rates, [0.5, 1, 1, 0.75, 0.5, 0.25])
+    np.testing.assert_allclose(TuningConfig(3, 0.1, "constant").rates, 0.1, rtol=1e-6)
+
+
+def test_a_warm_up_that_fills_the_run_ends_at_the_full_rate():
+    np.testing.assert_allclose(
+        learning_rates(TrainConfig(epochs=1, learning_rate=1.0, warmup_epochs=0.9), 4), [0.25, 0.5, 0.75, 1]
+    )
+    np.testing.assert_allclose(TuningConfig(3, 1.0, warmup=0.9).rates, [1 / 3, 2 / 3, 1], rtol=1e-6)
 
 
 def test_milestones_must_increase_and_lists_become_hashable():
@@ -79,6 +113,9 @@ def test_sgd_follows_the_momentum_recurrence(nesterov):
 
 
 def test_equal_settings_share_the_optimiser_so_phases_share_a_compiled_step():
+    assert all(
+        a is b for a, b in zip(TuningConfig(3).stages, TuningConfig(5, 0.1, betas=[0.9, 0.999]).stages, strict=True)
+    )
     assert sgd(1e-4, 0.9, True) is sgd(1e-4, 0.9, True)
     assert dataclasses.replace(TrainConfig(), seed=3) != TrainConfig()
 

@@ -15,7 +15,6 @@ from rich.progress import Progress
 from jprune.graph import Graph, trace
 from jprune.jobs.decoder_options import LanguageOptions
 from jprune.language.blocks import blocks
-from jprune.language.finetune import Tuning
 from jprune.language.lora import LoraConfig
 from jprune.language.perplexity import next_token_loss
 from jprune.language.statistics import block_stats
@@ -25,6 +24,7 @@ from jprune.methods.channels.loraprune.run import LoraPrune, finalize, loraprune
 from jprune.models.llama import Llama
 from jprune.models.llama_config import LlamaConfig
 from jprune.models.llama_trees import with_biases
+from jprune.training import TuningConfig
 
 if TYPE_CHECKING:
     from jprune.jobs.decoder import LanguageRun
@@ -216,7 +216,7 @@ def _by_training(criterion: str) -> Callable[[LanguageRun, Graph, Progress], Fou
     def find(run: LanguageRun, graph: Graph, progress: Progress) -> Found:
         o = run.o
         options = _loraprune_options(o, criterion)
-        tuning = Tuning(o.recover, o.learning_rate, seed=o.seed)
+        tuning = TuningConfig(o.recover, o.learning_rate, seed=o.seed)
         most = max(run.config.kv_heads)
         if 0 < o.sparsity < 1 / most - 1e-6:  # as `pruned_units` rounds
             least = f"the first goes at --sparsity {math.ceil(1000 / most) / 1000:g}" if most > 1 else "it cannot go"

@@ -15,7 +15,7 @@ from laws import normal, relative
 
 import jprune
 from jprune.checkpoint.layouts import LINEN, LINEN_SCAN, view
-from jprune.language.finetune import Tuning, fresh, next_token
+from jprune.language.finetune import next_token
 from jprune.language.lora import Lora, LoraConfig, adapted, init
 from jprune.methods.channels.loraprune import loraprune as lp
 from jprune.methods.channels.loraprune import masks as lm
@@ -24,6 +24,8 @@ from jprune.methods.channels.loraprune.loraprune import group_importance, lora_s
 from jprune.models.llama import Llama
 from jprune.surgery.products import product
 from jprune.tracing.paths import flatten
+from jprune.training import TuningConfig
+from jprune.training.state import init_state
 
 SMALL = {"vocab": 20, "stream": 16, "ffn": 12, "depth": 4}
 CONFIG = LoraConfig(rank=2, alpha=3.0)
@@ -288,7 +290,8 @@ def test_how_many_units_go():
 
 
 @pytest.mark.parametrize(
-    ("options", "steps"), [(run.LoraPrune(final_exact=False), 10), (run.LoraPrune(cooldown=0.0, every=50), 40)]
+    ("options", "steps"),
+    [(run.LoraPrune(final_exact=False), 10), (run.LoraPrune(cooldown=0.0, every=50), 40)],
 )
 def test_schedules_without_pruning_are_refused(options, steps):
     with pytest.raises(ValueError, match="steps is a pruning step"):
@@ -343,7 +346,7 @@ def test_units_that_an_attention_has():
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
-TUNING = Tuning(10, 0.02, accumulate=2)
+TUNING = TuningConfig(10, 0.02, accumulate=2)
 
 
 @functools.cache
@@ -420,7 +423,7 @@ def test_masks_and_rates_compile_nothing_again():
     lora, rows, loss = init(jax.random.key(0), graph, CONFIG), lm.prunable(graph), next_token(graph)
     ones = {g: jnp.ones(graph.groups[g].shape) for g in rows}
     step = jax.jit(run.step_of(graph, OPTIONS, TUNING, lora, loss))
-    state = fresh(TUNING, lora, {"masks": ones, "ema": jax.tree.map(jnp.zeros_like, ones)})
+    state = init_state(lora, {"masks": ones, "ema": jax.tree.map(jnp.zeros_like, ones)}, TUNING.stages)
     for t in range(2):
         state, _ = step(state, v, ids(t), TUNING.rates[t])
         rest = {

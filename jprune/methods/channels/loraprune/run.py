@@ -5,7 +5,7 @@ for each step:  gradients of the adapters, accumulated and clipped -> importance
                 AdamW on the adapters
 at the end:     W + s B A, sliced by the masks
 
-result = loraprune(graph, params, batches, LoraPrune(), Tuning(300))
+result = loraprune(graph, params, batches, LoraPrune(), TuningConfig(300))
 merged, keep = finalize(graph, params, result.lora, result.masks)
 small = graph.compact(merged, keep)
 """
@@ -16,22 +16,27 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
+from rich.progress import Progress
 
 from jprune.language.blocks import blocks
-from jprune.language.finetune import Loss, Tuning, accumulated, clipped, fresh, loop, next_token, update
+from jprune.language.finetune import Loss, next_token
 from jprune.language.lora import Lora, LoraConfig, init, merge, products
 from jprune.methods.channels.loraprune.loraprune import CRITERIA, Criterion, Scores, ema_update, group_importance
 from jprune.methods.channels.loraprune.masks import Unit, cubic_sparsity, prunable, pruned_units, update_masks
 from jprune.surgery.decision import decide
 from jprune.tracing.paths import flatten, with_leaves
 from jprune.tracing.structure import Structure
-from jprune.training.state import TrainState
+from jprune.training.checkpoints import fingerprint
+from jprune.training.config import TuningConfig, check_settings
+from jprune.training.state import TrainState, descend, init_state
+from jprune.training.steps import accumulated, clipped, each_step, run_steps
 
 Dequantize: TypeAlias = Callable[[Any], Any]
 
@@ -84,9 +89,7 @@ class LoraPrune:
             ("chunk", self.chunk >= 1, "at least 1"),
             ("ema", 0 <= self.ema < 1, "in [0, 1)"),
         ]
-        for name, holds, allowed in rules:
-            if not holds:
-                raise ValueError(f"LoraPrune.{name} is {getattr(self, name)!r}: it must be {allowed}")
+        check_settings(self, rules)
 
 
 class Result(NamedTuple):
@@ -149,7 +152,12 @@ def gradient(graph: Structure, options: LoraPrune, lora: Lora, loss: Loss) -> Ca
 
 
 def step_of(
-    graph: Structure, options: LoraPrune, tuning: Tuning, lora: Lora, loss: Loss, dequantize: Dequantize | None = None
+    graph: Structure,
+    options: LoraPrune,
+    tuning: TuningConfig,
+    lora: Lora,
+    loss: Loss,
+    dequantize: Dequantize | None = None,
 ) -> Callable[..., Any]:
     """step(state, params, batch, rate) -> (state, metrics): one optimiser step, to jit, shard or compile ahead oneself.
 
@@ -172,7 +180,7 @@ def step_of(
         )  # fmt: skip
         rest = {"masks": masks, "ema": ema_update(ema, importance, options.ema)}
         kept = sum(jnp.sum(m) for m in masks.values()) / sum(m.size for m in masks.values())
-        return update(tuning, state, grads, rate)._replace(rest=rest), {
+        return descend(tuning.stages, state, grads, rate, rest), {
             "loss": value,
             "gradient_norm": norm,
             "kept": kept,
@@ -190,12 +198,17 @@ def loraprune(
     params: Any,
     batches: Callable[[int], Any],
     options: LoraPrune,
-    tuning: Tuning,
+    tuning: TuningConfig,
     *,
     lora: Lora | None = None,
     loss: Loss | None = None,
     dequantize: Dequantize | None = None,
-    **running: Any,
+    out: str | Path | None = None,
+    resume: bool = False,
+    save_every: int = 0,
+    progress: bool | Progress = False,
+    title: str = "tuning",
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Result:
     """Train adapters and prune on the way; `finalize` makes weights and a keep set of the result. Two programs compile.
 
@@ -209,7 +222,7 @@ def loraprune(
       loss: (params, adapters, masks, batch, key) -> scalar; by default `next_token(graph, options.lora.dropout)`. A forward
         pass of your own has to apply the masks.
       dequantize: from what `params` holds (8-bit weights and their scales, say) to the traced parameters.
-      **running: of `jprune.language.finetune.loop`: out, resume, save_every, progress, title, on_step.
+      out, resume, save_every, progress, title, on_step: as in `jprune.training.fit`.
 
     Raises:
       ValueError: a schedule without pruning steps, units the decoder does not have, or what `recover` raises.
@@ -235,13 +248,26 @@ def loraprune(
 
     shapes = {g: graph.groups[g].shape for g in rows}
     rest = {"masks": {g: jnp.ones(s) for g, s in shapes.items()}, "ema": {g: jnp.zeros(s) for g, s in shapes.items()}}
-    recipe = {
-        "tuning": dataclasses.asdict(tuning),
-        "loraprune": dataclasses.asdict(options),
-        "scales": dict(lora.scales),
-    }
-    state, losses = loop(fresh(tuning, lora, rest), advance, tuning.steps, batches, recipe=recipe, **running)
-    return Result(state.params, state.rest["masks"], state.rest["ema"], losses)
+    state = init_state(lora, rest, tuning.stages)
+    done = run_steps(
+        state,
+        advance,
+        each_step(batches),
+        tuning.steps,
+        recipe={
+            "tuning": dataclasses.asdict(tuning),
+            "loraprune": dataclasses.asdict(options),
+            "scales": dict(lora.scales),
+            "state": fingerprint(state._asdict()),
+        },
+        out=out,
+        resume=resume,
+        save_every=save_every,
+        progress=progress,
+        title=title,
+        on_step=on_step,
+    )
+    return Result(done.state.params, done.state.rest["masks"], done.state.rest["ema"], done.losses)
 
 
 def finalize(graph: Structure, params: Any, lora: Lora, masks: Scores) -> tuple[Any, dict[str, Bool[np.ndarray, ...]]]:
