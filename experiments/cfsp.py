@@ -41,7 +41,7 @@ from jprune.language.lora import LoraConfig, init, layer_ranks, merge
 from jprune.language.perplexity import next_token_loss, perplexity
 from jprune.language.statistics import block_stats
 from jprune.methods.channels import decoder_baselines as baselines
-from jprune.methods.channels.cfsp import CFSPOptions, cfsp_keep, lora_ranks
+from jprune.methods.channels.cfsp import CFSPConfig, cfsp_keep, lora_ranks
 from jprune.methods.channels.decoder_channels import FINE, removed
 from jprune.models.llama import Llama, LlamaConfig, with_biases
 from jprune.models.llama_blocks import pieces
@@ -190,7 +190,7 @@ class Seed:
 
     def cfsp(self, sparsity: float, **options: Any) -> Any:
         options = {"multiple_of": self.b.s.multiple_of, "seed": self.seed, "exact_budget": True, **options}
-        return cfsp_keep(self.b.graph, self.v, self.stats, sparsity, CFSPOptions(**options), self.b.found)[0]
+        return cfsp_keep(self.b.graph, self.v, self.stats, sparsity, CFSPConfig(**options), self.b.found)[0]
 
     def decide(self, row: str, p: float) -> tuple[Any, Any]:
         """(keep set, variables) of a row."""

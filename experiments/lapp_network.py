@@ -14,7 +14,7 @@ from experiments.classifier import Classifier
 from experiments.study import Run
 from jprune.methods.channels.lapp.lapp import LappConfig
 from jprune.methods.channels.lapp.network import Network, finalise, init, prepare, slice_lapp
-from jprune.methods.channels.lapp.run import LappRun, run
+from jprune.methods.channels.lapp.run import LappRunConfig, run
 
 if TYPE_CHECKING:
     from experiments.lapp import Setting
@@ -73,7 +73,7 @@ class LappNetwork:
         assert way.lapp is not None
         choose = {"lapp": None, "uniform": lambda net: dict.fromkeys(net.layers, 0.0), "random": self.random}[way.how]
         recipe = dataclasses.replace(self.s.train, seed=self.run.seed)
-        config = LappRun(way.lapp, recipe, self.s.warmup, self.s.stop, choose is None, nearest=choose is not None)
+        config = LappRunConfig(way.lapp, recipe, self.s.warmup, self.s.stop, choose is None, nearest=choose is not None)
         folder = None if self.run.work is None else self.run.work / way.name.replace(" ", "-")
         r = run(self.net.model, self.net.variables, self.net.data, config, choose=choose, out=folder,
                 resume=folder is not None, progress=self.run.progress,

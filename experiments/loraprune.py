@@ -38,7 +38,7 @@ from jprune.language.lora import LoraConfig, init
 from jprune.language.perplexity import perplexity
 from jprune.methods.channels.loraprune.loraprune import group_importance
 from jprune.methods.channels.loraprune.masks import prunable, update_masks
-from jprune.methods.channels.loraprune.run import LoraPrune, finalize, gradient, loraprune, step_of, unit_counts
+from jprune.methods.channels.loraprune.run import LoraPruneConfig, finalize, gradient, loraprune, step_of, unit_counts
 from jprune.models import rebuild
 from jprune.models.llama import Llama, unstack_layers
 from jprune.training import TuningConfig
@@ -60,7 +60,7 @@ class Setting:
       evaluated: held-out windows.
     """
 
-    options: LoraPrune
+    options: LoraPruneConfig
     tuning: TuningConfig
     rows: int
     tokens: int
@@ -68,12 +68,16 @@ class Setting:
 
 
 SETTINGS = {
-    "small": Setting(LoraPrune(every=5, skip_first=1, lora=LoraConfig(8, 16.0)), TuningConfig(60, 1e-3), 4, 192, 64),
-    "llama": Setting(LoraPrune(lora=LoraConfig(8, 16.0, 0.05)), TuningConfig(313, 1e-4, accumulate=64), 128, 512, 256),
+    "small": Setting(
+        LoraPruneConfig(every=5, skip_first=1, lora=LoraConfig(8, 16.0)), TuningConfig(60, 1e-3), 4, 192, 64
+    ),
+    "llama": Setting(
+        LoraPruneConfig(lora=LoraConfig(8, 16.0, 0.05)), TuningConfig(313, 1e-4, accumulate=64), 128, 512, 256
+    ),
 }
 
 
-def _rows(options: LoraPrune) -> dict[str, LoraPrune]:
+def _rows(options: LoraPruneConfig) -> dict[str, LoraPruneConfig]:
     """The rows that differ in their options alone."""
     change = functools.partial(dataclasses.replace, options)
     return {
@@ -130,7 +134,7 @@ class Seed:
             record.write(file, found)
         return found
 
-    def row(self, name: str, options: LoraPrune) -> dict[str, Any]:
+    def row(self, name: str, options: LoraPruneConfig) -> dict[str, Any]:
         """The loop with these options."""
         began = time.monotonic()
         got = loraprune(self.graph, self.params, self.batches, options, self.tuning, progress=self.progress,

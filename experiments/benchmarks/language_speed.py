@@ -42,7 +42,7 @@ from jprune.checkpoint import load_hf, save_hf
 from jprune.language.blocks import blocks
 from jprune.language.perplexity import Runs
 from jprune.language.statistics import block_stats
-from jprune.methods.channels.cfsp import CFSPOptions, allocate_keep_ratios, cfsp_keep
+from jprune.methods.channels.cfsp import CFSPConfig, allocate_keep_ratios, cfsp_keep
 from jprune.models import rebuild
 from jprune.models.llama import Llama, LlamaConfig, llama_config
 
@@ -119,7 +119,7 @@ class Ours:
         clock.append(time.perf_counter())
         stats = block_stats(self.graph, self.variables, self.text, self.found)
         clock.append(time.perf_counter())
-        options = CFSPOptions(multiple_of=self.s.multiple_of)
+        options = CFSPConfig(multiple_of=self.s.multiple_of)
         self.keep, _ = cfsp_keep(self.graph, self.variables, stats, self.s.sparsity, options, self.found)
         self.small = jax.block_until_ready(self.graph.compact(self.variables, self.keep))
         clock.append(time.perf_counter())

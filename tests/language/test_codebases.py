@@ -10,12 +10,12 @@ from decoders import tiny, weights
 
 import jprune
 from jprune.checkpoint.layouts import LAYOUTS, LINEN, convert, kept_of_plan
-from jprune.methods.channels.cfsp import CFSPOptions, cfsp
+from jprune.methods.channels.cfsp import CFSPConfig, cfsp
 from jprune.models.llama import Llama
 
 CONFIG = tiny("llama")
 IDS = np.random.default_rng(0).integers(0, CONFIG.vocab, (4, 10)).astype(np.int32)
-OPTIONS = CFSPOptions(fine="relative3", multiple_of=None)
+OPTIONS = CFSPConfig(fine="relative3", multiple_of=None)
 
 
 def kept(fn, tree, layout, config):

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from decoders import tiny, weights
 import jprune
 from jprune.language.blocks import blocks
-from jprune.methods.channels.cfsp import CFSPOptions, cfsp_keep
+from jprune.methods.channels.cfsp import CFSPConfig, cfsp_keep
 from jprune.methods.channels.decoder_channels import FINE, channel_scores
 from jprune.language.perplexity import perplexity
 from jprune.language.statistics import block_stats
@@ -55,7 +55,7 @@ close("change", stats[1].change, stats[0].change)
 close("moments", (stats[1].ffn, stats[1].attention), (stats[0].ffn, stats[0].attention))
 for kind in FINE[:-1]:
     close(kind, channel_scores(graph, split, stats[1], found, kind), channel_scores(graph, one, stats[0], found, kind))
-options = CFSPOptions(multiple_of=8, uniform_width=scanned)
+options = CFSPConfig(multiple_of=8, uniform_width=scanned)
 keep, want = (cfsp_keep(graph, p, s, 0.5, options, found)[0] for p, s in ((split, stats[1]), (one, stats[0])))
 same("keep", keep, want)
 masked, small = graph.mask(split, keep), graph.compact(split, keep)

@@ -36,7 +36,7 @@ COARSE = (*METRICS, "uniform")
 
 
 @dataclasses.dataclass(frozen=True)
-class CFSPOptions:
+class CFSPConfig:
     """How CFSP decides.
 
     Attributes:
@@ -156,7 +156,7 @@ def _check_sparsity(sparsity: float) -> None:
 
 
 def cfsp(
-    graph: Structure, params: Any, batches: Iterable[Any], sparsity: float, options: CFSPOptions = CFSPOptions()
+    graph: Structure, params: Any, batches: Iterable[Any], sparsity: float, options: CFSPConfig = CFSPConfig()
 ) -> tuple[dict[str, np.ndarray], PruneReport]:
     """Calibrate and decide: (keep set, report).
 
@@ -176,7 +176,7 @@ def cfsp_keep(
     params: Any,
     stats: BlockStats,
     sparsity: float,
-    options: CFSPOptions = CFSPOptions(),
+    options: CFSPConfig = CFSPConfig(),
     found: Sequence[Block] | None = None,
 ) -> tuple[dict[str, np.ndarray], PruneReport]:
     """The decision from statistics that are at hand, so that one pass serves many sparsities and scores."""

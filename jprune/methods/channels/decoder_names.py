@@ -19,8 +19,8 @@ from jprune.language.lora import LoraConfig
 from jprune.language.perplexity import next_token_loss
 from jprune.language.statistics import block_stats
 from jprune.methods.channels import decoder_baselines as baselines
-from jprune.methods.channels.cfsp import CFSPOptions, cfsp_keep, lora_ranks
-from jprune.methods.channels.loraprune.run import LoraPrune, finalize, loraprune, pruning_steps
+from jprune.methods.channels.cfsp import CFSPConfig, cfsp_keep, lora_ranks
+from jprune.methods.channels.loraprune.run import LoraPruneConfig, finalize, loraprune, pruning_steps
 from jprune.models.llama import Llama
 from jprune.models.llama_config import LlamaConfig
 from jprune.models.llama_trees import with_biases
@@ -112,7 +112,7 @@ def _by_statistics(fine: str, coarse: str = "angular") -> Callable[[LanguageRun,
     def find(run: LanguageRun, graph: Graph, progress: Progress) -> Found:
         o = run.o
         even = o.scope == "uniform"
-        options = CFSPOptions(coarse="uniform" if even else coarse, fine=fine, multiple_of=o.multiple_of,
+        options = CFSPConfig(coarse="uniform" if even else coarse, fine=fine, multiple_of=o.multiple_of,
                               exact_budget=not even, uniform_width=even, seed=o.seed)  # fmt: skip
         stats = block_stats(graph, run.params, run.watched_batches(progress))
         keep, report = cfsp_keep(graph, run.params, stats, o.sparsity, options)
@@ -206,9 +206,9 @@ def _no_head_gone(
             f"each of which goes with its query heads, and {why}; {least}",)  # fmt: skip
 
 
-def _loraprune_options(o: LanguageOptions, criterion: Any) -> LoraPrune:
+def _loraprune_options(o: LanguageOptions, criterion: Any) -> LoraPruneConfig:
     every = max(1, min(10, o.recover // 10))
-    return LoraPrune(ratio=o.sparsity, every=every, multiple_of=o.multiple_of, criterion=criterion,
+    return LoraPruneConfig(ratio=o.sparsity, every=every, multiple_of=o.multiple_of, criterion=criterion,
                      lora=LoraConfig(rank=o.rank, alpha=2.0 * o.rank, dropout=0.05))  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import jprune
 from jprune.budget import channel_counts, proportional_ranks
 from jprune.language.blocks import blocks
 from jprune.language.statistics import BlockStats, Moments, block_stats
-from jprune.methods.channels.cfsp import CFSPOptions, allocate_keep_ratios, cfsp, cfsp_keep, lora_ranks
+from jprune.methods.channels.cfsp import CFSPConfig, allocate_keep_ratios, cfsp, cfsp_keep, lora_ranks
 from jprune.methods.channels.decoder_channels import FINE, channel_scores, removed, select
 from jprune.models.llama import Llama, unstack_layers
 
@@ -24,7 +24,7 @@ PARAMS = plain.params(depth=3)
 IDS = np.random.default_rng(2).integers(0, plain.V, (8, plain.TOKENS))
 GRAPH = jprune.trace(plain.decoder(), PARAMS, plain.IDS)
 FOUND = blocks(GRAPH)
-ANY = CFSPOptions(multiple_of=None)
+ANY = CFSPConfig(multiple_of=None)
 importances = st.lists(st.floats(0, 1), min_size=1, max_size=12).map(np.array)
 sparsities = st.floats(0, 0.95)
 
@@ -134,9 +134,9 @@ def test_an_exact_budget_takes_from_the_largest_residual():
         (lambda: allocate_keep_ratios(np.array([0.1]), 1.0), "in \\[0, 1\\)"),
         (lambda: allocate_keep_ratios(np.array([0.1]), 0.5, min_keep=0.6), "at most that"),
         (lambda: allocate_keep_ratios(np.array([0.1, np.nan]), 0.5), "layer 1 is not finite"),
-        (lambda: CFSPOptions(coarse="angle"), "coarse must be one of"),
-        (lambda: CFSPOptions(fine="l1"), "fine must be one of"),
-        (lambda: CFSPOptions(slack=1.0), "slack above 1"),
+        (lambda: CFSPConfig(coarse="angle"), "coarse must be one of"),
+        (lambda: CFSPConfig(fine="l1"), "fine must be one of"),
+        (lambda: CFSPConfig(slack=1.0), "slack above 1"),
         (lambda: lora_ranks(np.array([0.1]), direction="up"), "'important' or 'damaged'"),
         (lambda: lora_ranks(np.array([0.1]), 64), "must lie in"),
         (lambda: channel_scores(GRAPH, PARAMS, stats(), kind="random"), "need key"),
@@ -216,7 +216,7 @@ def by_hand(kind, down, up, gate, x):
 
 @pytest.mark.parametrize("kind", [k for k in FINE if k != "random"])
 def test_scores_and_choice_against_double_precision(kind):
-    options = CFSPOptions(multiple_of=4, fine=kind, exact_budget=True)
+    options = CFSPConfig(multiple_of=4, fine=kind, exact_budget=True)
     keep, report = cfsp_keep(GRAPH, PARAMS, stats(), 0.4, options, FOUND)
     for l, (p, b) in enumerate(zip(PARAMS["layers"], FOUND, strict=True)):
         w = [np.asarray(p[n], np.float64).T for n in ("down", "up", "gate")]
@@ -257,7 +257,7 @@ def test_fused_matrices_give_the_same_channels(layout):
     layer, params = fused(layout)
     graph = jprune.trace(plain.decoder(layer), params, plain.IDS)
     for kind in ("official", "eq8", "relative3"):
-        options = CFSPOptions(multiple_of=None, fine=kind)
+        options = CFSPConfig(multiple_of=None, fine=kind)
         a, b = (cfsp_keep(g, p, stats(), 0.5, options)[0] for g, p in ((GRAPH, PARAMS), (graph, params)))
         for one, other in zip(blocks(GRAPH), blocks(graph), strict=True):
             assert a[one.ffn].tolist() == b[other.ffn].tolist()
@@ -269,7 +269,7 @@ def test_permuted_channels_permute_the_choice():
         {**p, "gate": p["gate"][:, order], "up": p["up"][:, order], "down": p["down"][order]} for p in PARAMS["layers"]
     ]}  # fmt: skip
     for kind in ("eq8", "relative3"):
-        options = CFSPOptions(multiple_of=None, fine=kind)
+        options = CFSPConfig(multiple_of=None, fine=kind)
         a, b = (cfsp(GRAPH, p, [IDS], 0.5, options)[0] for p in (PARAMS, moved))
         assert all(a[g][order].tolist() == b[g].tolist() for g in a)
 
@@ -323,7 +323,7 @@ def test_scanned_and_unrolled_layers_keep_the_same_channels():
     (_, v, loop), (_, w, scan) = decoder(False), decoder(True)
     found = {}
     for kind in ("official", "relative3"):
-        options = CFSPOptions(multiple_of=8, fine=kind, a=2.0)
+        options = CFSPConfig(multiple_of=8, fine=kind, a=2.0)
         s = found.setdefault("stats", block_stats(loop, v, [IDS]))
         a, b = (cfsp_keep(g, p, s, 0.5, options) for g, p in ((loop, v), (scan, w)))
         assert rows(loop, a[0]) == rows(scan, b[0]) and a[1].counts == b[1].counts and len(set(a[1].counts)) > 1
@@ -332,7 +332,7 @@ def test_scanned_and_unrolled_layers_keep_the_same_channels():
 
 def test_the_masked_decoder_is_the_sliced_one():
     module, v, graph = decoder(True)
-    keep, report = cfsp(graph, v, [IDS], 0.4, CFSPOptions(multiple_of=8))
+    keep, report = cfsp(graph, v, [IDS], 0.4, CFSPConfig(multiple_of=8))
     assert graph.groups[next(iter(keep))].exact
     want = jax.jit(module.apply)(graph.mask(v, keep), IDS[:2])
     small = graph.compact(v, keep, stacked="unstack")
@@ -347,21 +347,21 @@ def test_the_masked_decoder_is_the_sliced_one():
 
 def test_one_width_keeps_the_scan():
     _, v, graph = decoder(True)
-    keep, report = cfsp(graph, v, [IDS], 0.5, CFSPOptions(multiple_of=8, uniform_width=True, a=8.0))
+    keep, report = cfsp(graph, v, [IDS], 0.5, CFSPConfig(multiple_of=8, uniform_width=True, a=8.0))
     assert report.counts == (24, 24, 24) and len(set(report.importance)) == 3
     (k,) = keep.values()
     assert k.sum(1).tolist() == [24] * 3 and k[0].tolist() != k[1].tolist()
 
 
 def test_nothing_removed_at_zero():
-    for options in (ANY, CFSPOptions(multiple_of=7), CFSPOptions(multiple_of=None, official_counts=True)):
+    for options in (ANY, CFSPConfig(multiple_of=7), CFSPConfig(multiple_of=None, official_counts=True)):
         keep, report = cfsp_keep(GRAPH, PARAMS, stats(), 0.0, options)
         assert all(k.all() for k in keep.values()) and report.removed["parameters"] == 0 and report.drift == 0
 
 
 @pytest.mark.parametrize("coarse", ["angular", "cosine", "mse", "mae", "uniform"])
 def test_every_measure_of_a_block(coarse):
-    _, report = cfsp_keep(GRAPH, PARAMS, stats(), 0.5, CFSPOptions(coarse=coarse, multiple_of=None, a=0.2))
+    _, report = cfsp_keep(GRAPH, PARAMS, stats(), 0.5, CFSPConfig(coarse=coarse, multiple_of=None, a=0.2))
     want = np.zeros(3) if coarse == "uniform" else stats().change[coarse]
     assert report.importance == tuple(want)
     assert (
@@ -383,7 +383,7 @@ def test_sparsity_is_counted_three_ways():
 
 
 def test_random_scores_come_from_the_seed():
-    options = [CFSPOptions(multiple_of=None, fine="random", seed=seed) for seed in (0, 0, 1)]
+    options = [CFSPConfig(multiple_of=None, fine="random", seed=seed) for seed in (0, 0, 1)]
     a, b, c = (cfsp_keep(GRAPH, PARAMS, stats(), 0.5, o)[0] for o in options)
     assert all((a[g] == b[g]).all() for g in a) and any((a[g] != c[g]).any() for g in a)
 

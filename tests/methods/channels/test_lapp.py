@@ -25,7 +25,7 @@ from jprune.methods.channels.lapp.gates import gates, ratio, scores
 from jprune.methods.channels.lapp.lapp import LappConfig, common_offset, gate, hinge, standardise, target_at
 from jprune.methods.channels.lapp.layers import original, sliceable
 from jprune.methods.channels.lapp.network import finalise, gated_forward, init, prepare, slice_lapp, update_rules
-from jprune.methods.channels.lapp.run import LappRun, run
+from jprune.methods.channels.lapp.run import LappRunConfig, run
 from jprune.models import rebuild, resnet, vgg
 from jprune.surgery.sites import SiteError, select
 from jprune.training import TrainConfig, evaluate, sgd, with_own_updates
@@ -561,7 +561,7 @@ def ingredients():
 @pytest.mark.parametrize("kind", ["pw", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_run_meets_its_target_and_resumes(kind, tmp_path):
     model, variables, data = ingredients()
-    config = LappRun(LappConfig(0.5, kind, schedule="constant"), RECIPE, 1, 4)
+    config = LappRunConfig(LappConfig(0.5, kind, schedule="constant"), RECIPE, 1, 4)
     result = run(model, variables, data, config, out=tmp_path, progress=False)
     net = result.network
     step = max(jax.tree.leaves(jax.grad(lambda w: ratio(net, w))({n: 1.0 for n in net.layers})))
@@ -581,7 +581,7 @@ def test_a_run_meets_its_target_and_resumes(kind, tmp_path):
 
 def test_thresholds_that_do_not_learn_are_reported():
     model, variables, data = ingredients()
-    config = LappRun(LappConfig(0.5, "none", threshold_rate=1e-4), dataclasses.replace(RECIPE, epochs=4), 1, 3)
+    config = LappRunConfig(LappConfig(0.5, "none", threshold_rate=1e-4), dataclasses.replace(RECIPE, epochs=4), 1, 3)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         result = run(model, variables, data, config, progress=False)
@@ -591,7 +591,9 @@ def test_thresholds_that_do_not_learn_are_reported():
 
 def test_baselines_choose_their_thresholds_and_train_with_open_masks():
     model, variables, data = ingredients()
-    config = LappRun(LappConfig(0.5, "none"), dataclasses.replace(RECIPE, epochs=3), 0, 2, learn=False, nearest=True)
+    config = LappRunConfig(
+        LappConfig(0.5, "none"), dataclasses.replace(RECIPE, epochs=3), 0, 2, learn=False, nearest=True
+    )
     result = run(model, variables, data, config, choose=lambda net: dict.fromkeys(net.layers, 0.0), progress=False)
     assert {t for ts in result.thresholds.values() for t in ts} == {-3.0}
     np.testing.assert_allclose([r["ratio"] for r in result.history[:2]], 1.0, rtol=1e-6)
@@ -599,8 +601,8 @@ def test_baselines_choose_their_thresholds_and_train_with_open_masks():
     with pytest.raises(lapp.Infeasible, match="cannot be reached"):
         run(model, variables, data, dataclasses.replace(config, lapp=LappConfig(0.05, "pw")), progress=False)
     with pytest.raises(ValueError, match="this has to increase"):
-        LappRun(LappConfig(0.5), RECIPE, 3, 3)
-    assert LappRun(LappConfig(0.5), dataclasses.replace(RECIPE, epochs=200)).stop == 10
+        LappRunConfig(LappConfig(0.5), RECIPE, 3, 3)
+    assert LappRunConfig(LappConfig(0.5), dataclasses.replace(RECIPE, epochs=200)).stop == 10
 
 
 def test_neither_decay_nor_momentum_reaches_a_threshold():
@@ -620,7 +622,7 @@ SCRIPT = """
 import json, dataclasses, jax, numpy as np, jax.numpy as jnp
 from jax.sharding import Mesh
 from jprune.methods.channels.lapp.lapp import LappConfig
-from jprune.methods.channels.lapp.run import LappRun, run
+from jprune.methods.channels.lapp.run import LappRunConfig, run
 from jprune.data import load_digits
 from jprune.models import resnet
 from jprune.training import TrainConfig
@@ -628,7 +630,7 @@ assert jax.device_count() == 4
 model = resnet.small((1, 1), widths=(4, 8))
 variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
 data = load_digits(n_train=256)
-config = LappRun(LappConfig(0.5, schedule="constant"),
+config = LappRunConfig(LappConfig(0.5, schedule="constant"),
                  TrainConfig(epochs=4, batch_size=64, learning_rate=0.05, eval_every_epochs=0), 1, 3)
 out = []
 for mesh in (None, Mesh(np.array(jax.devices()), ("data",))):

@@ -29,7 +29,7 @@ from jprune.training.state import init_state
 
 SMALL = {"vocab": 20, "stream": 16, "ffn": 12, "depth": 4}
 CONFIG = LoraConfig(rank=2, alpha=3.0)
-OPTIONS = run.LoraPrune(every=2, skip_first=1, lora=CONFIG, chunk=7)
+OPTIONS = run.LoraPruneConfig(every=2, skip_first=1, lora=CONFIG, chunk=7)
 
 
 def ids(step, rows=4, tokens=6):
@@ -261,21 +261,21 @@ def test_the_schedule():
     at = {10: 0.0, 11: 0.0185166016, 20: 0.1650390625, 50: 0.4375, 80: 0.4990234375, 89: 0.4999990234, 90: 0.5, 91: 0.5}
     for t, share in at.items():
         assert lm.cubic_sparsity(t, 100) == pytest.approx(share, abs=1e-10)
-    options = run.LoraPrune(final_exact=False)
+    options = run.LoraPruneConfig(final_exact=False)
     assert list(run.pruning_steps(options, 100)) == [20, 30, 40, 50, 60, 70, 80]
-    assert run.pruning_steps(run.LoraPrune(), 100) == run.pruning_steps(options, 100) | {90: 0.5}
+    assert run.pruning_steps(run.LoraPruneConfig(), 100) == run.pruning_steps(options, 100) | {90: 0.5}
     published = run.pruning_steps(options, 313)
     assert len(published) == 25 and min(published) == 40 and max(published) == 280
     assert published[40] == pytest.approx(0.0503268, abs=1e-7) and published[280] == pytest.approx(0.49999984, abs=1e-8)
-    short = run.pruning_steps(run.LoraPrune(every=2), 8)  # the plateau would begin at 7.2
+    short = run.pruning_steps(run.LoraPruneConfig(every=2), 8)  # the plateau would begin at 7.2
     assert list(short) == [2, 4, 6, 7] and short[7] == 0.5
-    assert run.pruning_steps(run.LoraPrune(ratio=0.0), 100) == {}
-    assert run.pruning_steps(run.LoraPrune(initial=0.5), 100) == {0: 0.5}  # all at once
+    assert run.pruning_steps(run.LoraPruneConfig(ratio=0.0), 100) == {}
+    assert run.pruning_steps(run.LoraPruneConfig(initial=0.5), 100) == {0: 0.5}  # all at once
 
 
 def test_how_many_units_go():
     counted = {
-        n: [int(np.floor(n * s)) for s in run.pruning_steps(run.LoraPrune(final_exact=False), 313).values()]
+        n: [int(np.floor(n * s)) for s in run.pruning_steps(run.LoraPruneConfig(final_exact=False), 313).values()]
         for n in (32, 11008)
     }
     assert (counted[32][-1], counted[11008][-1]) == (15, 5503)
@@ -291,7 +291,7 @@ def test_how_many_units_go():
 
 @pytest.mark.parametrize(
     ("options", "steps"),
-    [(run.LoraPrune(final_exact=False), 10), (run.LoraPrune(cooldown=0.0, every=50), 40)],
+    [(run.LoraPruneConfig(final_exact=False), 10), (run.LoraPruneConfig(cooldown=0.0, every=50), 40)],
 )
 def test_schedules_without_pruning_are_refused(options, steps):
     with pytest.raises(ValueError, match="steps is a pruning step"):
@@ -525,7 +525,7 @@ def test_what_is_refused():
     few = Lora(few, {t: lora.scales[t] for t in few})
     with pytest.raises(ValueError, match="no adapted product makes or consumes"):
         group_importance(graph, v, few, grads, groups)
-    with pytest.raises(ValueError, match=r"LoraPrune.ratio is 1.0"):
-        run.LoraPrune(ratio=1.0)
-    with pytest.raises(ValueError, match=r"LoraPrune.warmup is 0.9"):
-        run.LoraPrune(warmup=0.9)
+    with pytest.raises(ValueError, match=r"LoraPruneConfig.ratio is 1.0"):
+        run.LoraPruneConfig(ratio=1.0)
+    with pytest.raises(ValueError, match=r"LoraPruneConfig.warmup is 0.9"):
+        run.LoraPruneConfig(warmup=0.9)

@@ -31,10 +31,10 @@ def epochs(run: Run) -> int:
     return 2 * run.o.epochs
 
 
-def _settings(run: Run) -> lapp_run.LappRun:
+def _settings(run: Run) -> lapp_run.LappRunConfig:
     o = run.o
     recipe = o.recipe(o.epochs, o.learning_rate)
-    return lapp_run.LappRun(LappConfig(target=o.target, bypass=run.method.criterion), recipe)
+    return lapp_run.LappRunConfig(LappConfig(target=o.target, bypass=run.method.criterion), recipe)
 
 
 def check_reachable(run: Run) -> None:

@@ -43,7 +43,7 @@ STUCK = 0.05  # thresholds that moved less than this in a fifth of the pruning p
 
 
 @dataclasses.dataclass(frozen=True)
-class LappRun:
+class LappRunConfig:
     """Settings of a run.
 
     Attributes:
@@ -116,7 +116,7 @@ def run(
     model: Any,
     variables: Any,
     dataset: Dataset,
-    config: LappRun,
+    config: LappRunConfig,
     *,
     choose: Choose | None = None,
     mesh: Mesh | None = None,

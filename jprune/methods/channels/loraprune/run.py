@@ -5,7 +5,7 @@ for each step:  gradients of the adapters, accumulated and clipped -> importance
                 AdamW on the adapters
 at the end:     W + s B A, sliced by the masks
 
-result = loraprune(graph, params, batches, LoraPrune(), TuningConfig(300))
+result = loraprune(graph, params, batches, LoraPruneConfig(), TuningConfig(300))
 merged, keep = finalize(graph, params, result.lora, result.masks)
 small = graph.compact(merged, keep)
 """
@@ -42,7 +42,7 @@ Dequantize: TypeAlias = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraPrune:
+class LoraPruneConfig:
     """What is pruned, when, and by which scores.
 
     Attributes:
@@ -101,7 +101,7 @@ class Result(NamedTuple):
     losses: list[float]
 
 
-def pruning_steps(options: LoraPrune, steps: int) -> dict[int, float]:
+def pruning_steps(options: LoraPruneConfig, steps: int) -> dict[int, float]:
     """{step: share pruned from there on}: every so many steps while the schedule rises, and where it has risen.
 
     Raises:
@@ -122,7 +122,7 @@ def pruning_steps(options: LoraPrune, steps: int) -> dict[int, float]:
     return out
 
 
-def unit_counts(graph: Structure, options: LoraPrune, groups: Iterable[str], ratio: float) -> dict[str, np.int32]:
+def unit_counts(graph: Structure, options: LoraPruneConfig, groups: Iterable[str], ratio: float) -> dict[str, np.int32]:
     """{group: units to be gone per layer} at a share: rounded down, and never more than in the end."""
     channels = {b.ffn for b in blocks(graph)}
     out = {}
@@ -133,7 +133,7 @@ def unit_counts(graph: Structure, options: LoraPrune, groups: Iterable[str], rat
     return out
 
 
-def gradient(graph: Structure, options: LoraPrune, lora: Lora, loss: Loss) -> Callable[..., Any]:
+def gradient(graph: Structure, options: LoraPruneConfig, lora: Lora, loss: Loss) -> Callable[..., Any]:
     """of(params, lora, masks, batch, key) -> (loss, (adapters' gradients, {leaf path: gradient})).
 
     The second is empty but for criterion "grad", which needs the gradients of the frozen matrices as well.
@@ -153,7 +153,7 @@ def gradient(graph: Structure, options: LoraPrune, lora: Lora, loss: Loss) -> Ca
 
 def step_of(
     graph: Structure,
-    options: LoraPrune,
+    options: LoraPruneConfig,
     tuning: TuningConfig,
     lora: Lora,
     loss: Loss,
@@ -197,7 +197,7 @@ def loraprune(
     graph: Structure,
     params: Any,
     batches: Callable[[int], Any],
-    options: LoraPrune,
+    options: LoraPruneConfig,
     tuning: TuningConfig,
     *,
     lora: Lora | None = None,
