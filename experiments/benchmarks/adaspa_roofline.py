@@ -17,6 +17,7 @@ from experiments import record
 from experiments.benchmarks import RESULTS
 from jprune.methods.attention.adaspa import Action, segments
 from jprune.methods.attention.adaspa_select import AdaSpaConfig, keep_counts, spans
+from pallas_kernels.common.attention_specs import HUNYUAN_VIDEO
 
 CHIPS = {
     "H200": 989e12,
@@ -30,11 +31,11 @@ CHIPS = {
 class Hunyuan:
     """HunyuanVideo at 720p and 129 frames: 118,800 video tokens, 256 of text, 60 layers of 24 heads of 128."""
 
-    tokens: int = 119056
+    tokens: int = HUNYUAN_VIDEO.tokens
     text: int = 256
     layers: int = 60
-    heads: int = 24
-    head: int = 128
+    heads: int = HUNYUAN_VIDEO.heads
+    head: int = HUNYUAN_VIDEO.features
     steps: int = 50
     efficiency: float = 0.8
 

@@ -10,6 +10,7 @@ from attention_oracle import allowed, attention, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import same_numbers
+from quick import QUICK
 
 from pallas_kernels.block_score import block_scores, search_attention, tpu_search
 from pallas_kernels.block_sparse_attention import AttentionError, DerivativeError, KernelConfig
@@ -27,7 +28,6 @@ SLOWLY = [
     pytest.param(way, marks=pytest.mark.slow) for way in ("xla tiles", "tpu, two passes")
 ]  # parts of what runs anyway
 QUICKLY = [way for way in WAYS if way not in ("xla tiles", "tpu, two passes")]
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is what takes long
 BLOCKS = {"block_q": BQ, "block_k": BK}
 
 

@@ -14,6 +14,7 @@ from attention_oracle import allowed, attention, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import same_numbers
+from quick import QUICK
 
 from pallas_kernels.block_sparse_attention import (
     AttentionError,
@@ -39,7 +40,6 @@ WAYS = {
         "interpret": True,
     },
 }
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is what takes long
 TPU_SLOWLY = pytest.param("tpu", marks=pytest.mark.slow)  # "wide" has all of it and more, and runs always
 SPARSE = ["xla", pytest.param("xla steps", marks=pytest.mark.slow), TPU_SLOWLY]
 

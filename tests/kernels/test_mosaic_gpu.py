@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as simulation
 from jax._src.pallas.mosaic_gpu.interpret import params
+from quick import QUICK
 
 from pallas_kernels.block_score import block_scores, search_attention
 from pallas_kernels.block_score import mosaic_gpu as score
@@ -42,7 +43,6 @@ from pallas_kernels.common.attention_problem import Static, Tokens
 CHECKED = params.InterpretGPUParams(detect_races=True)  # memory starts as not-a-number, reads outside raise
 
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 _compiled, _compiling = {}, threading.Lock()
 
 
@@ -109,7 +109,7 @@ def pairs(active, block_q, block_k, tokens):
 CASES = {
     "pairs with every rule": (64, 64, 2, 3, 64, 64, "lcs", 5.0),
     "128 by 64 tokens, values of other size": (128, 64, 2, 3, 40, 72, "lc", None),
-    "pairs without a rule": (64, 64, 3, 5, 64, 64, "", None),
+    "pairs without a rule": (64, 64, 3, 3, 64, 64, "", None),
     "long blocks, in parts": (256, 256, 1, 2, 64, 64, "c", None),
     "large heads, in parts": (64, 128, 2, 2, 128, 256, "l", None),
 }
@@ -237,20 +237,24 @@ def lowered(f, *shapes):
         return jax.export.export(jax.jit(f), platforms=["cuda"], disabled_checks=known)(*shapes).mlir_module()
 
 
-def every(*fast):
-    """All head sizes, types and blocks; slow but for these (features, dtype, block)."""
-    cases = itertools.product(arg_specs.COMPILED, ("bfloat16", "float16"), (64, 128))
+def halves(*fast):
+    """Half of all (head size, type, block), in which every pair of these occurs; slow but for these (features, dtype, block).
+
+    `experiments.benchmarks.compile_hopper` compiles them all.
+    """
+    cases = itertools.product(enumerate(arg_specs.COMPILED), enumerate(("bfloat16", "float16")), enumerate((64, 128)))
     return [
         pytest.param(
             dataclasses.replace(spec, dtype=dtype).with_blocks(block),
             id=f"{spec.name}, {dtype}, {block}",
             marks=() if (spec.features, dtype, block) in fast else pytest.mark.slow,
         )
-        for spec, dtype, block in cases
+        for (i, spec), (j, dtype), (k, block) in cases
+        if (i + j + k) % 2 == 0
     ]
 
 
-@pytest.mark.parametrize("spec", every((80, "bfloat16", 64), (256, "float16", 128)))
+@pytest.mark.parametrize("spec", halves((80, "float16", 64), (256, "float16", 128)))
 def test_attention_lowers_for_the_chip(spec):
     """Forward and both gradients; beyond 128 features those of keys and values are two kernels."""
 
@@ -264,7 +268,7 @@ def test_attention_lowers_for_the_chip(spec):
     assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == (4 if spec.features > 128 else 3)
 
 
-@pytest.mark.parametrize("spec", every((80, "bfloat16", 64)))
+@pytest.mark.parametrize("spec", halves((80, "float16", 64)))
 def test_masses_lower_for_the_chip(spec):
     def run(q, k, v, lse, ids):
         rules = {"causal": True, "q_segment_ids": ids, "kv_segment_ids": ids} if spec.block_q == 64 else {}
