@@ -4,12 +4,14 @@ from jprune.training.config import TrainConfig, TuningConfig, learning_rates, sg
 from jprune.training.evaluate import Evaluation, evaluate
 from jprune.training.fit import fit
 from jprune.training.forward import Forward, as_forward
+from jprune.training.gradients import accumulated, clipped
 from jprune.training.loop import train
 from jprune.training.loss import Loss, cross_entropy, mean_cross_entropy
 from jprune.training.recalibrate import recalibrate
-from jprune.training.steps import accumulated, clipped, run_steps
+from jprune.training.steps import Epochs, run_steps
 
 __all__ = [
+    "Epochs",
     "Evaluation",
     "Forward",
     "Loss",

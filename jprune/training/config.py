@@ -32,6 +32,8 @@ def _shared_rules(config: TrainConfig | TuningConfig) -> list[Rule]:
         ("learning_rate", rate > 0 and math.isfinite(rate), "positive and finite"),
         ("weight_decay", config.weight_decay >= 0, "at least 0"),
         ("seed", config.seed >= 0, "at least 0"),
+        ("accumulate", config.accumulate >= 1, "at least 1"),
+        ("clip", config.clip > 0, "positive (infinity: no clipping)"),
     ]
 
 
@@ -40,6 +42,8 @@ class TrainConfig:
     """SGD with momentum, as CNNs are customarily trained; milestones and warm-up are counted in epochs.
 
     `checkpoint_every_steps` 0 means once an epoch; `eval_every_epochs` 0 means only after the last one.
+    `accumulate` micro-batches make a batch: so many times fewer images are computed at once, and BatchNorm sees the
+    micro-batches. Gradients are scaled down to a global norm of `clip`, before weight decay.
     `recalibrate_examples` above 0 replaces BatchNorm's moving averages by means over that many examples at the end of
     every epoch. The defaults train a small ResNet on the digits in under a minute.
     """
@@ -61,6 +65,8 @@ class TrainConfig:
     eval_every_epochs: int = 1
     recalibrate_examples: int = 0
     log_every_steps: int = 1
+    accumulate: int = 1
+    clip: float = math.inf
 
     def __post_init__(self) -> None:
         rules = [
@@ -79,6 +85,10 @@ class TrainConfig:
             ("log_every_steps", self.log_every_steps >= 1, "at least 1"),
         ]
         check_settings(self, rules)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"TrainConfig.batch_size is {self.batch_size}: it must be a multiple of accumulate, {self.accumulate}"
+            )
         if list(self.milestones) != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
             raise ValueError(f"TrainConfig.milestones is {self.milestones}: epochs, from 1 on, in increasing order")
         if self.milestones and self.schedule != "step":
@@ -121,10 +131,8 @@ class TuningConfig:
             ("steps", self.steps >= 1, "at least 1"),
             ("schedule", self.schedule in SMOOTH, "'linear', 'cosine' or 'constant'"),
             ("warmup", 0 <= self.warmup < 1, "a share of the steps, in [0, 1)"),
-            ("clip", self.clip > 0, "positive (infinity: no clipping)"),
             ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"),
             ("eps", self.eps >= 0, "at least 0"),
-            ("accumulate", self.accumulate >= 1, "at least 1"),
         ]
         check_settings(self, rules)
         object.__setattr__(self, "betas", tuple(self.betas))  # a list from a JSON file would not hash

@@ -21,8 +21,9 @@ from rich.progress import Progress
 
 from jprune.training.checkpoints import fingerprint
 from jprune.training.config import TuningConfig
+from jprune.training.gradients import accumulated, clipped
 from jprune.training.state import TrainState, descend, init_state, update_of
-from jprune.training.steps import accumulated, clipped, each_step, run_steps
+from jprune.training.steps import each_step, run_steps
 
 Objective: TypeAlias = Callable[..., Any]  # (params, batch, key, *frozen, **rest) -> scalar or (scalar, {name: scalar})
 

@@ -1,7 +1,7 @@
 """Training a classifier by epochs: the recipe, the data and the evaluation that `run_steps` knows nothing of.
 
     for each epoch, for each batch:  state <- step(state, batch)          one compiled program
-        gradients -> `transform` -> weight decay -> momentum -> learning rate
+        gradients (of micro-batches, averaged; clipped) -> `transform` -> weight decay -> momentum -> learning rate
     at the end of an epoch:          evaluate, write a line, checkpoint
 
 A batch is a function of seed, epoch and step, so `run_steps` can go on with a killed run and end with the same bits.
@@ -15,6 +15,7 @@ In float64 both are the same to 1e-12.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,9 @@ def train(
     params, rest = split_variables(variables)
     state = init_state(params, rest, stages, mesh)
     shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(state))
+    wrapped, updates = params is not variables, tuple(map(update_of, stages))
     advance = compiled_step(
-        Recipe(forward, tuple(map(update_of, stages)), loss, config.dtype, params is not variables, shardings)
+        Recipe(forward, updates, loss, config.dtype, wrapped, shardings, config.accumulate, config.clip)
     )
     rates = learning_rates(config, per_epoch)[: final * per_epoch]
     state = state._replace(step=jax.device_put(state.step + first * per_epoch, state.step.sharding))
@@ -141,6 +143,10 @@ def train(
     return join_variables(variables, done.state.params, done.state.rest), done.history
 
 
+# settings that a recipe names only where they differ from this, so that runs from before they existed can be resumed
+_UNSAID = {"accumulate": 1, "clip": math.inf}
+
+
 def _check_logits(forward: Forward, variables: Any, dataset: Dataset, batch_size: int) -> None:
     image = jax.ShapeDtypeStruct((batch_size, *dataset.image_shape), "float32")
     shape = jax.eval_shape(forward.evaluate, variables, image).shape
@@ -153,7 +159,7 @@ def _check_logits(forward: Forward, variables: Any, dataset: Dataset, batch_size
 
 def _recipe(config: TrainConfig, dataset: Dataset, variables: Any) -> dict[str, Any]:
     return {
-        **dataclasses.asdict(config),
+        **{k: v for k, v in dataclasses.asdict(config).items() if v != _UNSAID.get(k)},
         "dataset": f"{dataset.name}, {len(dataset.train)} training images {list(dataset.image_shape)}",
         "model": f"{len(jax.tree.leaves(variables))} leaves, {fingerprint(variables)}",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jprune.training.forward import Forward
+from jprune.training.gradients import accumulated, clipped
 from jprune.training.loss import Loss
 from jprune.training.placement import shardings_of
 
@@ -36,6 +38,8 @@ class Recipe:
     dtype: str
     wrapped: bool  # the variables are {"params": .., collections}, not a bare parameter tree
     shardings: tuple[NamedSharding, ...]  # of the state's leaves, in jax's flattening order
+    accumulate: int = 1
+    clip: float = math.inf
 
 
 def init_state(
@@ -115,25 +119,44 @@ def compiled_step(recipe: Recipe) -> Callable[[TrainState, Mapping[str, jax.Arra
     def step(state, batch, key, rate):
         key = jax.random.fold_in(key, state.step)
 
-        def objective(params):
+        def objective(params, part, key):
             variables = {"params": low(params), **state.rest} if recipe.wrapped else low(params)
-            logits, updates = recipe.forward.train(variables, low(batch["image"]), key)
+            logits, updates = recipe.forward.train(variables, low(part["image"]), key)
             logits = logits.astype(jnp.float32)
-            out = recipe.loss(logits, batch, params)
+            out = recipe.loss(logits, part, params)
             value, extra = out if isinstance(out, tuple) else (out, {})
             updates = dict(updates)
             losses, logged = updates.pop("losses", {}), updates.pop("metrics", {})
-            return value + sum(losses.values()), (logits, updates, {**extra, **losses, **logged})
+            extra = {**extra, **losses, **logged}
+            if logits.ndim == 2:
+                extra["accuracy"] = (logits.argmax(axis=-1) == part["label"]).mean()
+            return value + sum(losses.values()), (updates, extra)
 
-        (value, (logits, updates, extra)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        def of(part, key):
+            return jax.value_and_grad(objective, has_aux=True)(state.params, part, key)
+
+        if recipe.accumulate == 1:
+            (value, (updates, extra)), grads = of(batch, key)
+        else:
+            (value, (updates, extra)), grads = accumulated(of, batch, recipe.accumulate, key)
         if unknown := set(updates) - set(state.rest):
             raise ValueError(f"the model updates the collections {sorted(unknown)}, which its variables do not have")
+        if recipe.accumulate > 1:
+            updates = jax.tree.map(_in_its_type, updates, {k: state.rest[k] for k in updates})
         metrics = {"loss": value, "learning_rate": rate, **extra}
-        if logits.ndim == 2:
-            metrics["accuracy"] = (logits.argmax(axis=-1) == batch["label"]).mean()
+        if math.isfinite(recipe.clip):
+            grads, metrics["gradient_norm"] = clipped(grads, recipe.clip)
         new = descend(recipe.stages, state, grads, rate, {**state.rest, **updates})
         leaves, treedef = jax.tree.flatten(new)
         leaves = [jax.lax.with_sharding_constraint(x, s) for x, s in zip(leaves, recipe.shardings, strict=True)]
         return treedef.unflatten(leaves), {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
     return step
+
+
+def _in_its_type(mean, old):
+    if not jnp.issubdtype(old.dtype, jnp.floating):
+        raise ValueError(
+            f"training updates a variable of {old.dtype}, which has no mean over micro-batches: accumulate=1"
+        )
+    return mean.astype(old.dtype)

@@ -24,6 +24,9 @@ from jprune.training import TrainConfig, TuningConfig, cross_entropy, learning_r
         ("label_smoothing", 1.0),
         ("dtype", "float16"),
         ("checkpoint_every_steps", -1),
+        ("clip", 0.0),
+        ("accumulate", 0),
+        ("accumulate", 3),
         ("milestones", (3,)),
     ],
 )

@@ -221,7 +221,7 @@ def test_the_loop_knows_steps_and_epochs_only(tmp_path):
     assert resumed == means
 
 
-@pytest.mark.parametrize("module", ["fit", "schedules", "steps"])
+@pytest.mark.parametrize("module", ["fit", "gradients", "schedules"])
 def test_the_examples_run(module):
     results = doctest.testmod(importlib.import_module(f"jprune.training.{module}"))
     assert results.attempted and not results.failed

@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from laws import same_numbers
 from rich.console import Console
 from rich.progress import Progress
 
-from jprune.data import load_digits
+from jprune.data import epoch_batches, load_digits, stream
 from jprune.training import Forward, TrainConfig, evaluate, train
 
 SHORT = TrainConfig(epochs=2, batch_size=32)
@@ -67,6 +68,41 @@ def test_without_momentum_a_step_is_gradient_descent(dataset):
     trained, _ = train(linear, variables, quiet, config)
     x, y = quiet.train.images.reshape(96, -1), np.eye(10)[quiet.train.labels]
     np.testing.assert_allclose(trained["params"]["w"], -0.5 * x.T @ (0.1 - y) / 96, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_and_clipping_are_gradient_descent_too(dataset):
+    """One step from zero weights in closed form: the mean gradient over all rows, scaled down to norm 0.01."""
+    quiet = dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, noise=0.0))
+    config = TrainConfig(
+        epochs=1, batch_size=96, learning_rate=0.5, momentum=0.0, weight_decay=0.0, accumulate=4, clip=0.01
+    )
+    x, y = quiet.train.images.reshape(96, -1), np.eye(10)[quiet.train.labels]
+    gradient = x.T @ (0.1 - y) / 96
+    trained, (record,) = train(
+        lambda p, x: x.reshape(len(x), -1) @ p, jnp.zeros((64, 10)), quiet, config, progress=False
+    )
+    norm = np.linalg.norm(gradient)
+    same_numbers(trained, -0.5 * 0.01 * gradient / norm, terms=96 * 640)
+    same_numbers(np.float32(record["gradient_norm"]), np.float64(norm), terms=96 * 640)
+    same_numbers(np.float32(record["loss"]), np.log(10.0), terms=96 * 10)
+
+
+def test_micro_batches_average_the_statistics_of_batch_norm(model, variables, dataset):
+    """Without a step of the weights: the mean over micro-batches of what each one makes of the old statistics."""
+    config = TrainConfig(epochs=1, batch_size=96, accumulate=2, seed=2)
+    trained, _ = train(model, variables, dataset, config, optimizer=optax.set_to_zero(), progress=False)
+    (batch,) = stream(epoch_batches(dataset.train, 96, seed=2, epoch=0))
+    halves = [model.apply(variables, x, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+              for x in np.split(batch["image"], 2)]  # fmt: skip
+    want = jax.tree.map(lambda a, b: (np.float64(a) + np.float64(b)) / 2, *halves)
+    same_numbers(trained["batch_stats"], want, terms=3 * 96 * 64 * 9)
+    counting = Forward(
+        lambda v, x, key: (x.reshape(len(x), -1) @ v["params"], {"seen": v["seen"] + 1}),
+        lambda v, x: x.reshape(len(x), -1) @ v["params"],
+    )
+    counted = {"params": jnp.zeros((64, 10)), "seen": jnp.zeros((), jnp.int32)}
+    with pytest.raises(ValueError, match="int32, which has no mean over micro-batches"):
+        train(counting, counted, dataset, config, progress=False)
 
 
 def test_the_transform_sees_gradients_parameters_and_the_rate_before_weight_decay(model, variables, dataset):

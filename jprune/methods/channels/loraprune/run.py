@@ -35,8 +35,9 @@ from jprune.tracing.paths import flatten, with_leaves
 from jprune.tracing.structure import Structure
 from jprune.training.checkpoints import fingerprint
 from jprune.training.config import TuningConfig, check_settings
+from jprune.training.gradients import accumulated, clipped
 from jprune.training.state import TrainState, descend, init_state
-from jprune.training.steps import accumulated, clipped, each_step, run_steps
+from jprune.training.steps import each_step, run_steps
 
 Dequantize: TypeAlias = Callable[[Any], Any]
 
