@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from jprune.data import ArraySplit, Dataset
+from jprune.training import TrainConfig, train
 
 
 class ToyCNN(nn.Module):
@@ -42,6 +43,17 @@ def small_dataset(n_train=96, n_test=50):
         return ArraySplit(images.astype(np.float32), labels, noise=noise)
 
     return Dataset(split(n_train, 0.1), split(n_test, 0.0), 10, (8, 8, 1), "patterns")
+
+
+@functools.cache
+def trained_network():
+    """Variables of the toy network after so many steps that it knows the small data set."""
+    return train(ToyCNN(), init(), small_dataset(), TrainConfig(epochs=12, batch_size=16), progress=False)[0]
+
+
+@pytest.fixture
+def trained():
+    return jax.tree.map(lambda x: x, trained_network())
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ def same(a, b):
 
 def test_the_digits_are_learned(model, variables):
     digits = load_digits(0)
-    trained, history = train(model, variables, digits, TrainConfig(), progress=False)
+    trained, history = train(model, variables, digits, TrainConfig(epochs=9), progress=False)
     assert evaluate(model, trained, digits).accuracy == history[-1]["test_accuracy"] > 0.9
-    assert [r["epoch"] for r in history] == list(range(1, 16))
+    assert [r["epoch"] for r in history] == list(range(1, 10))
     assert history[-1]["loss"] < history[0]["loss"] / 2
 
 
@@ -92,8 +92,8 @@ def test_micro_batches_average_the_statistics_of_batch_norm(model, variables, da
     config = TrainConfig(epochs=1, batch_size=96, accumulate=2, seed=2)
     trained, _ = train(model, variables, dataset, config, optimizer=optax.set_to_zero(), progress=False)
     (batch,) = stream(epoch_batches(dataset.train, 96, seed=2, epoch=0))
-    halves = [model.apply(variables, x, train=True, mutable=["batch_stats"])[1]["batch_stats"]
-              for x in np.split(batch["image"], 2)]  # fmt: skip
+    apply = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[1]["batch_stats"])
+    halves = [apply(variables, x) for x in np.split(batch["image"], 2)]
     want = jax.tree.map(lambda a, b: (np.float64(a) + np.float64(b)) / 2, *halves)
     same_numbers(trained["batch_stats"], want, terms=3 * 96 * 64 * 9)
     counting = Forward(
@@ -218,10 +218,10 @@ def test_bfloat16_computes_low_and_keeps_parameters_high(model, variables, datas
             seen.append((x.dtype, y.dtype))
             return y
 
-    trained, history = train(Spy(), variables, dataset, TrainConfig(epochs=4, batch_size=32, dtype="bfloat16"))
+    trained, history = train(Spy(), variables, dataset, TrainConfig(epochs=2, batch_size=32, dtype="bfloat16"))
     assert (jnp.bfloat16, jnp.bfloat16) in seen
     assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
-    _, full = train(model, variables, dataset, TrainConfig(epochs=4, batch_size=32))
+    _, full = train(model, variables, dataset, SHORT)
     np.testing.assert_allclose([r["loss"] for r in history], [r["loss"] for r in full], rtol=0.02)
     with pytest.raises(ValueError, match="trace it in bfloat16"):
         train(lambda v, x: model.apply(v, x), variables, dataset, TrainConfig(dtype="bfloat16"))

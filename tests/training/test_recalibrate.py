@@ -28,8 +28,7 @@ def test_statistics_are_the_means_over_the_batches(dataset):
         np.testing.assert_allclose(second["var"], 4.0, rtol=1e-3)
 
 
-def test_it_repairs_a_network_whose_statistics_are_lost(model, variables, dataset):
-    trained, _ = train(model, variables, dataset, TrainConfig(epochs=20, batch_size=16))
+def test_it_repairs_a_network_whose_statistics_are_lost(model, variables, trained, dataset):
     lost = {**trained, "batch_stats": variables["batch_stats"]}
     repaired = recalibrate(model, lost, dataset)
     assert evaluate(model, lost, dataset).accuracy < 0.8 < evaluate(model, repaired, dataset).accuracy

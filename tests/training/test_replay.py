@@ -8,8 +8,7 @@ import jprune
 from jprune.training import TrainConfig, evaluate, train
 
 
-def test_a_replayed_function_is_evaluated_and_fine_tuned(tmp_path, model, variables, dataset):
-    trained, _ = train(model, variables, dataset, TrainConfig(epochs=20, batch_size=16))
+def test_a_replayed_function_is_evaluated_and_fine_tuned(tmp_path, model, trained, dataset):
     graph = jprune.trace(lambda v, x: model.apply(v, x), trained, jnp.zeros((4, 8, 8, 1)))
     keep = {name: np.arange(group.size) % 2 == 0 for name, group in graph.groups.items()}
     small, fn = graph.compact(trained, keep), graph.replay(keep)

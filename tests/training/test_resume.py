@@ -20,13 +20,13 @@ from jprune.training import TrainConfig, train
 # A read that fails leaves others behind, whose threads complain, in a later test, that orbax has closed its event loop.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-CONFIG = TrainConfig(epochs=6, batch_size=16, checkpoint_every_steps=4)  # 6 steps an epoch: saves fall inside epochs
+CONFIG = TrainConfig(epochs=4, batch_size=16, checkpoint_every_steps=4)  # 6 steps an epoch: saves fall inside epochs
 SCRIPT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from conftest import ToyCNN, init, small_dataset
 from jprune.training import TrainConfig, train
-config = TrainConfig(epochs=6, batch_size=16, checkpoint_every_steps=4)
+config = TrainConfig(epochs=4, batch_size=16, checkpoint_every_steps=4)
 train(ToyCNN(), init(), small_dataset(), config, out=sys.argv[2], on_step=lambda *_: time.sleep(0.05))
 """
 
@@ -68,7 +68,7 @@ def test_killed_run_ends_with_the_same_bits(tmp_path, model, variables, dataset,
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 12 <= len(lines(out)) < 40
+    assert 12 <= len(lines(out)) < 28
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')  # as torn as a killed writer can leave it
 
@@ -138,7 +138,7 @@ def test_a_run_is_not_overwritten_or_mixed_with_another(tmp_path, model, variabl
     out = tmp_path / "whole"
     with pytest.raises(ValueError, match="resume=True, or another folder"):
         train(model, variables, dataset, CONFIG, out=out)
-    other = TrainConfig(epochs=6, batch_size=16, checkpoint_every_steps=4, learning_rate=0.01)
+    other = TrainConfig(epochs=4, batch_size=16, checkpoint_every_steps=4, learning_rate=0.01)
     with pytest.raises(ValueError, match=r"learning_rate was 0.05, is 0.01"):
         train(model, variables, dataset, other, out=out, resume=True)
     with pytest.raises(ValueError, match="another optimiser"):
@@ -147,8 +147,8 @@ def test_a_run_is_not_overwritten_or_mixed_with_another(tmp_path, model, variabl
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, model, variables, dataset, whole):
-    os.truncate(tmp_path / "whole" / "checkpoints" / "36" / "state" / "manifest.ocdbt", 10)
-    with pytest.raises(ValueError, match=r"checkpoints/36 .*damaged.* delete it"):
+    os.truncate(tmp_path / "whole" / "checkpoints" / "24" / "state" / "manifest.ocdbt", 10)
+    with pytest.raises(ValueError, match=r"checkpoints/24 .*damaged.* delete it"):
         train(model, variables, dataset, CONFIG, out=tmp_path / "whole", resume=True)
 
 
