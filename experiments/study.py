@@ -33,7 +33,7 @@ from rich.progress import Progress
 from experiments import record
 from jprune.files.json_files import read_json
 from jprune.training.progress import display
-from jprune.training.run_folder import Workspace
+from jprune.training.run_folder import RunFolder
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -155,7 +155,7 @@ class Study(Generic[S, C]):
         if unknown := set(only) - {k[-1] for k in rows}:
             raise ValueError(f"no rows {sorted(unknown)}; there are {sorted({k[-1] for k in self.rows(setting)})}")
         folder = work or out.with_name(f"{out.stem}.unfinished")
-        workspace, said = Workspace(folder), {"config": config, **plain(setting)}
+        workspace, said = RunFolder(folder), {"config": config, **plain(setting)}
         with workspace.claim({"study": self.name, "setting": said}, resume=True):
             pass
         try:

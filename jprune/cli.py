@@ -1,4 +1,4 @@
-"""The command line: `jprune prune`, `jprune eval`, `jprune chat`, `jprune explain`, `jprune list`."""
+"""The command line: `jprune prune`, `eval`, `generate`, `chat`, `explain`, `list`; its flags are those of the jobs' configs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -17,169 +17,139 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from jprune import flags
 from jprune.files.atomic import ignore_closed_loops
 from jprune.interrupt import obey_ctrl_c, stop
 
 Text = Annotated
 
 
-def _option(name: str, metavar: str, about: str = "") -> Any:
-    """An option that is not given as long as it is None; the help says what each kind of model then does."""
-    return arg(help=about, metavar=metavar, help_behavior_hint=lambda _: _defaults(name))
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """What commands share that leave a folder.
 
-
-def prune(
-    model: Text[
-        str, arg(help="a classifier of the zoo (see `jprune list`), or the folder of a language model")
-    ] = "resnet20",
-    data: Text[str | None, _option("data", "STR", "digits, cifar10, cifar100 or imagenet-folder")] = None,
-    data_dir: Text[str | None, _option("data_dir", "DIR", "where the data lies (all but digits)")] = None,
-    method: Text[str | None, _option("method", "STR", "how the small network comes about; see `jprune list`")] = None,
-    target: Text[float | None, _option("target", "FLOAT", "fraction to KEEP of --quantity")] = None,
-    quantity: Text[
-        Literal["macs", "params", "bytes"] | None, _option("quantity", "{macs,params,bytes}", "what --target counts")
-    ] = None,
-    scope: Text[
-        Literal["global", "uniform", "isomorphic"] | None,
-        _option("scope", "{global,uniform,isomorphic}", "which units compete (language models: not isomorphic)"),
-    ] = None,
-    steps: Text[int | None, _option("steps", "INT", "prune in so many steps, fine-tuning after each")] = None,
-    schedule: Text[
-        Literal["one_shot", "linear", "cubic"] | None,
-        _option("schedule", "{one_shot,linear,cubic}", "the way there, over --steps"),
-    ] = None,
-    multiple_of: Text[
-        int | None, _option("multiple_of", "INT", "kept widths are multiples of this (8 or 128 suit accelerators)")
-    ] = None,
-    min_keep: Text[int | None, _option("min_keep", "INT", "units every group keeps")] = None,
-    epochs: Text[
-        int | None,
-        _option("epochs", "INT", "of the baseline, of each sparse phase, and of a network trained from scratch"),
-    ] = None,
-    finetune_epochs: Text[int | None, _option("finetune_epochs", "INT", "after pruning, over all steps")] = None,
-    learning_rate: Text[float | None, _option("learning_rate", "FLOAT", "of training, or of --recover")] = None,
-    finetune_learning_rate: Text[float | None, _option("finetune_learning_rate", "FLOAT", "after pruning")] = None,
-    batch_size: Text[int | None, _option("batch_size", "INT", "images, or windows of text, at a time")] = None,
-    weight_decay: Text[float | None, _option("weight_decay", "FLOAT", "of all training")] = None,
-    strength: Text[
-        float | None,
-        _option("strength", "FLOAT", "penalty of slimming and masksparsity; 0: what the schedule needs"),
-    ] = None,
-    threshold: Text[
-        float | None, _option("threshold", "FLOAT", "masksparsity: channels whose scales end at or below it go")
-    ] = None,
-    sparsity: Text[
-        float | None,
-        _option("sparsity", "FLOAT", "fraction of channels (and heads) to REMOVE; masksparsity: of its mask"),
-    ] = None,
-    calibration: Text[
-        str | None, _option("calibration", "PATH", "text file, or a folder of them, to look at and to recover on")
-    ] = None,
-    evaluation: Text[
-        str | None, _option("evaluation", "PATH", "text to measure perplexity on; else a tenth is held back")
-    ] = None,
-    text_key: Text[
-        str | None, _option("text_key", "STR", "entry of a .jsonl line that holds its text, or its chat messages")
-    ] = None,
-    sequences: Text[int | None, _option("sequences", "INT", "windows of calibration text")] = None,
-    length: Text[int | None, _option("length", "INT", "tokens of a window")] = None,
-    recover: Text[int | None, _option("recover", "INT", "steps of low-rank training")] = None,
-    rank: Text[int | None, _option("rank", "INT", "mean rank of that training")] = None,
-    form: Text[
-        Literal["auto", "uniform", "padded", "hetero"] | None,
-        _option("form", "{auto,uniform,padded,hetero}", "how the folder is written"),
-    ] = None,
-    dtype: Text[
-        Literal["float32", "bfloat16", "float16"] | None,
-        _option("dtype", "{float32,bfloat16,float16}", "to compute in, else as stored"),
-    ] = None,
-    mesh: Text[tuple[int, int] | None, _option("mesh", "INT INT", "devices for data and for the model")] = None,
-    seed: int = 0,
-    out: Text[Path | None, arg(help="folder for the results; by default named after the options")] = None,
-    resume: Text[bool, arg(help="go on with the interrupted run in --out")] = False,
-    quiet: Text[bool, arg(help="no progress, no table")] = False,
-) -> int:
-    """Train, prune, fine-tune, measure; leaves a pruned checkpoint and a report.
-
-    With no options: ResNet-20 on scikit-learn's digits to half its multiply-accumulates, in a few minutes on a laptop.
-
-        jprune prune --model vgg16_bn --data cifar10 --data-dir ~/cifar-10-batches-bin --method taylor --target 0.3
-
-        jprune prune --method masksparsity --seed 3 --out runs/ms3
-
-        jprune prune --method precrop --quantity params --target 0.2
-
-    A language model (LLaMA, Mistral, Qwen2, Qwen3) is pruned in its Hugging Face folder, and leaves such a folder:
-
-        jprune prune --model ./Llama-3.2-1B --method cfsp --sparsity 0.3 --calibration wiki.txt --recover 500
+    Attributes:
+      out: folder for the results; by default named after the options
+      quiet: no progress, no table
     """
-    given = {k: v for k, v in locals().items() if v is not None and k not in ("out", "resume", "quiet")}
+
+    out: Path | None = None
+    quiet: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumable(Common):
+    """And those that can be gone on with.
+
+    Attributes:
+      resume: go on with the interrupted run in --out
+    """
+
+    resume: bool = False
+
+
+# -- prune -----------------------------------------------------------------------------------------------------------
+
+PRUNE = """Train, prune, fine-tune, measure; leaves a pruned checkpoint and a report.
+
+With no options: ResNet-20 on scikit-learn's digits to half its MACs, in a few minutes on a laptop.
+
+    jprune prune --model vgg16_bn --data cifar10 --data-dir ~/cifar-10-batches-bin --method taylor --sparsity 0.7
+
+    jprune prune --quantity latency --keep 0.6
+
+    jprune prune --method precrop --quantity params --keep 0.2 --seed 3 --out runs/p3
+
+A language model (LLaMA, Mistral, Qwen2, Qwen3) is pruned in its Hugging Face folder, and leaves such a folder:
+
+    jprune prune --model ./Llama-3.2-1B --method cfsp --sparsity 0.3 --calibration wiki.txt --recover 500
+"""
+
+
+def _prune_flags() -> type:
+    from jprune.jobs import ClassifierConfig, DecoderConfig
+    from jprune.methods.names import METHODS
+
+    parts: dict[str, type] = {}
+    names: dict[type, list[str]] = {}
+    for methods in METHODS.values():
+        for m in methods.values():
+            names.setdefault(m.config, []).append(m.name)
+    for config, those in names.items():
+        parts[", ".join(those)] = config
+    kinds = {"classifiers": ClassifierConfig, "language models": DecoderConfig}
+    return flags.union("prune", PRUNE, kinds, Resumable, parts)
+
+
+def prune(asked: Any) -> int:
+    """Run the job that the flags of `jprune prune` describe."""
+    from jprune.jobs import ClassifierConfig, ClassifierRun, DecoderConfig, DecoderRun
     from jprune.jobs.which_model import is_language_model
 
-    if is_language_model(model):
-        return _prune_folder(given, out, resume, quiet)
-    from jprune.jobs import Options, Run, rows
-
-    options = _made(
-        Options, given, f"{model!r} is a classifier of the zoo: leave it out, or give the folder of a language model"
-    )
-    if out is None:
-        amount = [options.target, options.sparsity or options.threshold][options.method == "masksparsity"]
-        out = Path("jprune-out") / f"{model}-{options.data}-{options.method}-{amount:g}-seed{seed}"
-    summary = _interruptible(lambda: Run(options, out, resume, quiet), resumable=True)
-    if not quiet:
-        from jprune.report.measure import Measured
-
-        title = f"{model} on {options.data}, {options.method}, {options.quantity} to {summary['achieved_fraction']:.2%}"
-        _show(title, rows(Measured(**summary["before"]), Measured(**summary["after"])))
-        _say(f"report: {out / 'report.html'}")
+    given = flags.given(asked, Resumable)
+    model = given.get("model", ClassifierConfig.model)
+    folder = is_language_model(model)
+    kind = "decoders" if folder else "classifiers"
+    if folder:
+        options, settings = _made(
+            DecoderConfig, kind, given, f"{model} is the folder of a language model: leave it out"
+        )
+        name = Path(model).resolve().name
+    else:
+        hint = f"{model!r} is a classifier of the zoo: leave it out, or give the folder of a language model"
+        options, settings = _made(ClassifierConfig, kind, given, hint)
+        name = f"{model}-{options.data}"
+    amount = "" if options.amount is None else f"-{options.amount.quantity}{options.amount.keep:g}"
+    out = asked.out or Path("jprune-out") / f"{name}-{options.method}{amount}-seed{options.seed}"
+    run = DecoderRun if folder else ClassifierRun
+    summary = _interruptible(lambda: run(options, out, settings, asked.resume, asked.quiet), resumable=True)
+    if not asked.quiet:
+        _show_pruned(folder, name, options, out, summary)
     return 0
 
 
-def _made(options: type, given: dict[str, Any], otherwise: str) -> Any:
-    """The options of one kind of model, from those that were given; one that it does not have is refused."""
-    known = {f.name for f in dataclasses.fields(options)}
-    for name in given:
-        if name not in known:
-            raise ValueError(f"--{name.replace('_', '-')} means nothing here: {otherwise}")
-    return options(**given)
+def _show_pruned(folder: bool, name: str, options: Any, out: Path, summary: Mapping[str, Any]) -> None:
+    if folder:
+        from jprune.jobs.decoder import MeasuredDecoder, rows
 
-
-def _defaults(name: str) -> str:
-    """What the help says of an option that is not given: the default of every kind of model that has it."""
-    from jprune.jobs.classifier_options import Options
-    from jprune.jobs.decoder_options import LanguageOptions
-
-    found = {
-        kind: f.default
-        for kind, options in (("classifiers", Options), ("language models", LanguageOptions))
-        for f in dataclasses.fields(options)
-        if f.name == name
-    }
-    one = len(set(map(str, found.values()))) == 1
-    said = {kind: "optional" if v is None else f"default: {v}" for kind, v in found.items()}
-    if len(found) == 1:
-        return "({}; {} only)".format(*next((v, k) for k, v in said.items()))
-    return f"({said['classifiers']})" if one else "({classifiers}; language models: {})".format(
-        said["language models"].removeprefix("default: "), **said)  # fmt: skip
-
-
-def _prune_folder(given: dict[str, Any], out: Path | None, resume: bool, quiet: bool) -> int:
-    """`prune` for the folder of a language model."""
-    from jprune.jobs.decoder import LanguageRun, MeasuredDecoder, rows
-    from jprune.jobs.decoder_options import LanguageOptions
-
-    options = _made(LanguageOptions, given, f"{given['model']} is the folder of a language model: leave it out")
-    name = Path(options.model).resolve().name
-    if out is None:
-        out = Path("jprune-out") / f"{name}-{options.method}-{options.sparsity:g}-seed{options.seed}"
-    summary = _interruptible(lambda: LanguageRun(options, out, resume, quiet), resumable=True)
-    if not quiet:
-        removed = summary["removed"]
-        title = f"{name}, {options.method}: {removed['parameters']:.1%} of the parameters removed"
-        _show(title, rows(MeasuredDecoder(**summary["before"]), MeasuredDecoder(**summary["after"])))
+        title = f"{name}, {options.method}: {summary['removed']['parameters']:.1%} of the parameters removed"
+        _show(title, rows(*(MeasuredDecoder(**summary[side]) for side in ("before", "after"))))
         _say(f"model: {out / 'model'} ({summary['form']})\nreport: {out / 'report.html'}")
-    return 0
+        return
+    from jprune.jobs.classifier import rows as both
+    from jprune.report.measure import Measured
+
+    quantity = summary["quantity"]
+    title = f"{options.model} on {options.data}, {options.method}, {quantity} to {summary['kept'][quantity]:.2%}"
+    _show(title, both(*(Measured(**summary[side]) for side in ("before", "after"))))
+    _say(f"report: {out / 'report.html'}")
+
+
+def _made(config: type, kind: str, given: Mapping[str, Any], otherwise: str) -> tuple[Any, Any]:
+    """(the job's options, the method's settings) of the flags that were given; those of others are refused.
+
+    Args:
+      config: of the job.
+      kind: of model.
+      given: {name: value}.
+      otherwise: what to say of a flag that belongs to another kind of model.
+    """
+    from jprune.methods.names import METHODS, method
+
+    known = {f.name: f.default for f in dataclasses.fields(config)}
+    chosen = method(given.get("method", known["method"]), kind)
+    own = {f.name for f in dataclasses.fields(chosen.config)}
+    for name in given:
+        if name in known or name in own:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        having = [m.name for m in METHODS[kind].values() if name in {f.name for f in dataclasses.fields(m.config)}]
+        if having:
+            raise ValueError(f"{flag} means nothing to the method {chosen.name!r}: leave it out, or choose one that has it "
+                             f"({', '.join(having)})")  # fmt: skip
+        raise ValueError(f"{flag} means nothing here: {otherwise}")
+    options = config(**{k: v for k, v in given.items() if k in known})
+    return options, chosen.config(**{k: v for k, v in given.items() if k in own})
 
 
 def _interruptible(prepare: Callable[[], Callable[[], dict[str, Any]]], resumable: bool = False) -> dict[str, Any]:
@@ -212,82 +182,137 @@ def _say(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def evaluate(
-    model: Text[str, arg(help="folder of a vision transformer: timm's, transformers', torchvision's, AugReg's .npz")],
-    data: Text[str, arg(help="folder of pictures, or of one folder of pictures a class")],
-    tokens: Text[str, arg(help="how tokens are reduced; see `jprune list`")] = "zero_tprune",
-    flops: Text[float, arg(help="share of the blocks' multiply-adds to KEEP")] = 0.65,
-    batch_size: int = 32,
-    images: Text[int, arg(help="at most so many pictures, drawn by --seed; 0: all")] = 0,
-    search: Text[int, arg(help="zero_tprune: try so many schedules on a part of the pictures first")] = 0,
-    search_images: Text[int, arg(help="pictures to try them on, at most half of all")] = 512,
-    pictures: Text[int, arg(help="so many of them are drawn with the patches that are left")] = 6,
-    heads: Text[int | None, arg(help="attention heads, where the files do not say")] = None,
-    dtype: Text[Literal["float32", "bfloat16", "float16"] | None, arg(help="to compute in, else as stored")] = None,
-    seed: int = 0,
-    out: Text[Path | None, arg(help="folder for the results; by default named after the options")] = None,
-    quiet: Text[bool, arg(help="no progress, no table")] = False,
-) -> int:
-    """Run a trained vision transformer on fewer tokens: accuracy, multiply-adds and speed, before and after.
+# -- eval, generate, chat --------------------------------------------------------------------------------------------
 
-    Nothing is trained. Leaves a report with pictures of the patches that each block still had.
+EVAL = """Measure a model's folder.
 
-        jprune eval --model deit_small --data imagenet/val --tokens zero_tprune --flops 0.65
-    """
-    from jprune.jobs.vision import TokenOptions, evaluate_tokens, rows
+A vision transformer runs on fewer tokens: accuracy, MACs and speed, before and after. Nothing is trained; the report has
+pictures of the patches that each block still had.
 
-    options = TokenOptions(
-        model, data, tokens, flops, batch_size, images, search, search_images, pictures, heads, dtype, seed
+    jprune eval --model deit_small --data imagenet/val --tokens zero_tprune --keep 0.65
+
+A language model reads text: perplexity, tokens a second, memory.
+
+    jprune eval --model ./Llama-3.2-1B --evaluation wiki.txt
+"""
+
+
+def _eval_flags() -> type:
+    from jprune.jobs.perplexity import PerplexityConfig
+    from jprune.jobs.vision import VisionEvalConfig
+
+    return flags.union(
+        "eval", EVAL, {"vision transformers": VisionEvalConfig, "language models": PerplexityConfig}, Common
     )
-    name = Path(model).resolve().name
-    out = out or Path("jprune-out") / f"{name}-{tokens}-{flops:g}"
-    summary = _interruptible(lambda: lambda: evaluate_tokens(options, out, quiet))
-    if not quiet:
-        _show(f"{name}, {tokens}, {summary['images']} pictures", rows(summary))
+
+
+def evaluate(asked: Any) -> int:
+    """Run the measurement that the flags of `jprune eval` describe."""
+    from jprune.jobs import perplexity, vision
+    from jprune.jobs.which_model import is_decoder_folder
+
+    given = flags.given(asked, Common)
+    if "model" not in given:
+        raise ValueError("--model is missing: give the folder of a vision transformer, or of a language model")
+    decoder = is_decoder_folder(given["model"])
+    config = perplexity.PerplexityConfig if decoder else vision.VisionEvalConfig
+    known = {f.name for f in dataclasses.fields(config)}
+    for flag in given:
+        if flag not in known:
+            what = "language model" if decoder else "vision transformer"
+            raise ValueError(
+                f"--{flag.replace('_', '-')} means nothing here: {given['model']} is a {what}: leave it out"
+            )
+    needed = "evaluation" if decoder else "data"
+    if needed not in given:
+        what = "text to measure on" if decoder else "folder of pictures"
+        raise ValueError(f"--{needed} is missing: give the {what}")
+    name = Path(given["model"]).resolve().name
+    options: Any = config(**given)
+    if decoder:
+        out = asked.out or Path("jprune-out") / f"{name}-eval"
+        summary = _interruptible(lambda: lambda: perplexity.evaluate_text(options, out, asked.quiet))
+        if not asked.quiet:
+            _show(f"{name}, {summary['windows']} windows", perplexity.rows(summary))
+            _say(f"report: {out / 'report.html'}")
+        return 0
+    out = asked.out or Path("jprune-out") / f"{name}-{options.tokens}-{options.share:g}"
+    summary = _interruptible(lambda: lambda: vision.evaluate_tokens(options, out, asked.quiet))
+    if not asked.quiet:
+        _show(f"{name}, {options.tokens}, {summary['images']} pictures", vision.rows(summary))
         if summary["note"]:
             print(summary["note"])
         _say(f"report: {out / 'report.html'}\npatches: {out / 'kept.png'}")
     return 0
 
 
-def chat(
-    model: Text[str, arg(help="folder of a LLaVA-1.5, with tokenizer.json")],
-    image: Text[str, arg(help="file of a picture")],
-    question: str = "What is in this picture?",
-    tokens: Text[str, arg(help="which visual tokens stay; see `jprune list`")] = "divprune",
-    keep: Text[int | None, arg(help="how many stay; else the share --ratio")] = None,
-    ratio: float = 0.098,
-    layer: Text[
-        int, arg(help="drop them behind so many layers of the decoder (fastv, vtw, divprune); 0: before it")
-    ] = 0,
-    order: Literal["raster", "selection"] = "raster",
-    positions: Literal["packed", "original"] = "packed",
-    vision: Text[str | None, arg(help="folder of CLIP, for weights without a vision tower")] = None,
-    steps: Text[int, arg(help="most tokens of an answer")] = 64,
-    dtype: Text[Literal["float32", "bfloat16", "float16"] | None, arg(help="to compute in, else as stored")] = None,
-    seed: int = 0,
-    out: Text[Path | None, arg(help="folder for the results; by default named after the options")] = None,
-    quiet: Text[bool, arg(help="no progress")] = False,
-) -> int:
-    """Ask a LLaVA about a picture, with all visual tokens and with few of them.
+GENERATE = """Have a language model's folder continue a prompt: the quick look at what a pruned model still says.
 
-    Leaves both answers, their times, and the picture with the visual tokens that were kept drawn over it.
+    jprune generate --model small/model --prompt "The capital of France is"
+"""
 
-        jprune chat --model llava-1.5-7b-hf --image cat.jpg --question "What is the cat doing?" --keep 56
-    """
-    from jprune.jobs.llava import ChatOptions, rows
-    from jprune.jobs.llava import chat as ask
 
-    options = ChatOptions(
-        model, image, question, tokens, keep, ratio, layer, order, positions, vision, steps, dtype, seed
-    )
-    out = out or Path("jprune-out") / f"{Path(model).resolve().name}-{Path(image).stem}-{tokens}"
-    summary = _interruptible(lambda: lambda: ask(options, out, quiet=quiet))
-    for name in ("all", "reduced"):
-        _say(f"{name}: {summary['answers'][name]}")
-    _show(f"{Path(model).resolve().name}, {tokens}", rows(summary))
-    _say(f"written to {out}")
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """No flags of its own."""
+
+
+def _generate_flags() -> type:
+    from jprune.jobs.generate import GenerateConfig
+
+    return flags.union("generate", GENERATE, {"": GenerateConfig}, Nothing)
+
+
+def generate(asked: Any) -> int:
+    """Print the answer."""
+    from jprune.jobs.generate import GenerateConfig, continue_prompt
+
+    options = _required(GenerateConfig, flags.given(asked, Nothing))
+    found = _interruptible(lambda: lambda: continue_prompt(options))
+    _say(found["text"])
+    print(f"{found['tokens']} tokens, {found['tokens_per_second']:.1f} a second", file=sys.stderr)
     return 0
+
+
+def _required(config: type, given: Mapping[str, Any]) -> Any:
+    """The config; ValueError that names a flag that has to be given."""
+    for f in dataclasses.fields(config):
+        if f.default is dataclasses.MISSING and f.name not in given:
+            raise ValueError(f"--{f.name.replace('_', '-')} is missing: {flags.about(config)[f.name]}")
+    return config(**given)
+
+
+CHAT = """Ask a LLaVA about a picture, with all visual tokens and with few of them.
+
+Leaves both answers, their times, and the picture with the visual tokens that were kept drawn over it.
+
+    jprune chat --model llava-1.5-7b-hf --image cat.jpg --question "What is the cat doing?" --count 56
+"""
+
+
+def _chat_flags() -> type:
+    from jprune.jobs.llava import ChatConfig
+
+    return flags.union("chat", CHAT, {"": ChatConfig}, Common)
+
+
+def chat(asked: Any) -> int:
+    """Answer, print and write both answers."""
+    from jprune.jobs import llava
+
+    o = _required(llava.ChatConfig, flags.given(asked, Common))
+    name = Path(o.model).resolve().name
+    out = asked.out or Path("jprune-out") / f"{name}-{Path(o.image).stem}-{o.tokens}"
+    summary = _interruptible(lambda: lambda: llava.chat(o, out, quiet=asked.quiet))
+    for side in ("all", "reduced"):
+        _say(f"{side}: {summary['answers'][side]}")
+    if not asked.quiet:
+        _show(f"{name}, {o.tokens}", llava.rows(summary))
+        _say(f"written to {out}")
+    return 0
+
+
+# -- explain, list ---------------------------------------------------------------------------------------------------
 
 
 def explain(
@@ -318,27 +343,16 @@ def explain(
 
 
 def list_() -> int:
-    """Models, data sets, methods, scopes and schedules."""
-    from jprune.jobs import DATA
-    from jprune.methods.channels.decoder_names import LANGUAGE_METHODS
-    from jprune.methods.channels.names import METHODS
-    from jprune.methods.tokens.llava_answer import ABOUT as VISUAL
-    from jprune.methods.tokens.reducers_by_name import ABOUT as TOKENS
+    """Models, data sets, and all methods by the kind of model that they are for."""
+    from jprune.jobs.classifier import DATA
+    from jprune.methods.names import TABLE
     from jprune.models import MODELS
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    scopes = {"global": "all units in one ranking", "uniform": "the same fraction of every group",
-              "isomorphic": "groups that are used alike compete"}  # fmt: skip
-    schedules = {"one_shot": "all at once", "linear": "equal steps", "cubic": "large steps first"}
     for title, entries in (
         ("models", {n: f"{e.about}, made for {'x'.join(map(str, e.image))}" for n, e in MODELS.items()}),
         ("data", DATA),
-        ("methods", {n: m.about for n, m in METHODS.items()}),
-        ("methods for the folder of a language model", {n: m.about for n, m in LANGUAGE_METHODS.items()}),
-        ("tokens of a vision transformer (jprune eval)", TOKENS),
-        ("visual tokens of a LLaVA (jprune chat)", VISUAL),
-        ("scopes", scopes),
-        ("schedules", schedules),
+        *TABLE.items(),
     ):
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 3, 0, 0))
         for name, about in entries.items():
@@ -348,15 +362,40 @@ def list_() -> int:
     return 0
 
 
+# -- the program -----------------------------------------------------------------------------------------------------
+
+MADE: dict[str, tuple[Callable[[], type], Callable[[Any], int]]] = {
+    "prune": (_prune_flags, prune),
+    "eval": (_eval_flags, evaluate),
+    "generate": (_generate_flags, generate),
+    "chat": (_chat_flags, chat),
+}
+ABOUT = {"prune": PRUNE, "eval": EVAL, "generate": GENERATE, "chat": CHAT}
+
+
+def _commands(asked: str) -> dict[str, Callable[..., Any]]:
+    """What there is to run; only the command that is asked for imports what its flags are made of."""
+    out: dict[str, Callable[..., Any]] = {}
+    for name, (made, _) in MADE.items():
+        if name == asked:
+            out[name] = made()
+        else:
+            out[name] = dataclasses.make_dataclass(name, [])
+            out[name].__doc__ = ABOUT[name].split("\n\n")[0]
+    return {**out, "explain": explain, "list": list_}
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are one line and exit status 2."""
     obey_ctrl_c()
     ignore_closed_loops()
-    commands = {"prune": prune, "eval": evaluate, "chat": chat, "explain": explain, "list": list_}
+    asked = sys.argv[1] if len(sys.argv) > 1 else ""
     try:
         status = tyro.extras.subcommand_cli_from_dict(
-            commands, prog="jprune", description="Prune any JAX model: trace once, score, allocate, compact."
+            _commands(asked), prog="jprune", description="Prune any JAX model: trace once, score, allocate, compact."
         )
+        if asked in MADE:
+            status = MADE[asked][1](status)
     except (ValueError, OSError) as error:
         if os.environ.get("JPRUNE_TRACEBACK"):
             raise

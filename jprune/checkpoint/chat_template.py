@@ -9,9 +9,13 @@ from typing import Any
 from jprune.files.json_files import read_json
 
 
-def load_chat_template(folder: str | Path) -> Callable[[Sequence[Mapping[str, str]]], str] | None:
+def load_chat_template(folder: str | Path, answer: bool = False) -> Callable[[Sequence[Mapping[str, str]]], str] | None:
     """messages ({"role", "content"}) -> text, or None where the folder has no template (chat_template.jinja, or an
     entry of tokenizer_config.json). The package jinja2 is needed once a chat is rendered.
+
+    Args:
+      folder: of the model.
+      answer: the text goes on to where the model's answer begins.
     """
     folder = Path(folder)
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
@@ -22,7 +26,7 @@ def load_chat_template(folder: str | Path) -> Callable[[Sequence[Mapping[str, st
     if not isinstance(source, str):
         return None
     special = {name: _token(said.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    return lambda messages: _rendered(source, messages, special)
+    return lambda messages: _rendered(source, messages, special, answer)
 
 
 def _token(said: Any) -> str:
@@ -30,7 +34,7 @@ def _token(said: Any) -> str:
     return str(said.get("content", "")) if isinstance(said, Mapping) else str(said or "")
 
 
-def _rendered(source: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str]) -> str:
+def _rendered(source: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str], answer: bool) -> str:
     try:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # the template is a stranger's program
@@ -43,6 +47,6 @@ def _rendered(source: str, messages: Sequence[Mapping[str, str]], special: Mappi
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
     try:
-        return environment.from_string(source).render(messages=messages, add_generation_prompt=False, **special)
+        return environment.from_string(source).render(messages=messages, add_generation_prompt=answer, **special)
     except TemplateError as error:
         raise ValueError(f"is a chat that the model's chat template refuses ({error})") from error

@@ -65,15 +65,21 @@ def ignore_closed_loops() -> None:
 
 def write_json(path: str | os.PathLike[str], data: Any, indent: int | None = 1) -> None:
     """JSON in UTF-8; whatever stood at `path` stays until the new file is complete, and also if writing fails."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(data, indent=indent) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write, which takes the name `path` when the block ends; what stood there stays if an error ends it."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with writing(target):
-            temporary.write_text(json.dumps(data, indent=indent) + "\n")
+            yield temporary
             os.replace(temporary, target)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

@@ -1,56 +1,160 @@
-"""One run in its folder: what every way to a small model shares - phases, progress, measuring, the files."""
+"""Prune a classifier of the zoo: train it, remove, fine-tune, measure, and leave a folder that says it all.
+
+    phases/..          checkpoints and metrics of every phase, for resuming
+    checkpoint/        the pruned model: orbax arrays and metadata to rebuild it (`load_pruned`)
+    plan.json          what was removed, to repeat on another copy of the weights (where something was removed)
+    metrics.jsonl      every step and epoch of every phase
+    summary.json       before and after
+    report.html, *.png
+
+Every phase is a pure function of the options, so an interrupted run that is resumed ends with the same bits.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import Progress
 
 from jprune import checkpoint
-from jprune.data import steps_per_epoch
-from jprune.files.atomic import write_json
+from jprune.data import Dataset, load_cifar, load_digits, load_image_folder, steps_per_epoch
 from jprune.graph import Graph, trace
-from jprune.jobs.classifier_options import Options, load_data
-from jprune.methods.channels import after_training as trained
-from jprune.methods.channels.lapp import job as gradual
-from jprune.methods.channels.masksparsity import job as masked
-from jprune.methods.channels.names import Method, method
-from jprune.methods.channels.precrop import job as cropped
-from jprune.methods.outcome import Outcome
+from jprune.jobs.outputs import layer_table, write_report
+from jprune.methods.contract import ClassifierTask, Method, Outcome, checked
+from jprune.methods.names import method
 from jprune.models import build
-from jprune.report import measure, page, plots
-from jprune.training import evaluate, train
+from jprune.report import measure, plots
+from jprune.training import TrainConfig, evaluate
 from jprune.training.forward import as_forward
-from jprune.training.run_folder import Workspace
+from jprune.training.loss import cross_entropy
+from jprune.training.run_folder import RunFolder
 
-# modules of the same three functions
-WAYS: dict[str, Any] = {
-    "trained": trained,
-    "masksparsity": masked,
-    "precrop": cropped,
-    "lapp": gradual,
+SAMPLES = 256  # training images that gradient criteria look at
+USUAL = 0.5  # share removed where nothing is asked for
+DATA = {
+    "digits": "scikit-learn's 1797 handwritten digits, 8x8, embedded",
+    "cifar10": "CIFAR-10 in its binary format (--data-dir)",
+    "cifar100": "CIFAR-100 in its binary format (--data-dir)",
+    "imagenet-folder": "train/ and val/ with a folder of images per class (--data-dir)",
 }
 
 
-class Run(Workspace):
-    """One run of the main job; calling it goes through all phases."""
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """Everything that decides the outcome of a run, beside the settings of its method.
 
-    def __init__(self, options: Options, out: Path, resume: bool = False, quiet: bool = False):
+    Attributes:
+      model: a classifier of the zoo
+      data: digits, cifar10, cifar100 or imagenet-folder
+      data_dir: where the data lies (all but digits)
+      method: what is removed, and how; see `jprune list`
+      sparsity: share of --quantity to REMOVE
+      keep: share of --quantity to KEEP, in place of --sparsity
+      quantity: what these shares count
+      epochs: of the baseline, of each sparse phase, and of a network trained from scratch
+      learning_rate: of all training but fine-tuning
+      batch_size: examples at a time
+      weight_decay: of all training
+      seed: of everything
+    """
+
+    model: str = "resnet20"
+    data: str = "digits"
+    data_dir: str | None = None
+    method: str = "magnitude-l2"
+    sparsity: float | None = None
+    keep: float | None = None
+    quantity: Literal["macs", "params", "bytes", "latency", "units"] | None = None
+    epochs: int = 20
+    learning_rate: float = 0.05
+    batch_size: int = 64
+    weight_decay: float = 5e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checked(self, {
+            "data": (self.data in DATA, f"one of {', '.join(DATA)}"),
+            "data_dir": (self.data == "digits" or self.data_dir is not None, f"the folder that holds {self.data}"),
+        })  # fmt: skip
+        _ = self.recipe, self.amount  # each says what is wrong with it
+
+    @property
+    def chosen(self) -> Method:
+        """The method."""
+        return method(self.method, "classifiers")
+
+    @property
+    def amount(self) -> Any:
+        """How much is to go."""
+        return self.chosen.amount(self.quantity, self.keep, self.sparsity, USUAL)
+
+    @property
+    def recipe(self) -> TrainConfig:
+        """How the baseline is trained."""
+        return TrainConfig(epochs=self.epochs, batch_size=self.batch_size, learning_rate=self.learning_rate,
+                           weight_decay=self.weight_decay, seed=self.seed)  # fmt: skip
+
+
+def load_data(o: ClassifierConfig) -> Dataset:
+    """The data set that the options name; ValueError if its folder is not what it should be."""
+    folder = Path(o.data_dir or "")
+    if o.data == "digits":
+        return load_digits(o.seed)
+    if o.data == "imagenet-folder":
+        return load_image_folder(folder)
+    return load_cifar(folder, 10 if o.data == "cifar10" else 100)
+
+
+class ClassifierRun(RunFolder):
+    """One run in its folder; calling it goes through all phases."""
+
+    def __init__(self, options: ClassifierConfig, out: Path, settings: Any = None, resume: bool = False,
+                 quiet: bool = False):  # fmt: skip
+        """Get ready, and refuse what cannot be done.
+
+        Args:
+          options: what is asked for.
+          out: the folder.
+          settings: of the method, an instance of its `config`; None: the usual ones.
+          resume: go on with the run in `out`.
+          quiet: show no progress.
+        """
         super().__init__(out, quiet)
-        self.o = options
-        self.method: Method = method(options.method)
-        self.way: Any = WAYS[self.method.way]
-        options.recipe(options.epochs, options.learning_rate)  # says what is wrong with it before a folder is made
-        with self.claim(dataclasses.asdict(options), resume):
+        self.o, self.method = options, options.chosen
+        self.settings = self.method.config() if settings is None else settings
+        if not isinstance(self.settings, self.method.config):
+            raise ValueError(f"the settings of {options.method!r} are a {self.method.config.__name__}, not {settings}")
+        self.said = {**dataclasses.asdict(options), **dataclasses.asdict(self.settings)}
+        with self.claim(self.said, resume):
             self.data = load_data(options)
-            self.model = build(options.model, self.data.num_classes)
-            self.way.check_reachable(self)
-        self.phases: list[tuple[str, list[dict[str, Any]]]] = []
+            self.model: Any = build(options.model, self.data.num_classes)
+            x = jax.ShapeDtypeStruct((2, *self.data.image_shape), jnp.float32)
+            shapes = jax.eval_shape(self.model.init, jax.random.key(0), x)
+            self.task = self._task(shapes, x)
+            self.method.check(self.task, self.settings)
+
+    def _task(self, shapes: Any, x: jax.ShapeDtypeStruct) -> ClassifierTask:
+        """What the method sees, with shapes in place of weights."""
+        forward = as_forward(self.model)
+
+        def loss(variables: Any, batch: Any) -> jax.Array:
+            return cross_entropy(forward.evaluate(variables, batch[0]), batch[1]).mean()
+
+        return ClassifierTask(
+            self.model, trace(self.model.apply, shapes, x), shapes, (x,), self.o.amount,
+            lambda: [self._samples()[0]], lambda: [self._samples()], loss, self, self.o.seed, shapes, self.data,
+            self.o.recipe)  # fmt: skip
+
+    def _samples(self) -> tuple[jax.Array, jax.Array]:
+        """Images and labels that gradient criteria look at."""
+        train = self.data.train
+        chosen = np.random.default_rng(self.o.seed).choice(len(train), min(SAMPLES, len(train)), replace=False)
+        batch = train.read(np.sort(chosen))
+        return jnp.asarray(batch["image"]), jnp.asarray(batch["label"])
 
     def __call__(self) -> dict[str, Any]:
         """All phases; returns what summary.json says."""
@@ -62,30 +166,31 @@ class Run(Workspace):
     def _run(self) -> dict[str, Any]:
         o = self.o
         x = jnp.zeros((2, *self.data.image_shape), jnp.float32)
-        variables = jax.jit(self.model.init)(jax.random.key(o.seed), x)
-        with self.progress(self.way.epochs(self) * steps_per_epoch(self.data.train, o.batch_size)) as progress:
-            recipe = o.recipe(o.epochs, o.learning_rate)
-            dense = self.fit("baseline", recipe, self.model, variables, None, progress)
-            outcome = self.way.small_model(self, trace(self.model.apply, dense, x), variables, dense, progress)
-            with self.phase("measure", progress):
-                final = trace(as_forward(outcome.model).evaluate, outcome.small, x)
-                found = getattr(final.cost(), o.quantity)
-                if found != outcome.predicted:
-                    raise ValueError(f"the small {o.model} has {found:,} {o.quantity}, not {outcome.predicted:,}")
-                before, after = self._measure(outcome, final)
-        return self._write(outcome, final, before, after)
+        fresh = jax.jit(self.model.init)(jax.random.key(o.seed), x)
+        task = dataclasses.replace(self.task, fresh=fresh, variables=fresh)
+        baseline = o.epochs * steps_per_epoch(self.data.train, o.batch_size)
+        with self.shown(baseline + self.method.training(task, self.settings)):
+            dense = task.fit("baseline", o.recipe, self.model, fresh)
+            task = dataclasses.replace(task, variables=dense)
+            outcome = self.method.find(task, self.settings)
+            for text in outcome.warnings:
+                self.warn(text)
+            with self.phase("measure"):
+                final = trace(as_forward(outcome.model).evaluate, outcome.variables, x)
+                found, promised = final.cost(), outcome.cost
+                for quantity in ("macs", "params"):
+                    if getattr(found, quantity) != getattr(promised, quantity):
+                        raise ValueError(f"the small {o.model} has {getattr(found, quantity):,} {quantity}, "
+                                         f"not {getattr(promised, quantity):,}")  # fmt: skip
+                before, after = self._measure(task, outcome, final)
+        return self._write(task, outcome, final, before, after)
 
-    def shapes(self) -> tuple[Any, jax.ShapeDtypeStruct]:
-        """(variables, a batch of two images) of the dense model, as shapes."""
-        x = jax.ShapeDtypeStruct((2, *self.data.image_shape), jnp.float32)
-        return jax.eval_shape(self.model.init, jax.random.key(0), x), x
-
-    def _measure(self, outcome: Outcome, final: Graph) -> list[measure.Measured]:
+    def _measure(self, task: ClassifierTask, outcome: Outcome, final: Graph) -> list[measure.Measured]:
         images = jnp.asarray(self.data.test.read(np.arange(min(self.o.batch_size, len(self.data.test))))["image"])
         programs, peak, out = {}, {}, []
         sides = {
-            "before": (self.model, outcome.dense, outcome.graph.cost()),
-            "after": (outcome.model, outcome.small, final.cost()),
+            "before": (task.model, task.variables, task.graph.cost()),
+            "after": (outcome.model, outcome.variables, final.cost()),
         }
         for name, (model, variables, _) in sides.items():
             program, peak[name] = measure.compiled(as_forward(model).evaluate, variables, images)
@@ -98,89 +203,50 @@ class Run(Workspace):
                 1e3 * len(images) / ms[name], measure.tree_bytes(variables), peak[name]))  # fmt: skip
         return out
 
-    # -- files ----------------------------------------------------------------------------------------------------
-
     def _write(
-        self, outcome: Outcome, final: Graph, before: measure.Measured, after: measure.Measured
+        self, task: ClassifierTask, outcome: Outcome, final: Graph, before: measure.Measured, after: measure.Measured
     ) -> dict[str, Any]:
-        o = self.o
-        if outcome.keep is not None:
-            outcome.graph.plan(outcome.keep).save(self.out / "plan.json")
-        checkpoint.save(self.out / "checkpoint", outcome.small, overwrite=True, metadata={
+        o, amount, out = self.o, self.o.amount, self.out
+        assert out is not None
+        if outcome.keep is not None and outcome.graph is not None:
+            outcome.graph.plan(outcome.keep).save(out / "plan.json")
+        checkpoint.save(out / "checkpoint", outcome.variables, overwrite=True, metadata={
             "model": o.model, "num_classes": self.data.num_classes, "image_shape": list(self.data.image_shape),
-            "options": dataclasses.asdict(o), **outcome.metadata})  # fmt: skip
-        self.join_metrics([name for name, _ in self.phases])
-        achieved = getattr(final.cost(), o.quantity) / getattr(outcome.graph.cost(), o.quantity)
+            "options": self.said, **outcome.metadata})  # fmt: skip
+        share = {q: getattr(final.cost(), q) / getattr(task.graph.cost(), q) for q in ("macs", "params", "bytes")}
+        share["latency"] = after.latency_ms / before.latency_ms
+        share["units"] = sum(b for _, b in outcome.widths.values()) / sum(a for a, _ in outcome.widths.values())
+        quantity = "macs" if amount is None else amount.quantity
+        got = f"{o.method} pruned {o.model} on {self.data.name} to {share[quantity]:.2%} of its {quantity}"
+        if amount is not None:
+            got += f" (asked for: {amount.keep:.2%})"
         summary = {
-            "options": dataclasses.asdict(o),
+            "options": self.said,
             "before": dataclasses.asdict(before),
             "after": dataclasses.asdict(after),
             "speed_up": before.latency_ms / after.latency_ms,
-            "achieved_fraction": achieved,
+            "quantity": quantity,
+            "kept": share,
             "widths": {g: list(w) for g, w in outcome.widths.items()},
-            **outcome.more,
-            "warnings": self.warnings,
-            "seconds": {k: round(v, 1) for k, v in self.seconds.items()},
-            "device": jax.devices()[0].device_kind,
+            **outcome.notes,
         }
-        what = f"{o.method} pruned {o.model} on {self.data.name}"
-        got = f"to {achieved:.2%} of its {o.quantity}"
-        if "target" not in self.method.fixed:
-            got += f" (target {o.target:.0%})"
-        notes = [f"{what} {got}; timed on batches of {o.batch_size} on {summary['device']}.", *self.warnings]
-        page.write(self.out / "report.html", f"{o.model}: before and after", rows(before, after),
-                   dataclasses.asdict(o), self._figures(outcome), notes, _layers(outcome.graph, final))  # fmt: skip
-        write_json(self.out / "summary.json", summary)
-        return summary
-
-    def _figures(self, outcome: Outcome) -> list[tuple[str, Path]]:
         w = outcome.widths
-        drawn = [
+        figures = [
             ("Widths before and after", "widths",
              lambda p: plots.widths(p, list(w), [a for a, _ in w.values()], [b for _, b in w.values()])),
             *outcome.figures,
-            ("Timeline", "timeline", lambda p: plots.timeline(p, self.phases)),
+            ("Timeline", "timeline", lambda p: plots.timeline(p, self.histories())),
         ]  # fmt: skip
-        out = []
-        for caption, name, draw in drawn:
-            out.append((caption, self.out / f"{name}.png"))
-            draw(out[-1][1])
-        return out
-
-    # -- training -----------------------------------------------------------------------------------------------
-
-    def fit(self, name: str, recipe: Any, model: Any, variables: Any, transform: Any, progress: Progress) -> Any:
-        """One phase of training, resumed if it was interrupted."""
-        steps = recipe.epochs * steps_per_epoch(self.data.train, recipe.batch_size)
-        with self.counted(name, steps, progress) as on_step:
-            trained, history = train(
-                model, variables, self.data, recipe, transform=transform, out=self.folder(name),
-                resume=True, progress=progress, title=name, on_step=on_step)  # fmt: skip
-        self.phases.append((name, history))
-        return trained
-
-
-def _layers(dense: Graph, final: Graph) -> list[tuple[str, str, str, str]]:
-    """The table of layers: multiply-accumulates of one image; a layer only one side has leaves the other's cell empty."""
-    after: dict[str, list[int]] = {}
-    for c in final.layer_costs():
-        after.setdefault(c.name, []).append(c.macs // 2)
-    out = [("layer", "MACs before", "MACs after", "kept")]
-    for c in dense.layer_costs():
-        n = c.macs // 2
-        left = after[c.name].pop(0) if after.get(c.name) else None
-        out.append((c.name, f"{n:,}", "" if left is None else f"{left:,}", "" if left is None else f"{left / n:.0%}"))
-    return out + [(name, "", f"{n:,}", "") for name, rest in after.items() for n in rest]
+        notes = [f"{got}; timed on batches of {o.batch_size} on {jax.devices()[0].device_kind}."]
+        return write_report(self, f"{o.model}: before and after", rows(before, after), self.said, figures, notes,
+                            layer_table(task.graph, final), summary)  # fmt: skip
 
 
 def rows(before: measure.Measured, after: measure.Measured) -> list[tuple[str, str, str, str]]:
     """The table before/after; its first row is the header."""
-
-    def row(name: str, a: float, b: float, form: str, unit: str = "") -> tuple[str, str, str, str]:
-        return name, f"{a:{form}}{unit}", f"{b:{form}}{unit}", f"{b / a:.2f}x"
-
     mb = 2**20
     points = f"{100 * (after.accuracy - before.accuracy):+.2f} points"
+    row = measure.row
     return [
         ("", "before", "after", "change"),
         ("test accuracy", f"{before.accuracy:.2%}", f"{after.accuracy:.2%}", points),

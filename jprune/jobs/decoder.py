@@ -13,35 +13,109 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich.progress import Progress
 
 from jprune.checkpoint import PruningRecord, load_hf, save_hf
 from jprune.checkpoint.hf_export import removed
 from jprune.checkpoint.huggingface import read_config
 from jprune.checkpoint.layouts import LINEN, kept_of_plan
 from jprune.data.text import sample_windows
-from jprune.files.atomic import write_json
-from jprune.graph import Graph, trace
-from jprune.jobs.decision_files import load_decision, save_decision
-from jprune.jobs.decoder_options import LanguageOptions, Texts, load_texts
+from jprune.graph import trace
+from jprune.jobs.decoder_text import Texts, load_texts
+from jprune.jobs.outputs import write_report
 from jprune.language.finetune import recover
 from jprune.language.lora import LoraConfig, layer_ranks, merge
-from jprune.language.perplexity import Speed, perplexity, speeds
-from jprune.methods.channels.decoder_names import Found, LanguageMethod, language_method
-from jprune.models import rebuild
+from jprune.language.perplexity import Speed, next_token_loss, perplexity, speeds
+from jprune.methods.contract import DecoderTask, Method, Outcome, checked
+from jprune.methods.names import method
 from jprune.models.llama import Llama
 from jprune.models.llama_config import LlamaConfig
 from jprune.models.llama_placement import placement
-from jprune.report import measure, page, plots
+from jprune.report import measure, plots
 from jprune.training import TuningConfig
-from jprune.training.progress import display
-from jprune.training.run_folder import Workspace
+from jprune.training.run_folder import RunFolder
+
+USUAL = 0.3  # share removed where nothing is asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that decides the outcome of a run, beside the settings of its method.
+
+    Attributes:
+      model: folder of a language model, as Hugging Face's programs write it
+      method: what is removed, and how; see `jprune list`
+      sparsity: share of --quantity to REMOVE
+      keep: share of --quantity to KEEP, in place of --sparsity
+      quantity: what these shares count; units are the channels (and heads) that the method removes
+      calibration: text file, or a folder of them, to look at and to recover on
+      evaluation: text to measure perplexity on; else a tenth of the calibration text is held back
+      text_key: entry of a .jsonl line that holds its text, or its chat messages
+      sequences: windows of calibration text
+      length: tokens of a window
+      batch_size: examples at a time
+      recover: steps of low-rank training afterwards; for methods that prune while they train, the steps they take
+      learning_rate: of that training
+      rank: mean rank of that training
+      form: how the folder is written; auto is uniform where the layers agree, else hetero
+      dtype: to compute in, else as stored
+      mesh: devices for data and for the model
+      seed: of everything
+    """
+
+    model: str
+    method: str = "cfsp"
+    sparsity: float | None = None
+    keep: float | None = None
+    quantity: Literal["macs", "params", "bytes", "latency", "units"] | None = None
+    calibration: str | None = None
+    evaluation: str | None = None
+    text_key: str | None = None
+    sequences: int = 128
+    length: int = 1024
+    batch_size: int = 4
+    recover: int = 0
+    learning_rate: float = 1e-4
+    rank: int = 8
+    form: Literal["auto", "uniform", "padded", "hetero"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    mesh: tuple[int, int] = (1, 1)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checked(self, {
+            "calibration": (self.calibration is not None, "a text file (.txt, .md, .py, .jsonl) or a folder of them"),
+            "sequences": (self.sequences >= 1, "at least 1"),
+            "length": (self.length >= 2, "at least 2"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "recover": (self.recover >= 0, "at least 0"),
+            "learning_rate": (self.learning_rate > 0, "above 0"),
+            "rank": (self.rank >= 1, "at least 1"),
+            "form": (self.form in ("auto", "uniform", "padded", "hetero"), "auto, uniform, padded or hetero"),
+            "dtype": (self.dtype in (None, "float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
+        })  # fmt: skip
+        devices = (
+            (len(self.mesh) == 2 and min(self.mesh) >= 1, "two numbers of devices, data and model"),
+            (self.batch_size % self.mesh[0] == 0, f"such that data divides the batch of {self.batch_size}"),
+        )
+        for rule in devices:
+            checked(self, {"mesh": rule})
+        _ = self.amount  # which says what is wrong with it
+
+    @property
+    def chosen(self) -> Method:
+        """The method."""
+        return method(self.method, "decoders")
+
+    @property
+    def amount(self) -> Any:
+        """How much is to go."""
+        return self.chosen.amount(self.quantity, self.keep, self.sparsity, USUAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,26 +137,55 @@ class MeasuredDecoder:
     decode: float
 
 
-class LanguageRun(Workspace):
-    """One run; calling it goes through all phases."""
+class DecoderRun(RunFolder):
+    """One run in its folder; calling it goes through all phases."""
 
-    def __init__(self, options: LanguageOptions, out: Path, resume: bool = False, quiet: bool = False):
+    def __init__(self, options: DecoderConfig, out: Path, settings: Any = None, resume: bool = False,
+                 quiet: bool = False):  # fmt: skip
+        """Get ready, and refuse what cannot be done.
+
+        Args:
+          options: what is asked for.
+          out: the folder.
+          settings: of the method, an instance of its `config`; None: the usual ones.
+          resume: go on with the run in `out`.
+          quiet: show no progress.
+        """
         super().__init__(out, quiet)
-        self.o = options
-        self.method: LanguageMethod = language_method(options.method)
-        self.method.check(options, read_config(options.model))
+        self.o, self.method = options, options.chosen
+        self.settings = self.method.config() if settings is None else settings
+        if not isinstance(self.settings, self.method.config):
+            raise ValueError(f"the settings of {options.method!r} are a {self.method.config.__name__}, not {settings}")
+        even = self.method.even or getattr(self.settings, "scope", None) == "uniform"
+        if options.form == "uniform" and not even:
+            raise ValueError("form 'uniform' needs layers of equal width: give --scope uniform too, or --form padded")
+        self.config = read_config(options.model)
+        self.model = Llama(self.config)
+        ids = jax.ShapeDtypeStruct((2, options.length), jnp.int32)
+        shapes = jax.eval_shape(self.model.init, jax.random.key(0), ids)
+        self.method.check(self._task(shapes), self.settings)
         self.mesh = _mesh(options.mesh)
-        with (
-            self.claim({**dataclasses.asdict(options), "mesh": list(options.mesh)}, resume),
-            display(not quiet) as progress,
-        ):
-            with self.phase("reading text", progress):
-                self.texts: Texts = load_texts(options, read_config(options.model))
-            with self.phase("loading", progress):
+        self.said = {**dataclasses.asdict(options), "mesh": list(options.mesh), **dataclasses.asdict(self.settings)}
+        with self.claim(self.said, resume), self.shown():
+            with self.phase("reading text"):
+                self.texts: Texts = load_texts(options, self.config)
+            with self.phase("loading"):
                 self.config, self.params, self.source = load_hf(
                     options.model, dtype=options.dtype, sharding=None if self.mesh is None else placement(self.mesh)
                 )
         self.model = Llama(self.config)
+
+    def _task(self, params: Any) -> DecoderTask:
+        """What the method sees."""
+        o = self.o
+        ids = jax.ShapeDtypeStruct((2, o.length), jnp.int32)
+
+        def loss(params: Any, ids: Any) -> jax.Array:
+            return next_token_loss(jnp.asarray(self.model.apply(params, ids)), ids).mean()
+
+        return DecoderTask(
+            self.model, trace(self.model.apply, params, ids), params, (ids,), o.amount, self._batches, self._batches, loss,
+            self, o.seed, self.batch_of_step, o.recover, o.learning_rate, o.rank, self._save_every)  # fmt: skip
 
     def __call__(self) -> dict[str, Any]:
         """All phases; returns what summary.json says."""
@@ -93,140 +196,118 @@ class LanguageRun(Workspace):
 
     def _run(self) -> dict[str, Any]:
         o = self.o
-        ids = self._example()
-        graph = trace(self.model.apply, self.params, ids)
-        with self.progress(max(o.recover, 1)) as progress:
-            with self.phase("measure before", progress):
-                before = self._perplexity(self.model, self.params, progress)
-            with self.phase("decide", progress):
-                found = self._decide(graph, progress)
-            graph = found.graph or graph
-            for text in found.warnings:
+        task = self._task(self.params)
+        with self.shown(max(o.recover, 1)):
+            with self.phase("measure before"):
+                before = self._perplexity(self.model, self.params)
+            with self.phase("decide"):
+                outcome = self.method.find(task, self.settings)
+            for text in outcome.warnings:
                 self.warn(text)
-            if o.sparsity and all(np.asarray(k).all() for k in found.keep.values()):
-                self.warn(f"nothing is removed: --sparsity {o.sparsity:g} is less than one unit of a layer is worth")
-            small = graph.compact(found.params, found.keep)
-            module: Any = rebuild(found.model or self.model, small)
+            assert outcome.keep is not None and outcome.graph is not None
+            if task.wanted.sparsity and all(k.all() for k in outcome.keep.values()):
+                self.warn(
+                    f"nothing is removed: --sparsity {task.wanted.sparsity:g} is less than one unit of a layer is worth"
+                )
+            module, small = outcome.model, outcome.variables
+            if (count := _count(small)) != outcome.cost.params:
+                raise ValueError(f"the small model has {count:,} parameters, not {outcome.cost.params:,}")
             if o.recover and not self.method.trains:
-                small = self._recover(module, small, found, progress)
-            with self.phase("measure after", progress):
-                after = self._perplexity(module, small, progress)
-            with self.phase("timing", progress):
+                small = self._recover(module, small, outcome)
+            with self.phase("measure after"):
+                after = self._perplexity(module, small)
+            with self.phase("timing"):
                 fast = speeds(
                     {"before": (self.model, self.params), "after": (module, small)}, prompt=min(o.length, 128)
                 )
                 one = self._measured(self.model, self.params, before, fast["before"])
                 two = self._measured(module, small, after, fast["after"])
-        return self._write(graph, found, module, small, one, two)
+        return self._write(task, outcome, small, one, two)
 
-    def _example(self) -> jax.ShapeDtypeStruct:
-        """Ids to trace with: two rows, so that the number of rows stays free."""
-        return jax.ShapeDtypeStruct((2, self.o.length), jnp.int32)
+    # -- data -----------------------------------------------------------------------------------------------------
 
-    def placed(self, ids: np.ndarray) -> jax.Array:
+    def _placed(self, ids: np.ndarray) -> jax.Array:
         """A batch of windows where it belongs."""
         if self.mesh is None:
             return jnp.asarray(ids)
         return jax.device_put(ids, NamedSharding(self.mesh, PartitionSpec("data")))
 
-    def watched_batches(self, progress: Progress) -> Iterator[jax.Array]:
+    def _batches(self) -> Iterator[jax.Array]:
         """The calibration windows, with a bar."""
         batches = self.texts.batches(self.o.batch_size)
-        yield from (self.placed(b) for b in progress.track(batches, description="calibrating"))
+        yield from (self._placed(b) for b in self.bars.track(batches, description="calibrating"))
 
     def batch_of_step(self, step: int) -> jax.Array:
         """What is trained on in a step: windows drawn from the calibration text, always the same for a step."""
         o = self.o
-        return self.placed(sample_windows(self.texts.stream, o.batch_size, o.length, o.seed * 1_000_003 + step + 1))
+        return self._placed(sample_windows(self.texts.stream, o.batch_size, o.length, o.seed * 1_000_003 + step + 1))
 
     @property
-    def save_every(self) -> int:
+    def _save_every(self) -> int:
         """Steps of training between checkpoints."""
         return max(10, self.o.recover // 10)
 
     # -- phases ---------------------------------------------------------------------------------------------------
 
-    def _decide(self, graph: Graph, progress: Progress) -> Found:
-        """The method's decision; one that an interrupted run has made already is read again."""
-        folder = self.folder("decision")
-        if self.method.trains:  # its training is what can be gone on with
-            return self.method.find(self, graph, progress)
-        made = load_decision(folder, {name: group.shape for name, group in graph.groups.items()})
-        if made is not None:
-            keep, notes, ranks, warnings = made
-            return Found(keep, self.params, notes, ranks, warnings=warnings)
-        found = self.method.find(self, graph, progress)
-        if found.params is self.params:  # else it made weights too, of which nothing is kept: it is found again
-            save_decision(folder, found.keep, found.notes, found.ranks, found.warnings)
-        return found
-
-    def _recover(self, module: Llama, small: Any, found: Found, progress: Progress) -> Any:
+    def _recover(self, module: Llama, small: Any, outcome: Outcome) -> Any:
         """Low-rank training of what is left, merged into it."""
         o = self.o
-        graph = trace(module.apply, small, self._example())
-        ranks = None if found.ranks is None else layer_ranks(graph, found.ranks)
+        graph = trace(module.apply, small, jax.ShapeDtypeStruct((2, o.length), jnp.int32))
+        ranks = None if outcome.ranks is None else layer_ranks(graph, outcome.ranks)
         config = LoraConfig(rank=o.rank, alpha=2.0 * o.rank, ranks=ranks)
         tuning = TuningConfig(o.recover, o.learning_rate, "cosine", warmup=0.03, seed=o.seed)
-        with self.counted("recover", o.recover, progress) as on_step:
+        with self.counted("recover", o.recover) as on_step:
             lora, _ = recover(graph, small, self.batch_of_step, tuning, config=config, out=self.folder("recover"),
-                              resume=True, save_every=self.save_every, on_step=on_step)  # fmt: skip
+                              resume=True, save_every=self._save_every, on_step=on_step)  # fmt: skip
         return jax.jit(lambda params, lora: merge(graph, params, lora))(small, lora)
 
-    def _perplexity(self, module: Llama, params: Any, progress: Progress) -> float:
+    def _perplexity(self, module: Llama, params: Any) -> float:
         sharding = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec("data"))
         windows = self.texts.evaluation
-        return perplexity(module, params, windows, self.o.batch_size, sharding=sharding, progress=progress)
+        return perplexity(module, params, windows, self.o.batch_size, sharding=sharding, progress=self.bars)
 
     def _measured(self, module: Llama, params: Any, perplexity: float, fast: Speed) -> MeasuredDecoder:
-        _, peak = measure.compiled(module.apply, params, self.placed(self.texts.calibration[: self.o.batch_size]))
-        count = sum(int(x.size) for x in jax.tree.leaves(params))
-        return MeasuredDecoder(perplexity, count, measure.tree_bytes(params), peak, fast.prefill, fast.decode)
+        _, peak = measure.compiled(module.apply, params, self._placed(self.texts.calibration[: self.o.batch_size]))
+        return MeasuredDecoder(perplexity, _count(params), measure.tree_bytes(params), peak, fast.prefill, fast.decode)
 
     # -- files ----------------------------------------------------------------------------------------------------
 
     def _write(
-        self,
-        graph: Graph,
-        found: Found,
-        module: Llama,
-        small: Any,
-        before: MeasuredDecoder,
-        after: MeasuredDecoder,
+        self, task: DecoderTask, outcome: Outcome, small: Any, before: MeasuredDecoder, after: MeasuredDecoder
     ) -> dict[str, Any]:
-        o, config = self.o, module.config
+        o, config, out = self.o, outcome.model.config, self.out
+        assert out is not None and outcome.keep is not None and outcome.graph is not None
         form = ("uniform" if config.uniform else "hetero") if o.form == "auto" else o.form
-        plan = graph.plan(found.keep)
-        plan.save(self.out / "plan.json")
+        plan = outcome.graph.plan(outcome.keep)
+        plan.save(out / "plan.json")
         text = f"{o.sequences} windows of {o.length} tokens of {o.calibration}"
-        record = PruningRecord(o.method, o.seed, text, o.sparsity, o.model, self.config,
+        record = PruningRecord(o.method, o.seed, text, task.wanted.sparsity, o.model, self.config,
                                kept_of_plan(plan, LINEN, self.config))  # fmt: skip
-        save_hf(small, config, self.out / "model", mode=form, record=record, hf_config=self.source["hf_config"],
+        save_hf(small, config, out / "model", mode=form, record=record, hf_config=self.source["hf_config"],
                 tokenizer_from=o.model, overwrite=True)  # fmt: skip
-        trained = [p.name for p in sorted((self.out / "phases").glob("*")) if (p / "metrics.jsonl").is_file()]
-        self.join_metrics(trained)
         gone = removed(self.config, config)
         summary = {
-            "options": dataclasses.asdict(o),
+            "options": self.said,
             "form": form,
             "before": dataclasses.asdict(before),
             "after": dataclasses.asdict(after),
             "removed": gone,
             "widths": {name: list(getattr(config, name)) for name in ("ffn", "q_heads", "kv_heads")},
-            **found.notes,
-            "warnings": self.warnings,
-            "seconds": {k: round(v, 1) for k, v in self.seconds.items()},
-            "device": jax.devices()[0].device_kind,
+            **outcome.notes,
         }
         names, one, two = _widths(self.config, config)
-        plots.widths(self.out / "widths.png", names, one, two)
         said = ", ".join(f"{share:.1%} of {name.replace('_', ' ')}" for name, share in gone.items())
-        page.write(self.out / "report.html", f"{Path(o.model).name}: before and after", rows(before, after),
-                   dataclasses.asdict(o), [("Widths before and after", self.out / "widths.png")],
-                   [f"{o.method} removed {said}. Written as {form}; timed on {summary['device']}.",
-                    f"Perplexity on {len(self.texts.evaluation)} windows of {o.length} tokens.", *self.warnings],
-                   _layers(self.config, config))  # fmt: skip
-        write_json(self.out / "summary.json", summary)
-        return summary
+        notes = [
+            f"{o.method} removed {said}. Written as {form}; timed on {jax.devices()[0].device_kind}.",
+            f"Perplexity on {len(self.texts.evaluation)} windows of {o.length} tokens.",
+        ]
+        figures = [("Widths before and after", "widths", lambda p: plots.widths(p, names, one, two))]
+        return write_report(self, f"{Path(o.model).name}: before and after", rows(before, after), self.said, figures,
+                            notes, _layers(self.config, config), summary)  # fmt: skip
+
+
+def _count(params: Any) -> int:
+    return sum(int(x.size) for x in jax.tree.leaves(params))
 
 
 def _mesh(shape: tuple[int, int]) -> Mesh | None:
@@ -257,11 +338,7 @@ def _layers(dense: LlamaConfig, small: LlamaConfig) -> list[tuple[str, ...]]:
 
 def rows(before: MeasuredDecoder, after: MeasuredDecoder) -> list[tuple[str, str, str, str]]:
     """The table before/after; its first row is the header."""
-
-    def row(name: str, a: float, b: float, form: str, unit: str = "") -> tuple[str, str, str, str]:
-        return name, f"{a:{form}}{unit}", f"{b:{form}}{unit}", f"{b / a:.2f}x"
-
-    mb = 2**20
+    mb, row = 2**20, measure.row
     return [
         ("", "before", "after", "change"),
         row("perplexity", before.perplexity, after.perplexity, ".3f"),

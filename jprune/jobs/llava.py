@@ -12,76 +12,80 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from rich.progress import Progress
 
 from jprune.checkpoint.llava import load_llava
 from jprune.data.images import read_image
 from jprune.files.atomic import whole_folder, write_json
-from jprune.files.lock import FolderLock
 from jprune.methods.tokens.cost_llm import true_flops
 from jprune.methods.tokens.divprune import retained_count
 from jprune.methods.tokens.llava_answer import VisualPruning, answer, read_prompt
 from jprune.report import measure
 from jprune.report.patches import Shown, kept_patches
-from jprune.training.progress import display
+from jprune.training.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatOptions:
+class ChatConfig:
     """One question.
 
     Attributes:
-      model: folder of a LLaVA-1.5; vision: of CLIP, where the former has no tower.
-      image, question: a picture's file, and what is asked about it.
-      tokens: a method of `jprune.methods.tokens.llava_answer`.
-      keep: visual tokens that stay; None: the share `ratio` of them.
-      layer: behind how many layers of the decoder they are dropped; 0: before it.
-      order, positions: see `VisualPruning`.
-      steps: most tokens of an answer.
-      dtype: to compute in; None: as stored.
-      seed: for tokens="random".
+      model: folder of a LLaVA-1.5, with tokenizer.json
+      image: file of a picture
+      question: what is asked about it
+      tokens: which visual tokens stay; see `jprune list`
+      keep: share of the visual tokens to KEEP
+      count: how many of them stay, in place of --keep
+      layer: drop them behind so many layers of the decoder (fastv, vtw, divprune); 0: before it
+      order: of the tokens that stay, as in the picture or as they were chosen
+      positions: numbered anew, or as they were
+      vision: folder of CLIP, for weights without a vision tower
+      steps: most tokens of an answer
+      dtype: to compute in, else as stored
+      seed: of what is drawn
     """
 
     model: str
     image: str
-    question: str
+    question: str = "What is in this picture?"
     tokens: str = "divprune"
-    keep: int | None = None
-    ratio: float = 0.098
+    keep: float = 0.098
+    count: int | None = None
     layer: int = 0
-    order: str = "raster"
-    positions: str = "packed"
+    order: Literal["raster", "selection"] = "raster"
+    positions: Literal["packed", "original"] = "packed"
     vision: str | None = None
     steps: int = 64
-    dtype: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     seed: int = 0
 
 
-def chat(options: ChatOptions, out: Path, rounds: int = 5, quiet: bool = False) -> dict[str, Any]:
+def chat(options: ChatConfig, out: Path, rounds: int = 5, quiet: bool = False) -> dict[str, Any]:
     """Answer with all and with few visual tokens, write what came out, return what answer.json says.
 
     Raises:
       ValueError: a model, picture or options that do not go together; `out` holds something else.
     """
-    if out.exists() and not (out / "answer.json").is_file():
-        raise ValueError(f"{out} exists and holds no answer: choose another --out")
-    with FolderLock(out), display(not quiet) as progress:
-        return _chat(options, out, rounds, progress)
+    run = RunFolder(out, quiet)
+    with run.claim(dataclasses.asdict(options), replaces="answer.json"):
+        try:
+            with run.shown():
+                return _chat(options, out, rounds, run)
+        finally:
+            run.release()
 
 
-def _chat(o: ChatOptions, out: Path, rounds: int, progress: Progress) -> dict[str, Any]:
+def _chat(o: ChatConfig, out: Path, rounds: int, run: RunFolder) -> dict[str, Any]:
     picture = read_image(o.image)
-    task = progress.add_task("loading", total=1)
-    module, variables, processor = load_llava(o.model, vision=o.vision, dtype=o.dtype)
-    progress.update(task, advance=1)
+    with run.phase("loading"):
+        module, variables, processor = load_llava(o.model, vision=o.vision, dtype=o.dtype)
     m = module.config.visual_tokens
-    k = 0 if o.tokens == "vtw" else retained_count(m, o.ratio) if o.keep is None else o.keep
+    k = 0 if o.tokens == "vtw" else retained_count(m, o.keep) if o.count is None else o.count
     if k > m:
-        raise ValueError(f"keep is {k}: a picture has {m} visual tokens")
+        raise ValueError(f"count is {k}: a picture has {m} visual tokens")
     pruning = VisualPruning(k, o.tokens, o.layer, o.order, o.positions)
     images = processor.images([[picture]])
     ids, mask = processor.prompts([o.question])
@@ -89,16 +93,15 @@ def _chat(o: ChatOptions, out: Path, rounds: int, progress: Progress) -> dict[st
     stop = processor.tokenizer.token_to_id("</s>")
 
     texts, programs = [], {}
-    task = progress.add_task("answering", total=2)
+    task = run.bars.add_task("answering", total=2)
     for name, p in (("all", None), ("reduced", pruning)):
         made = np.asarray(answer(module, variables, ids, images, o.steps, mask, pruning=p, stop=stop, key=key))[0]
         texts.append(processor.tokenizer.decode(made.tolist(), skip_special_tokens=True).strip())
         read = jax.jit(lambda v, i, x, a, p=p: read_prompt(module, v, i, x, a, pruning=p, key=key))
         programs[name] = (read, (variables, ids, images, mask))
-        progress.update(task, advance=1)
-    task = progress.add_task("timing", total=1)
-    ms = measure.interleaved(programs, rounds)
-    progress.update(task, advance=1)
+        run.bars.update(task, advance=1)
+    with run.phase("timing"):
+        ms = measure.interleaved(programs, rounds)
     text = ids.shape[1] - m
     language = module.config.language
     read, arguments = programs["reduced"]

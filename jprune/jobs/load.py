@@ -29,7 +29,7 @@ def _rebuilt(folder: str | Path, variables: Any, metadata: dict[str, Any]) -> tu
     if not {"model", "num_classes"} <= metadata.keys():
         raise ValueError(f"{folder} holds a checkpoint that no pruning run wrote: load it with jprune.checkpoint.load")
     if "lapp" in metadata:
-        from jprune.methods.channels.lapp.job import load
+        from jprune.methods.channels.lapp.method import load
 
         return load(metadata), variables, metadata
     f = Fields(metadata)

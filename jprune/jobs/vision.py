@@ -1,7 +1,7 @@
 """A vision transformer on fewer tokens: what it costs and how well it still answers, on a folder of pictures.
 
 summary.json       before and after
-report.html        the same to read, with the tokens and multiply-adds of every block
+report.html        the same to read, with the tokens and MACs of every block
 kept.png           which patches each block still had, picture by picture
 predictions.jsonl  one line a picture: its file, both answers, and the label where there is one
 
@@ -14,7 +14,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,57 +24,72 @@ from rich.progress import Progress
 
 from jprune.checkpoint.vision import Vision, load_vision
 from jprune.data.images import ImageFolder
-from jprune.files.atomic import whole_folder, write_json
-from jprune.files.lock import FolderLock
-from jprune.methods.tokens import cost as flops
+from jprune.files.atomic import whole_folder
+from jprune.jobs.outputs import write_report
+from jprune.methods.contract import Amount, checked
+from jprune.methods.tokens import cost
 from jprune.methods.tokens.reducers_by_name import reducer_for
 from jprune.methods.tokens.search import search_schedule
 from jprune.models.token_hook import TokenReducer
-from jprune.report import measure, page
+from jprune.report import measure
 from jprune.report.patches import Shown, kept_patches
-from jprune.training.progress import display
+from jprune.training.run_folder import RunFolder
+
+USUAL = 0.65  # share of the MACs that stays where nothing is asked for
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenOptions:
+class VisionEvalConfig:
     """What is evaluated.
 
     Attributes:
-      model: folder (or file) of a vision transformer.
-      data: folder of class folders with pictures, or of pictures.
-      tokens: how tokens are reduced; a name of `jprune.methods.tokens.reducers_by_name`.
-      flops: share of the blocks' multiply-adds to keep, in (0, 1].
-      batch_size: images computed at once.
-      images: at most so many, drawn by `seed`; 0: all.
-      search: so many schedules are tried on a part of the pictures, and the best is taken; 0: the ready-made one.
-      search_images: pictures for that, at most half of them; they do not count in what is reported.
-      pictures: of kept.png.
-      heads: attention heads, where the files do not say.
-      dtype: to compute in; None: as stored.
-      seed: of the draw of images and of reducers that draw.
+      model: folder of a vision transformer (timm's, transformers', torchvision's, AugReg's .npz), or of a language model
+      data: folder of pictures, or of one folder of pictures a class
+      tokens: how tokens are reduced; see `jprune list`
+      sparsity: share of the blocks' MACs to REMOVE
+      keep: share of the blocks' MACs to KEEP, in place of --sparsity
+      batch_size: examples at a time
+      images: at most so many pictures, drawn by --seed; 0: all
+      search: zero_tprune: try so many schedules on a part of the pictures first
+      search_images: pictures to try them on, at most half of all
+      pictures: so many of them are drawn with the patches that are left
+      heads: attention heads, where the files do not say
+      dtype: to compute in, else as stored
+      seed: of what is drawn
     """
 
     model: str
     data: str
     tokens: str = "zero_tprune"
-    flops: float = 0.65
+    sparsity: float | None = None
+    keep: float | None = None
     batch_size: int = 32
     images: int = 0
     search: int = 0
     search_images: int = 512
     pictures: int = 6
     heads: int | None = None
-    dtype: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.flops <= 1:
-            raise ValueError(f"flops is {self.flops}: it is the share to keep, above 0 and up to 1")
-        for name, least in (("batch_size", 1), ("images", 0), ("search", 0), ("search_images", 1), ("pictures", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        _ = self.share  # which says what is wrong with it
+        checked(self, {
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "images": (self.images >= 0, "at least 0"),
+            "search": (self.search >= 0, "at least 0"),
+            "search_images": (self.search_images >= 1, "at least 1"),
+            "pictures": (self.pictures >= 0, "at least 0"),
+        })  # fmt: skip
         if self.search and self.tokens != "zero_tprune":
             raise ValueError(f"schedules are searched for zero_tprune only, not for {self.tokens}: leave --search out")
+
+    @property
+    def share(self) -> float:
+        """Of the blocks' MACs that stays."""
+        if self.keep is None and self.sparsity is None:
+            return USUAL
+        return Amount.of("macs", keep=self.keep, sparsity=self.sparsity).keep
 
 
 class MeasuredTokens(NamedTuple):
@@ -83,8 +98,8 @@ class MeasuredTokens(NamedTuple):
     Attributes:
       accuracy: share of right answers; None without labels.
       agreement: share of answers that are the unreduced model's.
-      macs: multiply-adds of an image, all of the model; choosing: of the choice of tokens, in addition.
-      share: of the unreduced blocks' multiply-adds.
+      macs: MACs of an image, all of the model; choosing: of the choice of tokens, in addition.
+      share: of the unreduced blocks' MACs.
       latency_ms: median milliseconds of a batch; images_per_second follows from it.
       tokens: after the last block.
     """
@@ -114,7 +129,7 @@ class Evaluation(NamedTuple):
     """
 
     vision: Vision
-    dims: flops.Dims
+    dims: cost.Dims
     reducer: TokenReducer
     files: Sequence[str]
     answers: tuple[np.ndarray, np.ndarray]
@@ -126,28 +141,30 @@ class Evaluation(NamedTuple):
     note: str
 
 
-def evaluate_tokens(options: TokenOptions, out: Path, quiet: bool = False) -> dict[str, Any]:
+def evaluate_tokens(options: VisionEvalConfig, out: Path, quiet: bool = False) -> dict[str, Any]:
     """Run a model with all its tokens and with fewer, and write what came out; returns what summary.json says.
 
     Raises:
       ValueError: options, a model, pictures or a reducer that do not go together; `out` holds something else.
     """
-    if out.exists() and not (out / "predictions.jsonl").is_file():
-        raise ValueError(f"{out} exists and holds no evaluation: choose another --out")
-    with FolderLock(out), display(not quiet) as progress:
-        return _evaluate(options, out, progress)
+    run = RunFolder(out, quiet)
+    with run.claim(dataclasses.asdict(options), replaces="predictions.jsonl"):
+        try:
+            with run.shown():
+                return _evaluate(options, out, run)
+        finally:
+            run.release()
 
 
-def _evaluate(options: TokenOptions, out: Path, progress: Progress) -> dict[str, Any]:
-    task = progress.add_task("loading", total=1)
-    vision = load_vision(options.model, heads=options.heads, dtype=options.dtype)
+def _evaluate(options: VisionEvalConfig, out: Path, run: RunFolder) -> dict[str, Any]:
+    with run.phase("loading"):
+        vision = load_vision(options.model, heads=options.heads, dtype=options.dtype)
     if not vision.module.config.num_classes:
         raise ValueError(f"{options.model} has no classifier, so its answers cannot be compared: give one that has")
     folder, labelled, note = pictures_of(options.data, vision)
     side = vision.preprocess.size
-    dims = flops.dims_of(vision.module.config, (side, side, 3))
-    reducer = reducer_for(options.tokens, options.flops, dims)
-    progress.update(task, advance=1)
+    dims = cost.dims_of(vision.module.config, (side, side, 3))
+    reducer = reducer_for(options.tokens, options.share, dims)
     rng = np.random.default_rng(options.seed)
     chosen = np.arange(len(folder))
     if options.images and options.images < len(folder):
@@ -157,7 +174,7 @@ def _evaluate(options: TokenOptions, out: Path, progress: Progress) -> dict[str,
             raise ValueError("a search needs at least two pictures: one to try schedules on, one to report")
         tried = np.sort(rng.choice(chosen, min(options.search_images, len(chosen) // 2), replace=False))
         chosen = np.setdiff1d(chosen, tried)
-        reducer = _searched(options, out, vision, folder, labelled, tried, dims, progress)
+        reducer = _searched(options, out, vision, folder, labelled, tried, dims, run.bars)
 
     size, place = _placement(min(options.batch_size, len(chosen)))
     variables = place(vision.variables, False)
@@ -168,17 +185,16 @@ def _evaluate(options: TokenOptions, out: Path, progress: Progress) -> dict[str,
 
     whole, fewer, traced = program(None), program(reducer), program(reducer, trace=True)
     answers: list[list[Any]] = [[], []]
-    bar = progress.add_task("images", total=len(chosen))
+    bar = run.bars.add_task("images", total=len(chosen))
     for images, n in batches(folder, chosen, size):
         x = place(images, True)
-        for kept, run in zip(answers, (whole, fewer), strict=True):
-            kept.append(np.asarray(run(variables, x).argmax(-1))[:n])
-        progress.update(bar, advance=n)
+        for kept, answer in zip(answers, (whole, fewer), strict=True):
+            kept.append(np.asarray(answer(variables, x).argmax(-1))[:n])
+        run.bars.update(bar, advance=n)
     both = [np.concatenate(a) for a in answers]
-    task = progress.add_task("timing", total=1)
-    batch = place(next(batches(folder, chosen, size))[0], True)
-    ms = measure.interleaved({"before": (whole, (variables, batch)), "after": (fewer, (variables, batch))}, 9)
-    progress.update(task, advance=1)
+    with run.phase("timing"):
+        batch = place(next(batches(folder, chosen, size))[0], True)
+        ms = measure.interleaved({"before": (whole, (variables, batch)), "after": (fewer, (variables, batch))}, 9)
 
     labels = folder.labels[chosen] if labelled else None
     before, after = (
@@ -192,7 +208,7 @@ def _evaluate(options: TokenOptions, out: Path, progress: Progress) -> dict[str,
         shown=_shown(options.pictures, found, folder, chosen, lambda x: traced(variables, place(x, True))[1])
     )
     with whole_folder(out, overwrite=True) as unfinished:
-        return _write(unfinished, options, found)
+        return _write(run, unfinished, options, found)
 
 
 def pictures_of(data: str, vision: Vision) -> tuple[ImageFolder, bool, str]:
@@ -215,8 +231,8 @@ def pictures_of(data: str, vision: Vision) -> tuple[ImageFolder, bool, str]:
     return plain, False, note
 
 
-def _searched(options: TokenOptions, out: Path, vision: Vision, folder: ImageFolder, labelled: bool, tried: np.ndarray,
-              dims: flops.Dims, progress: Progress) -> TokenReducer:  # fmt: skip
+def _searched(options: VisionEvalConfig, out: Path, vision: Vision, folder: ImageFolder, labelled: bool, tried: np.ndarray,
+              dims: cost.Dims, progress: Progress) -> TokenReducer:  # fmt: skip
     """The best of many schedules on these pictures; tried ones are written beside `out`, so that a search can go on."""
     parts = [folder.read(tried[i : i + 256])["image"] for i in range(0, len(tried), 256)]
 
@@ -224,7 +240,7 @@ def _searched(options: TokenOptions, out: Path, vision: Vision, folder: ImageFol
         return vision.module.apply(vision.variables, x, reducer=reducer)
 
     found = search_schedule(
-        apply, dims, options.flops,
+        apply, dims, options.share,
         (np.concatenate(parts), folder.labels[tried] if labelled else None), trials=options.search, seed=options.seed,
         objective="accuracy" if labelled else "kl", batch=options.batch_size, log=out.with_name(out.name + ".search.jsonl"),
         progress=progress,
@@ -254,12 +270,12 @@ def batches(folder: ImageFolder, chosen: np.ndarray, size: int) -> Iterator[tupl
 
 
 def _measured(
-    name: str, reducer: TokenReducer, dims: flops.Dims, size: int, ms: float, found: Any, whole: Any, labels: Any
+    name: str, reducer: TokenReducer, dims: cost.Dims, size: int, ms: float, found: Any, whole: Any, labels: Any
 ) -> MeasuredTokens:
-    cost = flops.count_flops(reducer, dims)
+    macs = cost.count_flops(reducer, dims)
     accuracy = None if labels is None else float(np.mean(found == labels))
-    return MeasuredTokens(accuracy, float(np.mean(found == whole)), cost["total"], cost["overhead"], cost["fraction"], ms,
-                          1e3 * size / ms, flops.counts(reducer, dims)[1])  # fmt: skip
+    return MeasuredTokens(accuracy, float(np.mean(found == whole)), macs["total"], macs["overhead"], macs["fraction"], ms,
+                          1e3 * size / ms, cost.counts(reducer, dims)[1])  # fmt: skip
 
 
 def _shown(
@@ -293,7 +309,7 @@ def _class(vision: Vision, number: Any) -> str:
     return vision.labels[int(number)] if vision.labels else str(int(number))
 
 
-def _write(folder: Path, options: TokenOptions, e: Evaluation) -> dict[str, Any]:
+def _write(run: RunFolder, folder: Path, options: VisionEvalConfig, e: Evaluation) -> dict[str, Any]:
     summary = {
         "options": dataclasses.asdict(options),
         "reducer": repr(e.reducer),
@@ -302,9 +318,8 @@ def _write(folder: Path, options: TokenOptions, e: Evaluation) -> dict[str, Any]
         "after": e.after._asdict(),
         "speed_up": e.before.latency_ms / e.after.latency_ms,
         "ideal_speed_up": e.before.macs / (e.after.macs + e.after.choosing),
-        "tokens": [list(c) for c in flops.counts(e.reducer, e.dims)[0]],
+        "tokens": [list(c) for c in cost.counts(e.reducer, e.dims)[0]],
         "note": e.note,
-        "device": jax.devices()[0].device_kind,
     }
     with (folder / "predictions.jsonl").open("w") as lines:
         for k, file in enumerate(e.files):
@@ -314,25 +329,24 @@ def _write(folder: Path, options: TokenOptions, e: Evaluation) -> dict[str, Any]
             lines.write(json.dumps(said) + "\n")
     figures = []
     if e.shown:
-        kept_patches(folder / "kept.png", e.shown)
-        figures.append(("Patches that are left", folder / "kept.png"))
+        figures.append(("Patches that are left", "kept", lambda p: kept_patches(p, e.shown)))
     notes = [
-        f"{options.tokens}: {options.flops:.0%} of the blocks' multiply-adds asked for, {e.after.share:.1%} found.",
-        f"{len(e.files)} pictures; timed on {summary['device']} in batches of {e.batch}.",
+        f"{options.tokens}: {options.share:.0%} of the blocks' MACs asked for, {e.after.share:.1%} found.",
+        f"{len(e.files)} pictures; timed on {jax.devices()[0].device_kind} in batches of {e.batch}.",
         *([e.note] if e.note else []),
     ]
     settings = {**dataclasses.asdict(options), "reducer": e.reducer}
     title = f"{Path(options.model).name} on fewer tokens"
-    page.write(folder / "report.html", title, rows(summary), settings, figures, notes, _layers(e.dims, e.reducer))
-    write_json(folder / "summary.json", summary)
-    return summary
+    return write_report(
+        run, title, rows(summary), settings, figures, notes, _layers(e.dims, e.reducer), summary, folder
+    )
 
 
-def _layers(dims: flops.Dims, reducer: TokenReducer) -> list[tuple[str, ...]]:
+def _layers(dims: cost.Dims, reducer: TokenReducer) -> list[tuple[str, ...]]:
     """The table of blocks."""
-    out: list[tuple[str, ...]] = [("block", "tokens in attention", "in MLP", "multiply-adds, millions")]
-    for i, (block, n) in enumerate(zip(dims.blocks, flops.counts(reducer, dims)[0], strict=True)):
-        macs = flops.block_macs(block, dims.width, n)
+    out: list[tuple[str, ...]] = [("block", "tokens in attention", "in MLP", "MACs, millions")]
+    for i, (block, n) in enumerate(zip(dims.blocks, cost.counts(reducer, dims)[0], strict=True)):
+        macs = cost.block_macs(block, dims.width, n)
         out.append((str(i), f"{n.attention:g}", f"{n.mlp:g}", f"{macs / 1e6:,.1f}"))
     return out
 
@@ -346,7 +360,7 @@ def rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         out.append(("accuracy", f"{a['accuracy']:.2%}", f"{b['accuracy']:.2%}", change))
     out += [
         ("same answer as with all", "100.00%", f"{b['agreement']:.2%}", ""),
-        ("GFLOPs an image", *(f"{s['macs'] / 1e9:.3f}" for s in (a, b)), f"{b['macs'] / a['macs']:.2f}x"),
+        ("GMACs an image", *(f"{s['macs'] / 1e9:.3f}" for s in (a, b)), f"{b['macs'] / a['macs']:.2f}x"),
         ("choosing, in addition", "", f"{b['choosing'] / 1e9:.4f}", ""),
         ("tokens at the end", f"{a['tokens']}", f"{b['tokens']}", f"{b['tokens'] / a['tokens']:.2f}x"),
         ("images a second", *(f"{s['images_per_second']:,.1f}" for s in (a, b)),

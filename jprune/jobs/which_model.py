@@ -36,6 +36,12 @@ def is_language_model(model: str) -> bool:
     raise ValueError(_neither(model, place))
 
 
+def is_decoder_folder(model: str) -> bool:
+    """True for the folder of a language model that can be pruned, by what its config.json says."""
+    file = Path(model) / "config.json"
+    return file.is_file() and str(read_json(file).get("model_type")).removeprefix(OWN) in FAMILIES
+
+
 def _neither(model: str, place: Path) -> str:
     if place.is_dir():
         held = sorted(p.name for p in place.iterdir())
@@ -80,7 +86,7 @@ def to_explain(
     if not is_language_model(model):
         module: Any = build(model, num_classes)
         x = jax.ShapeDtypeStruct((2, *(image or MODELS[model].image)), jnp.float32)
-    elif str(read_json(Path(model) / "config.json").get("model_type")).removeprefix(OWN) in FAMILIES:
+    elif is_decoder_folder(model):
         module = Llama(read_config(model))
         x = jax.ShapeDtypeStruct((2, length), jnp.int32)
     else:

@@ -1,7 +1,7 @@
 """The blocks of a decoder, read from its trace: which group is whose FFN channels or attention heads, in which order.
 
 A block is one pass of the residual stream through an attention and an MLP. Both are residual branches
-(jprune.tracing.residual); the one with products of activations is the attention. Methods for language models speak of
+(jprune.tracing.flow); the one with products of activations is the attention. Methods for language models speak of
 blocks and never of a model's names, so that they work on any function that is a decoder.
 """
 

@@ -59,6 +59,11 @@ def compiled(fn: Callable[..., Any], *args: Any) -> tuple[Any, int]:
     return program, int(m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes)
 
 
+def row(name: str, before: float, after: float, form: str, unit: str = "") -> tuple[str, str, str, str]:
+    """A row of a table before/after: both numbers in a format, and how they compare."""
+    return name, f"{before:{form}}{unit}", f"{after:{form}}{unit}", f"{after / before:.2f}x"
+
+
 def tree_bytes(tree: Any) -> int:
     """Bytes of all arrays of a tree."""
     return sum(int(x.nbytes) for x in jax.tree.leaves(tree))

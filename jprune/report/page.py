@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jprune.files.atomic import replacing
+
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b2733}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .9rem;border-bottom:1px solid #dde3e8;text-align:right}
@@ -39,9 +41,8 @@ def write(path: Path, title: str, rows: Sequence[Sequence[str]], settings: Mappi
         parts.append(f'<h2>{_e(caption)}</h2><img alt="{_e(caption)}" src="data:image/png;base64,{data}">')
     parts += ["<h2>Layers</h2>", _table(layers), "<h2>Settings</h2>"]
     parts.append(_table([("setting", "value"), *((k, str(v)) for k, v in settings.items())]))
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join(parts))
-    temporary.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text("\n".join(parts))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from matplotlib.figure import Figure
 
+from jprune.files.atomic import replacing
 from jprune.report.kept_patches import draw_kept
 
 
@@ -42,6 +43,5 @@ def kept_patches(path: Path, shown: Sequence[Shown]) -> None:
         for ax, (what, left) in zip(row[1:], s.stages, strict=False):
             ax.imshow(draw_kept(s.pixels, left, s.grid))
             ax.set_title(what, fontsize=7, parse_math=False)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=110, format="png")

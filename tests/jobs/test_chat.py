@@ -9,7 +9,7 @@ from llava_folders import Words, write
 from PIL import Image
 
 from jprune.checkpoint import llava as folders
-from jprune.jobs.llava import ChatOptions, chat, rows
+from jprune.jobs.llava import ChatConfig, chat, rows
 from jprune.methods.tokens import reducers_by_name as methods
 from jprune.methods.tokens.cost_llm import true_flops
 from jprune.methods.tokens.divprune import divprune_select
@@ -27,7 +27,7 @@ def place(tmp_path, monkeypatch):
 
 
 def options(place, **more):
-    return ChatOptions(str(place / "model"), str(place / "cat.png"), "what is it?", **{"steps": 3, "keep": 4, **more})
+    return ChatConfig(str(place / "model"), str(place / "cat.png"), "what is it?", **{"steps": 3, "count": 4, **more})
 
 
 def test_an_answer(place):
@@ -70,14 +70,14 @@ def test_every_method(name, place):
 def test_mistakes(place):
     (place / "note.txt").write_text("no picture")
     for changes, message in (
-        ({"keep": 10}, "keep is 10: a picture has 9 visual tokens"),
+        ({"count": 10}, "count is 10: a picture has 9 visual tokens"),
         ({"tokens": "fastv"}, "give layer, at least 1"),
         ({"tokens": "dvprune"}, "method must be one of"),
         ({"image": str(place / "note.txt")}, "cannot decode"),
     ):
         with pytest.raises(ValueError, match=message):
-            chat(ChatOptions(**{**vars(options(place)), **changes}), place / "o")
-    with pytest.raises(ValueError, match="holds no answer"):
+            chat(ChatConfig(**{**vars(options(place)), **changes}), place / "o")
+    with pytest.raises(ValueError, match=r"holds no answer\.json"):
         chat(options(place), place / "model")
     (place / "model" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="there is no tokenizer"):

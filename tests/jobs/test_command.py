@@ -1,5 +1,6 @@
 """The command itself: what is given is used, names are understood or refused with a remedy, logs, locks and Ctrl-C."""
 
+import dataclasses
 import io
 import os
 import signal
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jprune import cli
+from jprune import cli, flags
 from jprune.checkpoint import save_hf
 from jprune.files.lock import FolderLock
-from jprune.jobs import decoder as language
-from jprune.jobs.classifier_options import Options
-from jprune.jobs.decoder_options import LanguageOptions
+from jprune.jobs import ClassifierConfig, DecoderConfig
+from jprune.methods.channels.after_training import AfterTrainingConfig
+from jprune.methods.contract import Amount
+from jprune.methods.names import METHODS
 from jprune.models.llama import Llama, llama_config
 from jprune.training.progress import Lines, bar, display
 
@@ -30,11 +32,11 @@ class Asked(Exception):
 def asked(monkeypatch):
     """The options and the folder that the command makes of its arguments; nothing is run."""
 
-    def run(options, out, *_):
-        raise Asked(options, out)
+    def run(options, out, settings, *_):
+        raise Asked(options, out, settings)
 
-    monkeypatch.setattr("jprune.jobs.Run", run)
-    monkeypatch.setattr(language, "LanguageRun", run)
+    monkeypatch.setattr("jprune.jobs.ClassifierRun", run)
+    monkeypatch.setattr("jprune.jobs.DecoderRun", run)
 
     def of(*words):
         monkeypatch.setattr(sys, "argv", ["jprune", "prune", *map(str, words)])
@@ -70,12 +72,28 @@ def folder(tmp_path):
 
 def test_explicit_values_are_used_even_where_they_are_another_kinds_default(asked, folder):
     text = ("--model", folder, "--calibration", "x.txt")
-    options, out = asked(*text, "--batch-size", 64, "--learning-rate", 0.05, "--out", "o")
+    options, out, _ = asked(*text, "--batch-size", 64, "--learning-rate", 0.05, "--out", "o")
     assert (options.batch_size, options.learning_rate) == (64, 0.05) and str(out) == "o"
-    options, _ = asked("--batch-size", 4, "--learning-rate", 1e-4)
+    options, *_ = asked("--batch-size", 4, "--learning-rate", 1e-4)
     assert (options.batch_size, options.learning_rate) == (4, 1e-4)
-    assert asked(*text)[0] == LanguageOptions(str(folder), calibration="x.txt")
-    assert asked()[0] == Options()
+    assert asked(*text)[0] == DecoderConfig(str(folder), calibration="x.txt")
+    assert asked()[::2] == (ClassifierConfig(), AfterTrainingConfig())
+
+
+def test_every_setting_of_the_job_and_of_the_method_is_a_flag(asked, folder):
+    options, _, settings = asked("--steps", 3, "--keep", 0.25, "--quantity", "params", "--min-units", 2)
+    assert options == ClassifierConfig(keep=0.25, quantity="params")
+    assert settings == AfterTrainingConfig(steps=3, min_units=2)
+    assert options.amount == Amount(0.25, 0.75, "params")
+    options, _, settings = asked("--model", folder, "--calibration", "x", "--scope", "uniform", "--sparsity", 0.4)
+    assert settings.scope == "uniform" and options.amount == Amount(0.6, 0.4, "units")
+    for kind, config in (("classifiers", ClassifierConfig), ("decoders", DecoderConfig)):
+        for method in METHODS[kind].values():
+            names = {f.name for c in (config, method.config) for f in dataclasses.fields(c)}
+            assert names <= {f.name for f in dataclasses.fields(cli._prune_flags())}
+            assert names - {"model"} <= set(flags.about(config)) | set(flags.about(method.config)), (
+                "a flag without help"
+            )
 
 
 def test_the_help_says_the_defaults_of_both_kinds(monkeypatch, capsys):
@@ -83,16 +101,22 @@ def test_the_help_says_the_defaults_of_both_kinds(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     page = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    zoo, text = Options(), LanguageOptions("m", calibration="x")
+    zoo, text = ClassifierConfig(), DecoderConfig("m", calibration="x")
     for name in ("batch_size", "learning_rate", "method"):
         assert f"(default: {getattr(zoo, name)}; language models: {getattr(text, name)})" in page
     assert f"(default: {text.length}; language models only)" in page and "(default: 20; classifiers only)" in page
+    assert "(default: 0.01; masksparsity only)" in page
 
 
-def test_options_of_the_other_kind_are_refused_even_with_its_default(said, folder):
+def test_flags_of_another_kind_or_method_are_refused_even_with_their_default(said, folder):
     assert "--length means nothing here: 'resnet20' is a classifier" in said("prune", "--length", 1024)
     line = said("prune", "--model", folder, "--calibration", "x.txt", "--epochs", 20)
     assert "--epochs means nothing here" in line and "is the folder of a language model" in line
+    line = said("prune", "--method", "taylor", "--threshold", 0.01)
+    assert "--threshold means nothing to the method 'taylor'" in line and "(masksparsity)" in line
+    line = said("prune", "--sparsity", 0.3, "--keep", 0.7)
+    assert "either --sparsity, the share to remove, or --keep" in line
+    assert "is for decoders, not for classifiers" in said("prune", "--method", "cfsp")
 
 
 def test_what_is_neither_a_classifier_nor_a_folder_is_named_with_a_remedy(said, folder, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from laws import lively
 from PIL import Image
 
 from jprune.checkpoint.vision import load_vision
-from jprune.jobs.vision import TokenOptions, evaluate_tokens, rows
+from jprune.jobs.vision import VisionEvalConfig, evaluate_tokens, rows
 from jprune.methods.tokens import cost as flops
 from jprune.methods.tokens.reducers_by_name import METHODS, reducer_for
 from jprune.models import vit
@@ -54,8 +54,8 @@ def place(tmp_path_factory):
 
 
 def options(place, data="pictures", **more):
-    return TokenOptions(
-        str(place / "model"), str(place / data), **{"batch_size": 2, "pictures": 2, "flops": 0.7, **more}
+    return VisionEvalConfig(
+        str(place / "model"), str(place / data), **{"batch_size": 2, "pictures": 2, "keep": 0.7, **more}
     )
 
 
@@ -97,15 +97,17 @@ def test_pictures_without_labels_are_compared_with_the_whole_model(place, tmp_pa
     for name in ("cat", "dog"):
         (strange / name).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(strange / name / "a.png")
-    found = evaluate_tokens(TokenOptions(str(place / "model"), str(strange), pictures=0), tmp_path / "o", quiet=True)
+    found = evaluate_tokens(
+        VisionEvalConfig(str(place / "model"), str(strange), pictures=0), tmp_path / "o", quiet=True
+    )
     assert found["after"]["accuracy"] is None and "named like" in found["note"]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"flops": 0.0}, "flops is 0.0: it is the share to keep"),
-        ({"flops": 1.2}, "flops is 1.2"),
+        ({"keep": 0.0}, "keep is 0.0: the share to keep"),
+        ({"keep": None, "sparsity": 1.0}, "sparsity is 1.0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"tokens": "tpm"}, "no token reducer is named 'tpm'.*zero_tprune"),
         ({"data": "nothing"}, "there is no folder"),
@@ -118,14 +120,14 @@ def test_what_cannot_be_is_said(changes, message, place, tmp_path):
 
 
 def test_a_folder_of_something_else_is_not_replaced(place):
-    with pytest.raises(ValueError, match="holds no evaluation: choose another --out"):
+    with pytest.raises(ValueError, match=r"holds no predictions\.jsonl of such a run: choose another --out"):
         evaluate_tokens(options(place), place / "pictures", quiet=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method(name, place, tmp_path):
-    found = evaluate_tokens(options(place, tokens=name, flops=0.8), tmp_path / "o", quiet=True)
+    found = evaluate_tokens(options(place, tokens=name, keep=0.8), tmp_path / "o", quiet=True)
     assert found["after"]["share"] <= 0.8 and found["after"]["macs"] < found["before"]["macs"]
 
 
@@ -142,6 +144,6 @@ def test_the_command(place, tmp_path):
         str(place / "flat"),
     ]
     run = subprocess.run([*command, "--out", str(tmp_path / "o")], capture_output=True, text=True)
-    assert run.returncode == 0 and "GFLOPs an image" in run.stdout and "kept.png" in run.stdout, run.stderr
-    run = subprocess.run([*command, "--flops", "2"], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.startswith("error: flops is 2") and "Traceback" not in run.stderr
+    assert run.returncode == 0 and "GMACs an image" in run.stdout and "kept.png" in run.stdout, run.stderr
+    run = subprocess.run([*command, "--keep", "2"], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("error: keep is 2") and "Traceback" not in run.stderr

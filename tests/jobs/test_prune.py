@@ -1,7 +1,6 @@
 """The main job: what it writes is true, it survives a kill, and what users get wrong is one line."""
 
 import dataclasses
-import functools
 import json
 import os
 import signal
@@ -15,16 +14,20 @@ import numpy as np
 import pytest
 
 import jprune
-from jprune import checkpoint, cli
+from jprune import budget, checkpoint, cli, methods
 from jprune.data import load_digits
-from jprune.jobs import Options, Run, load_plan, load_pruned
+from jprune.jobs import ClassifierConfig, ClassifierRun, load_plan, load_pruned
+from jprune.methods.channels.after_training import AfterTrainingConfig
 from jprune.methods.channels.masksparsity import masksparsity as ms
 from jprune.methods.channels.masksparsity import run as masksparsity_run
-from jprune.methods.channels.names import METHODS
+from jprune.methods.contract import Amount, ClassifierTask, NoConfig
+from jprune.methods.names import METHODS, TABLE
 from jprune.models import build
 from jprune.training import evaluate
+from jprune.training.run_folder import RunFolder
 
-OPTIONS = Options(model="resnet_digits", epochs=1, finetune_epochs=1)
+OPTIONS = ClassifierConfig(model="resnet_digits", epochs=1)
+SETTINGS = AfterTrainingConfig(finetune_epochs=1)
 ARGUMENTS = ["prune", "--model", "resnet_digits", "--epochs", "1", "--finetune-epochs", "1"]
 
 
@@ -48,7 +51,7 @@ def finished(*arguments):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    return out, Run(OPTIONS, out, quiet=True)()
+    return out, ClassifierRun(OPTIONS, out, SETTINGS, quiet=True)()
 
 
 def test_the_folder_holds_everything(run):
@@ -79,9 +82,9 @@ def test_the_numbers_are_those_of_the_files(run):
     x = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
     graph = jprune.trace(module.apply, small, x)
     assert after["macs"] == graph.cost().macs // 2 <= before["macs"] / 2
-    assert summary["achieved_fraction"] == pytest.approx(after["macs"] / before["macs"])
+    assert summary["kept"]["macs"] == pytest.approx(after["macs"] / before["macs"])
     assert after["latency_ms"] > 0 and after["peak_bytes"] < before["peak_bytes"]
-    assert metadata["options"] == dataclasses.asdict(OPTIONS)
+    assert metadata["options"] == {**dataclasses.asdict(OPTIONS), **dataclasses.asdict(SETTINGS)}
     dense = build("resnet_digits", 10)
     shapes = jax.eval_shape(dense.init, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
@@ -132,22 +135,30 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         ({"model": "resnet21"}, "resnet20"),
         ({"method": "magnitud"}, "magnitude-l"),
         ({"data": "mnist"}, "digits"),
-        ({"target": 1.5}, "between 0 and 1"),
-        ({"quantity": "joules"}, "macs, params or bytes"),
+        ({"keep": 1.5}, "above 0 and up to 1"),
+        ({"sparsity": 1.0}, "at least 0 and below 1"),
+        ({"sparsity": 0.5, "keep": 0.5}, "either --sparsity"),
+        ({"quantity": "joules"}, "macs or params or bytes or latency"),
         ({"data": "cifar10"}, "data_dir"),
-        ({"steps": 0}, "at least 1"),
         ({"epochs": 0}, "epochs"),
-        ({"method": "precrop", "quantity": "bytes"}, "aims at macs or params"),
-        ({"method": "precrop", "finetune_epochs": 15, "steps": 3}, "has no such choice"),
-        ({"method": "masksparsity", "target": 0.3}, "target is 0.3: method 'masksparsity' has no such choice"),
-        ({"method": "taylor", "strength": 0.1}, "strength is 0.1: method 'taylor' has no such choice"),
-        ({"method": "slimming", "threshold": 0.1}, "has no such choice"),
-        ({"method": "masksparsity", "sparsity": 1.0}, "sparsity is 1.0"),
+        ({"method": "precrop", "quantity": "bytes"}, "counts macs or params"),
+        ({"method": "masksparsity", "quantity": "macs"}, "counts units"),
     ],
 )
 def test_wrong_options_are_named_before_anything_is_trained(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        Run(Options(**{**dataclasses.asdict(OPTIONS), **options}), tmp_path / "o", quiet=True)()
+        ClassifierRun(ClassifierConfig(**{**dataclasses.asdict(OPTIONS), **options}), tmp_path / "o", quiet=True)()
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"multiple_of": 0}, {"scope": "local"}, {"finetune_epochs": -1}])
+def test_wrong_settings_of_a_method_are_named(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} is .*: it must be"):
+        AfterTrainingConfig(**settings)
+
+
+def test_settings_of_another_method_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="the settings of 'taylor' are a AfterTrainingConfig"):
+        ClassifierRun(dataclasses.replace(OPTIONS, method="taylor"), tmp_path / "o", NoConfig(), quiet=True)
 
 
 @pytest.mark.slow
@@ -156,11 +167,11 @@ def test_wrong_options_are_named_before_anything_is_trained(tmp_path, options, m
     [("precrop-snip", "params", 0.2), ("preconfig", "params", 0.6)],
 )
 def test_small_from_the_start(method, quantity, target, tmp_path):
-    options = Options(model="resnet_digits", method=method, quantity=quantity, target=target, epochs=2, multiple_of=2)
-    summary = Run(options, tmp_path / "o", quiet=True)()
+    options = ClassifierConfig(model="resnet_digits", method=method, quantity=quantity, keep=target, epochs=2)
+    summary = ClassifierRun(options, tmp_path / "o", options.chosen.config(multiple_of=2), quiet=True)()
     before, after = summary["before"], summary["after"]
     assert after[quantity] <= target * before[quantity] < after[quantity] * 1.05
-    assert summary["achieved_fraction"] == pytest.approx(after[quantity] / before[quantity])
+    assert summary["kept"][quantity] == pytest.approx(after[quantity] / before[quantity])
     assert after["macs"] <= before["macs"] and after["params"] <= before["params"]
     assert all(w % 2 == 0 for _, w in summary["widths"].values())
     assert any(w > was for was, w in summary["widths"].values()) == (method == "preconfig")
@@ -175,8 +186,8 @@ def test_small_from_the_start(method, quantity, target, tmp_path):
 
 @pytest.mark.slow
 def test_shrunk_while_trained(tmp_path):
-    options = Options(model="resnet_digits", method="lapp", epochs=4)
-    summary = Run(options, tmp_path / "o", quiet=True)()
+    options = ClassifierConfig(model="resnet_digits", method="lapp", epochs=4)
+    summary = ClassifierRun(options, tmp_path / "o", quiet=True)()
     before, after = summary["before"], summary["after"]
     assert 0.47 * before["macs"] < after["macs"] <= before["macs"] / 2
     model, small, metadata = load_pruned(tmp_path / "o")
@@ -191,22 +202,22 @@ def test_shrunk_while_trained(tmp_path):
 
 @pytest.mark.parametrize(("method", "message"), [("precrop", "is the least"), ("lapp", "is left when every")])
 def test_a_width_budget_out_of_reach_is_refused_before_anything_is_written(method, message, tmp_path):
-    options = Options(model="resnet_digits", method=method, target=0.001)
+    options = ClassifierConfig(model="resnet_digits", method=method, keep=0.001)
     with pytest.raises(ValueError, match=message):
-        Run(options, tmp_path / "o", quiet=True)
+        ClassifierRun(options, tmp_path / "o", quiet=True)
     assert not (tmp_path / "o").exists()
 
 
 def test_an_unreachable_target_says_what_is_reachable(tmp_path):
     with pytest.raises(ValueError, match=r"choose a fraction in \["):
-        Run(dataclasses.replace(OPTIONS, target=0.0001, epochs=1), tmp_path / "o", quiet=True)
+        ClassifierRun(dataclasses.replace(OPTIONS, keep=0.0001), tmp_path / "o", quiet=True)
     assert not (tmp_path / "o").exists()  # said before anything is trained or written
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="not a pruning run"):
-        Run(OPTIONS, tmp_path)
+        ClassifierRun(OPTIONS, tmp_path)
     with pytest.raises(ValueError, match="no checkpoint folder"):
         load_pruned(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]
@@ -235,7 +246,7 @@ def said(monkeypatch, capsys):
 def test_list_and_explain(said):
     code, out, _ = said("list")
     assert code == 0
-    assert all(name in out for name in (*METHODS, "resnet20", "cifar100", "isomorphic", "cubic"))
+    assert all(name in out for name in (*(n for kind in TABLE.values() for n in kind), "resnet20", "cifar100"))
     code, out, _ = said("explain", "resnet20")
     assert code == 0
     assert "12 groups with 448 prunable units" in out and "40,813,184" in out.replace("81,626,368", "40,813,184")
@@ -250,32 +261,74 @@ def test_help_teaches(subcommand, said):
     code, out, _ = said(*subcommand, "--help")
     assert code == 0 and "usage: jprune" in out
     if subcommand == ["prune"]:
-        assert "--finetune-epochs" in out and "fraction to KEEP" in out
+        assert "--finetune-epochs" in out and "share of --quantity to KEEP" in out
 
 
-@functools.cache
-def network_with_batchnorm():
-    """(module, variables, graph, data)."""
-    model, x = build("resnet_digits"), jnp.zeros((2, 8, 8, 1))
-    variables = jax.jit(model.init)(jax.random.key(0), x)
-    return model, variables, jprune.trace(model.apply, variables, x), load_digits()
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """What a method sees of a network with BatchNorm that nobody has trained."""
+    run = ClassifierRun(OPTIONS, tmp_path_factory.mktemp("task") / "o", SETTINGS, quiet=True)
+    run.release()
+    fresh = jax.jit(run.model.init)(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
+    return dataclasses.replace(run.task, variables=fresh, fresh=fresh, run=RunFolder())
 
 
-@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.way == "trained"))
-def test_every_method_scores_every_group_of_a_network_with_batchnorm(name):
-    model, variables, graph, data = network_with_batchnorm()
-    scores = METHODS[name].scores(graph, model, variables, data, 0)
-    assert scores.keys() == graph.groups.keys()
+SCORED = sorted(n for n, m in METHODS["classifiers"].items() if issubclass(m.config, AfterTrainingConfig))
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_every_method_scores_every_group_of_a_network_with_batchnorm(name, task):
+    scores = METHODS["classifiers"][name].find.keywords["score"](task)
+    assert scores.keys() == task.graph.groups.keys()
     for g, s in scores.items():
-        assert s.shape == (graph.groups[g].size,) and np.isfinite(s).all()
+        assert s.shape == (task.graph.groups[g].size,) and np.isfinite(s).all()
+
+
+def test_a_method_is_a_function_of_its_task_and_needs_no_folder(task):
+    """The contract as other programs use it: weights, data and an amount in, a smaller model out."""
+    config = AfterTrainingConfig(finetune_epochs=0)
+    found = methods.method("magnitude-l2").find(
+        dataclasses.replace(task, amount=Amount.of("params", sparsity=0.5)), config
+    )
+    small = sum(x.size for x in jax.tree.leaves(found.variables["params"]))
+    dense = sum(x.size for x in jax.tree.leaves(task.variables["params"]))
+    assert small == found.cost.params <= dense / 2
+    graph = jprune.trace(found.model.apply, found.variables, jnp.zeros((2, 8, 8, 1)))
+    assert graph.cost().macs == found.cost.macs
+    assert all(tuple(w) == (k.size, k.sum()) for w, k in zip(found.widths.values(), found.keep.values(), strict=True))
+
+
+def test_latency_is_a_target_like_any_other(task, monkeypatch):
+    """The table is measured (here: one second a MAC), asked once, and the decision meets it from below."""
+    monkeypatch.setattr(budget, "measure_latency", lambda graph, *_, **__: Linear(graph))
+    wanted = dataclasses.replace(task, amount=Amount.of("latency", keep=0.4), run=RunFolder())
+    config = AfterTrainingConfig(finetune_epochs=0)
+    method = methods.method("magnitude-l1")
+    method.check(wanted, config)
+    found = method.find(wanted, config)
+    by_macs = method.find(dataclasses.replace(task, amount=Amount.of("macs", keep=0.4)), config)
+    assert {g: k.tolist() for g, k in found.keep.items()} == {g: k.tolist() for g, k in by_macs.keep.items()}
+    with pytest.raises(ValueError, match=r"choose a fraction in \["):
+        method.check(dataclasses.replace(wanted, amount=Amount.of("latency", keep=1e-6)), config)
+
+
+class Linear:
+    """A latency table by which every MAC takes equally long."""
+
+    def __init__(self, graph):
+        self.graph = graph
+
+    def __call__(self, widths):
+        return float(self.graph.cost(widths=widths).macs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["slimming", "taylor"])
 def test_methods_and_steps_end_to_end(method, tmp_path):
     more = {"steps": 2, "schedule": "cubic"} if method == "taylor" else {}
-    options = Options(model="resnet_digits", method=method, epochs=6, finetune_epochs=4, **more)
-    summary = Run(options, tmp_path / "o", quiet=True)()
+    options = ClassifierConfig(model="resnet_digits", method=method, epochs=6)
+    settings = options.chosen.config(finetune_epochs=4, **more)
+    summary = ClassifierRun(options, tmp_path / "o", settings, quiet=True)()
     assert summary["after"]["macs"] <= summary["before"]["macs"] / 2
     assert summary["after"]["accuracy"] > 0.9
     module, small, _ = load_pruned(tmp_path / "o")
@@ -297,27 +350,28 @@ def test_masksparsity_of_the_command_is_the_documented_one(tmp_path, monkeypatch
         ({}, ms.MaskRule("threshold", 0.02)),
         ({"sparsity": 0.7}, ms.MaskRule("ratio", 0.02, ratio=0.7)),
     ):
-        options = dataclasses.replace(OPTIONS, method="masksparsity", threshold=0.02, strength=0.3, **more)
-        run = Run(options, tmp_path / f"o{len(more)}", quiet=True)
+        options = dataclasses.replace(OPTIONS, method="masksparsity", **more)
+        config = options.chosen.config(threshold=0.02, strength=0.3, finetune_epochs=1)
+        run = ClassifierRun(options, tmp_path / f"o{len(more)}", config, quiet=True)
         run.release()
         seen = []
-        monkeypatch.setattr(run, "fit", lambda *a, seen=seen: seen.append(a) or "trained")
+        monkeypatch.setattr(ClassifierTask, "fit", lambda self, *a, seen=seen: seen.append(a) or "trained")
         with pytest.raises(Handed) as found:
-            run.way.small_model(run, "graph", "fresh", "baseline weights", "progress")
+            run.method.find(dataclasses.replace(run.task, variables="baseline weights"), config)
         (model, weights, data, config), named = found.value.args
         assert model is run.model and weights == "baseline weights" and data is run.data
         assert config.rule == rule and config.rule.reduce == "vote" and config.coupled and config.baseline is None
         assert (config.prune_by, config.prune_threshold, config.rounds) == ("threshold", 0.02, 1)
         assert (config.strength_global, config.strength) == (0.3, 0.3)
-        assert (config.sparse.epochs, config.finetune.epochs) == (OPTIONS.epochs, OPTIONS.finetune_epochs)
+        assert (config.sparse.epochs, config.finetune.epochs) == (1, 1)
         assert named["train_fn"]("round1-masked", "forward", "weights", config.sparse, "penalty") == "trained"
-        assert seen == [("masked", config.sparse, "forward", "weights", "penalty", "progress")]
+        assert seen == [("masked", config.sparse, "forward", "weights", "penalty")]
 
 
 @pytest.mark.slow
 def test_masksparsity_end_to_end(tmp_path):
-    options = Options(model="resnet_digits", method="masksparsity", epochs=6, finetune_epochs=2, sparsity=0.5)
-    summary = Run(options, tmp_path / "o", quiet=True)()
+    options = ClassifierConfig(model="resnet_digits", method="masksparsity", epochs=6, sparsity=0.5)
+    summary = ClassifierRun(options, tmp_path / "o", options.chosen.config(finetune_epochs=2), quiet=True)()
     said = summary["masksparsity"]
     assert summary["after"]["macs"] < 0.8 * summary["before"]["macs"] and summary["after"]["accuracy"] > 0.9
     assert said["accuracy"]["finetuned"] == summary["after"]["accuracy"]
@@ -327,7 +381,7 @@ def test_masksparsity_end_to_end(tmp_path):
     assert evaluate(module, small, load_digits()).accuracy == summary["after"]["accuracy"]
     lines = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(r["phase"] for r in lines)) == ["baseline", "global", "masked", "finetune"]
-    assert "(target" not in (tmp_path / "o" / "report.html").read_text()
+    assert "(asked for: 50.00%)" in (tmp_path / "o" / "report.html").read_text()
 
 
 @pytest.mark.slow

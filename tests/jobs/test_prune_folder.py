@@ -1,6 +1,7 @@
 """A language model's folder, pruned by the command: what is written is true, runs go on, mistakes are one line."""
 
 import contextlib
+import dataclasses
 import html
 import io
 import json
@@ -15,14 +16,15 @@ import pytest
 import jprune
 from jprune.checkpoint import load_hf, save_hf
 from jprune.files.lock import FolderLock
+from jprune.jobs import DecoderConfig, DecoderRun
 from jprune.jobs import decoder as language
-from jprune.jobs.decoder import LanguageRun
-from jprune.jobs.decoder_options import LanguageOptions
 from jprune.language.blocks import blocks
 from jprune.language.perplexity import Speed, perplexity
 from jprune.methods.channels import decoder_baselines as baselines
-from jprune.methods.channels.decoder_names import LANGUAGE_METHODS
+from jprune.methods.contract import Amount
+from jprune.methods.names import METHODS
 from jprune.models.llama import Llama, llama_config
+from jprune.training.run_folder import RunFolder
 
 CONFIG = llama_config(256, 32, 48, 3, 4, kv_heads=2)
 
@@ -38,12 +40,19 @@ def place(tmp_path_factory):
 
 
 def options(place, **more):
-    return LanguageOptions(str(place / "dense"), **{"calibration": str(place / "text.txt"), "sequences": 6, "length": 24,
-                           "batch_size": 2, **more})  # fmt: skip
+    return DecoderConfig(str(place / "dense"), **{"calibration": str(place / "text.txt"), "sequences": 6, "length": 24,
+                         "batch_size": 2, **more})  # fmt: skip
+
+
+def ready(place, name, resume=False, **more):
+    """A run that is asked for, its method's settings among the options."""
+    own = {k: more.pop(k) for k in ("scope", "multiple_of") if k in more}
+    asked = options(place, **more)
+    return DecoderRun(asked, place / name, asked.chosen.config(**own), resume, quiet=True)
 
 
 def run(place, name, **more):
-    return LanguageRun(options(place, **more), place / name, quiet=True)()
+    return ready(place, name, **more)()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,7 @@ def test_the_folder_holds_everything_and_loads(whole, place):
     assert list(config.ffn) == summary["widths"]["ffn"] and sum(config.ffn) == 0.75 * 3 * 48
     assert sum(x.size for x in jax.tree.leaves(params)) == summary["after"]["params"] < summary["before"]["params"]
     assert meta["record"]["method"] == "cfsp" and meta["record"]["target"] == 0.25
-    texts = LanguageRun(options(place), place / "texts", quiet=True).texts
+    texts = ready(place, "texts").texts
     assert perplexity(Llama(config), params, texts.evaluation, 2) == pytest.approx(
         summary["after"]["perplexity"], rel=1e-5
     )
@@ -95,7 +104,7 @@ def test_heads_and_channels_go_while_adapters_train(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [m for m in LANGUAGE_METHODS if m not in ("cfsp", "loraprune")])
+@pytest.mark.parametrize("method", [m for m in METHODS["decoders"] if m not in ("cfsp", "loraprune")])
 def test_every_method_removes_what_was_asked(place, method):
     summary = run(place, method, method=method, sparsity=0.5)
     assert summary["removed"]["block_linear_weights"] > 0.2
@@ -107,19 +116,19 @@ def test_every_method_removes_what_was_asked(place, method):
 def test_an_interrupted_run_goes_on_with_the_same_bits(place, method, monkeypatch):
     asked = {"method": method, "recover": 24, "learning_rate": 1e-3}
     straight = run(place, f"straight {method}", **asked)
-    draw = LanguageRun.batch_of_step
+    draw = DecoderRun.batch_of_step
 
     def stopping(self, step):
         if step == 15:  # behind the checkpoint of step 10
             raise KeyboardInterrupt
         return draw(self, step)
 
-    monkeypatch.setattr(LanguageRun, "batch_of_step", stopping)
+    monkeypatch.setattr(DecoderRun, "batch_of_step", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(place, f"cut {method}", **asked)
     asked_steps = []
-    monkeypatch.setattr(LanguageRun, "batch_of_step", lambda self, step: asked_steps.append(step) or draw(self, step))
-    summary = LanguageRun(options(place, **asked), place / f"cut {method}", resume=True, quiet=True)()
+    monkeypatch.setattr(DecoderRun, "batch_of_step", lambda self, step: asked_steps.append(step) or draw(self, step))
+    summary = run(place, f"cut {method}", resume=True, **asked)
     assert asked_steps == list(range(10, 24))
     assert summary["after"]["perplexity"] == straight["after"]["perplexity"]
     ways = [(place / f"{way} {method}" / "model" / "model.safetensors").read_bytes() for way in ("straight", "cut")]
@@ -159,11 +168,8 @@ def test_the_command(place, whole):
         ),
         ({"method": "loraprune"}, "give --recover STEPS"),
         ({"method": "loraprune", "recover": 1}, "pruning step"),
-        (
-            {"method": "loraprune", "recover": 20, "scope": "uniform"},
-            "knows only global; leave --scope out.*cfsp",
-        ),
-        ({"method": "flap", "scope": "uniform"}, "knows only global"),
+        ({"quantity": "latency"}, "counts units or params or macs or bytes"),
+        ({"sparsity": 0.3, "keep": 0.7}, "either --sparsity"),
         ({"form": "uniform"}, "needs layers of equal width"),
         ({"mesh": (1, 64)}, "needs 64 devices"),
         ({"mesh": (3, 1)}, "divides the batch"),
@@ -175,21 +181,37 @@ def test_the_command(place, whole):
 def test_mistakes_are_named_before_anything_is_loaded(place, more, what, monkeypatch):
     monkeypatch.setattr(language, "load_hf", lambda *a, **k: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match=what):
-        LanguageRun(options(place, **more), place / "never" / "run", quiet=True)
+        ready(place, "never/run", **more)
     assert not (place / "never").exists()
+
+
+@pytest.mark.parametrize("quantity", ["params", "macs", "bytes"])
+def test_a_share_of_the_whole_model_is_met_from_below_by_the_methods_own_decision(place, quantity):
+    """CFSP counts channels; asked for a share of the parameters it removes as many of them as that takes, no more."""
+    asked = ready(place, f"share {quantity}", keep=0.9, quantity=quantity)
+    asked.release()
+    task = asked._task(asked.params)
+    found = asked.method.find(dataclasses.replace(task, run=RunFolder()), asked.settings)
+    dense = getattr(task.graph.cost(), quantity)
+    channels = sum(before - after for before, after in found.widths.values())
+    unit = (dense - getattr(found.cost, quantity)) / channels
+    assert 0.9 * dense - 2 * unit <= getattr(found.cost, quantity) <= 0.9 * dense
+    out_of_reach = dataclasses.replace(task, amount=Amount.of(quantity, keep=0.01), run=RunFolder())
+    with pytest.raises(ValueError, match=r"out of reach; .* is the least this method reaches"):
+        asked.method.find(out_of_reach, asked.settings)
 
 
 def test_a_folder_that_is_taken_is_refused_before_anything_is_loaded(place, whole, monkeypatch):
     monkeypatch.setattr(language, "load_hf", lambda *a, **k: pytest.fail("the weights were read"))
     monkeypatch.setattr(language, "load_texts", lambda *a: pytest.fail("the text was read"))
     with pytest.raises(ValueError, match="already holds a run: give --resume"):
-        LanguageRun(options(place), whole[0], quiet=True)
+        ready(place, "whole")
     with FolderLock(whole[0]), pytest.raises(ValueError, match="is in use by process"):
-        LanguageRun(options(place, sparsity=0.25, recover=4, learning_rate=1e-2), whole[0], resume=True, quiet=True)
+        ready(place, "whole", resume=True, sparsity=0.25, recover=4, learning_rate=1e-2)
     (place / "thesis").mkdir(exist_ok=True)
     (place / "thesis" / "a.tex").write_text("precious")
     with pytest.raises(ValueError, match="not a pruning run"):
-        LanguageRun(options(place), place / "thesis", quiet=True)
+        ready(place, "thesis")
 
 
 @pytest.fixture(scope="module")

@@ -3,145 +3,263 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import Progress
 
-from jprune import budget
+from jprune import budget, importance
 from jprune.data import steps_per_epoch
-from jprune.graph import Graph, trace
+from jprune.graph import trace
+from jprune.importance.reduce import Scores
 from jprune.methods.channels.masksparsity import masksparsity as ms
-from jprune.methods.outcome import Outcome
+from jprune.methods.contract import Amount, ClassifierTask, Method, Outcome, check_rebuilt, checked, widths
 from jprune.models import rebuild
 from jprune.report import plots
 from jprune.training import evaluate, learning_rates
-
-if TYPE_CHECKING:
-    from jprune.jobs.classifier import Run
+from jprune.training.forward import as_forward
 
 CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
-
-def epochs(run: Run) -> int:
-    """Of all phases together."""
-    return run.o.epochs * (1 + run.method.sparse) + run.o.finetune_epochs
+Score = Callable[[ClassifierTask], Scores]
 
 
-def check_reachable(run: Run) -> None:
-    """Refuse a target that no keep set of the groups this method scores can meet, before anything is trained."""
-    variables, x = run.shapes()
-    graph = trace(run.model.apply, variables, x)
-    scored = jax.eval_shape(lambda v: run.method.scores(graph, run.model, v, run.data, run.o.seed), variables)
-    _allocate(run, graph, {g: np.zeros(s.shape) for g, s in scored.items() if graph.groups[g].exact}, run.o.target)
+@dataclasses.dataclass(frozen=True)
+class AfterTrainingConfig:
+    """How units are chosen by their scores, and what follows.
+
+    Attributes:
+      scope: which units compete: all, those of one layer, or those of layers that are used alike
+      steps: prune in so many steps, fine-tuning after each
+      schedule: the way there, over --steps
+      multiple_of: kept widths are multiples of this (8 or 128 suit accelerators)
+      min_units: units every group keeps
+      finetune_epochs: after pruning, over all steps
+      finetune_learning_rate: of these epochs
+    """
+
+    scope: Literal["global", "uniform", "isomorphic"] = "global"
+    steps: int = 1
+    schedule: Literal["one_shot", "linear", "cubic"] = "linear"
+    multiple_of: int = 1
+    min_units: int = 1
+    finetune_epochs: int = 15
+    finetune_learning_rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        checked(self, {
+            "scope": (self.scope in ("global", "uniform", "isomorphic"), "global, uniform or isomorphic"),
+            "schedule": (self.schedule in ("one_shot", "linear", "cubic"), "one_shot, linear or cubic"),
+            "steps": (self.steps >= 1, "at least 1"),
+            "multiple_of": (self.multiple_of >= 1, "at least 1"),
+            "min_units": (self.min_units >= 1, "at least 1"),
+            "finetune_epochs": (self.finetune_epochs >= 0, "at least 0"),
+            "finetune_learning_rate": (self.finetune_learning_rate > 0, "above 0"),
+        })  # fmt: skip
 
 
-def small_model(run: Run, graph: Graph, variables: Any, dense: Any, progress: Progress) -> Outcome:
-    """Prune the trained network and fine-tune what is left."""
-    with run.phase("score", progress):
-        pruned_from, scores, keep = _decide(run, graph, dense, progress)
-        fractions, accuracy = _curve(run, graph, pruned_from, scores)
-    small, keep = _prune(run, graph, pruned_from, keep, progress)
-    module = rebuild(run.model, small)
-    check_rebuilt(run, graph, keep, module, small)
-    cost = graph.cost(keep)
-    at = cost.macs / graph.cost().macs
+@dataclasses.dataclass(frozen=True)
+class SlimmingConfig(AfterTrainingConfig):
+    """The same, after one more training with a penalty.
 
-    def curve(path: Any) -> None:
-        tuned = evaluate(module, small, run.data).accuracy
+    Attributes:
+      strength: of the penalty on the scales; 0: what the schedule needs
+    """
+
+    strength: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checked(self, {"strength": (self.strength >= 0, "at least 0")})
+
+
+def method(name: str, about: str, score: Score, *, penalty: bool = False) -> Method:
+    """A method of this kind.
+
+    Args:
+      name, about: as of `Method`.
+      score: task -> scores of its network's units.
+      penalty: train once more first, with a penalty on all scales (network slimming).
+    """
+    config = SlimmingConfig if penalty else AfterTrainingConfig
+
+    def training(task: ClassifierTask, config: AfterTrainingConfig) -> int:
+        epochs = config.finetune_epochs + (task.recipe.epochs if penalty else 0)
+        return epochs * steps_per_epoch(task.data.train, task.recipe.batch_size)
+
+    return Method(
+        name, about, "classifiers", functools.partial(find, score=score, penalty=penalty), config,
+        check=functools.partial(check, score=score), training=training)  # fmt: skip
+
+
+def check(task: ClassifierTask, config: AfterTrainingConfig, *, score: Score) -> None:
+    """Refuse a target that no keep set of the scored groups can meet."""
+    scored = jax.eval_shape(lambda v: score(dataclasses.replace(task, variables=v)), task.variables)
+    scores = {g: np.zeros(s.shape) for g, s in scored.items() if task.graph.groups[g].exact}
+    _allocate(task, config, scores, target(task))
+
+
+def find(task: ClassifierTask, config: AfterTrainingConfig, *, score: Score, penalty: bool = False) -> Outcome:
+    """Prune the trained network and fine-tune what is left.
+
+    Raises:
+      ValueError: a target out of reach (with what is in reach).
+    """
+    keep_tables(task)
+    with task.run.phase("score"):
+        if penalty:
+            assert isinstance(config, SlimmingConfig)
+            task = dataclasses.replace(task, variables=_slim(task, config))
+        scores = _exact(task, score)
+        fractions, accuracy = _curve(task, config, scores)
+    small, keep = _prune(task, config, scores, score)
+    module = rebuild(task.model, small)
+    check_rebuilt(task, keep, module, small)
+    cost = task.graph.cost(keep)
+    at = cost.macs / task.graph.cost().macs
+
+    def curve(path: Path) -> None:
+        tuned = evaluate(module, small, task.data).accuracy
         plots.curve(path, fractions, accuracy, {"after fine-tuning": (at, tuned)})
 
     return Outcome(
-        graph,
-        dense,
-        module,
-        small,
-        {g: (int(k.size), int(k.sum())) for g, k in keep.items()},
-        getattr(cost, run.o.quantity),
-        {"config": dataclasses.asdict(module.config)},  # pyright: ignore[reportAttributeAccessIssue]
-        keep,
-        (
+        module, small, cost, widths(keep), keep, task.graph,
+        metadata={"config": dataclasses.asdict(module.config)},  # pyright: ignore[reportAttributeAccessIssue]
+        notes={"curve": {"macs_fraction": fractions, "accuracy": accuracy}},
+        figures=(
             ("Sparsity and accuracy", "curve", curve),
             ("Importance", "importance", lambda p: plots.histograms(p, scores, keep)),
         ),
-        {"curve": {"macs_fraction": fractions, "accuracy": accuracy}},
+    )  # fmt: skip
+
+
+# -- scores that need more than the weights --------------------------------------------------------------------------
+
+
+def taylor(task: ClassifierTask) -> Scores:
+    """|weight x gradient| of the loss of the examples."""
+    (batch,) = task.examples()
+    grads = jax.jit(jax.grad(task.loss))(task.variables, batch)
+    return importance.taylor(task.graph, task.variables, grads)
+
+
+def fisher(task: ClassifierTask) -> Scores:
+    """weight^2 x mean squared gradient of single examples."""
+    (batch,) = task.examples()
+
+    def loss(variables: Any, sample: Any) -> jax.Array:
+        return task.loss(variables, jax.tree.map(lambda x: x[None], sample))
+
+    squares = jax.jit(lambda v, b: importance.mean_squared_gradients(loss, v, b))(task.variables, batch)
+    return importance.fisher(task.graph, task.variables, squares)
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _slim(task: ClassifierTask, config: SlimmingConfig) -> Any:
+    """Weights after one more training with a penalty on all scales."""
+    recipe = task.recipe
+    rates = learning_rates(recipe, steps_per_epoch(task.data.train, recipe.batch_size))
+    # on all scales at once a penalty that takes them surely to zero would take the network with them
+    gentle = config.strength or ms.suggest_s(rates, recipe.momentum, safety=1.0)
+    everywhere = ms.masked_penalty(ms.all_masked(task.graph, ms.listed_scales(task.graph)), gentle)
+    return task.fit("global penalty", recipe, task.model, task.variables, everywhere)
+
+
+def _exact(task: ClassifierTask, score: Score) -> dict[str, np.ndarray]:
+    return {g: np.asarray(s) for g, s in score(task).items() if task.graph.groups[g].exact}
+
+
+def _allocate(
+    task: ClassifierTask, config: AfterTrainingConfig, scores: Any, wanted: budget.Target
+) -> budget.Allocation:
+    return budget.allocate(
+        task.graph, scores, wanted, config.scope, min_keep=config.min_units, multiple_of=config.multiple_of
     )
 
 
-def _decide(run: Run, graph: Graph, dense: Any, progress: Progress) -> tuple[Any, Any, Any]:
-    """(weights to prune, their scores, what to keep in the first step)."""
-    o, weights = run.o, dense
-    if run.method.sparse:
-        recipe = o.recipe(o.epochs, o.learning_rate)
-        rates = learning_rates(recipe, steps_per_epoch(run.data.train, o.batch_size))
-        # on all scales at once a penalty that takes them surely to zero would take the network with them
-        gentle = o.strength or ms.suggest_s(rates, recipe.momentum, safety=1.0)
-        everywhere = ms.masked_penalty(ms.all_masked(graph, ms.listed_scales(graph)), gentle)
-        weights = run.fit("global penalty", recipe, run.model, dense, everywhere, progress)
-    scores = _scores(run, graph, run.model, weights)
-    first = budget.Schedule(_kind(run), o.steps, o.target)(1)
-    return weights, scores, _allocate(run, graph, scores, first).keep
-
-
-def _kind(run: Run) -> str:
-    return "one_shot" if run.o.steps == 1 else run.o.schedule
-
-
-def _scores(run: Run, graph: Graph, model: Any, variables: Any) -> dict[str, Any]:
-    found = run.method.scores(graph, model, variables, run.data, run.o.seed)
-    return {g: np.asarray(s) for g, s in found.items() if graph.groups[g].exact}
-
-
-def _allocate(run: Run, graph: Graph, scores: Mapping[str, Any], fraction: float | int) -> budget.Allocation:
-    o = run.o
-    target = budget.Target(o.quantity, fraction)
-    return budget.allocate(graph, scores, target, o.scope, min_keep=o.min_keep, multiple_of=o.multiple_of)
-
-
-def _curve(run: Run, graph: Graph, variables: Any, scores: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Accuracy at several fractions of the multiply-accumulates, one-shot, by masking: one compiled program."""
-    fractions, accuracy = [1.0], [evaluate(run.model, variables, run.data).accuracy]
+def _curve(task: ClassifierTask, config: AfterTrainingConfig, scores: Any) -> tuple[list[float], list[float]]:
+    """Accuracy at several fractions of the MACs, in one step, by masking: one compiled program."""
+    fractions, accuracy = [1.0], [evaluate(task.model, task.variables, task.data).accuracy]
     for f in CURVE:
         try:
-            found = budget.allocate(graph, scores, budget.Target.macs(f), run.o.scope, min_keep=run.o.min_keep)
+            found = budget.allocate(task.graph, scores, budget.Target.macs(f), config.scope, min_keep=config.min_units)
         except ValueError:  # out of reach of the scored groups
             break
         fractions.append(found.achieved / found.dense)
-        accuracy.append(evaluate(run.model, graph.mask(variables, found.keep), run.data).accuracy)
+        accuracy.append(evaluate(task.model, task.graph.mask(task.variables, found.keep), task.data).accuracy)
     return fractions, accuracy
 
 
-def _prune(run: Run, graph: Graph, variables: Any, keep: Any, progress: Progress) -> tuple[Any, dict[str, np.ndarray]]:
+def _prune(
+    task: ClassifierTask, config: AfterTrainingConfig, scores: Any, score: Score
+) -> tuple[Any, dict[str, np.ndarray]]:
     """Compact and fine-tune, step by step; returns the small variables and the keep set of all steps together."""
-    o = run.o
-    whole = {g: np.ones(i.size, bool) for g, i in graph.groups.items() if g in keep}
-    dense = getattr(graph.cost(), o.quantity)
-    schedule = list(budget.Schedule(_kind(run), o.steps, o.target))
-    now, model, small = graph, run.model, variables
-    for k in range(o.steps):
+    c, amount = config, task.wanted
+    schedule = list(budget.Schedule("one_shot" if c.steps == 1 else c.schedule, c.steps, amount.keep))
+    whole = {g: np.ones(task.graph.groups[g].size, bool) for g in scores}
+    now, dense = task, target(task).cost(task.graph, {})
+    for k in range(c.steps):
         if k:
-            x = jnp.zeros((2, *run.data.image_shape), jnp.float32)
-            now = trace(model.apply, small, x)
-            keep = _allocate(run, now, _scores(run, now, model, small), int(schedule[k] * dense)).keep
-        small = now.compact(small, keep)
+            graph = trace(now.model.apply, now.variables, *task.example)
+            now = dataclasses.replace(now, graph=graph)
+            scores = _exact(now, score)
+        wanted = target(now, schedule[k] * dense, f"latency {k + 1}") if k else target(now, keep=schedule[k])
+        keep = _allocate(now, c, scores, wanted).keep
+        small = now.graph.compact(now.variables, keep)
         for g, kept in keep.items():
             whole[g][np.flatnonzero(whole[g])] = kept
-        model = rebuild(run.model, small)
-        n = o.finetune_epochs // o.steps + (1 if k >= o.steps - o.finetune_epochs % o.steps else 0)
+        model = rebuild(task.model, small)
+        n = c.finetune_epochs // c.steps + (1 if k >= c.steps - c.finetune_epochs % c.steps else 0)
         if n:
-            name = "fine-tune" if o.steps == 1 else f"fine-tune {k + 1}"
-            small = run.fit(name, o.recipe(n, o.finetune_learning_rate), model, small, None, progress)
-    return small, whole
+            name = "fine-tune" if c.steps == 1 else f"fine-tune {k + 1}"
+            small = task.fit(name, task.trained_for(n, c.finetune_learning_rate), model, small)
+        now = dataclasses.replace(now, model=model, variables=small)
+    return now.variables, whole
 
 
-def check_rebuilt(run: Run, graph: Graph, keep: Any, module: nn.Module, small: Any) -> None:
-    """The rebuilt module has to be the replayed function, on real images."""
-    images = jnp.asarray(run.data.test.read(np.arange(min(32, len(run.data.test))))["image"])
-    one, other = module.apply(small, images), graph.replay(keep)(small, images)
-    error = float(jnp.abs(one - other).max() / jnp.abs(other).max())  # pyright: ignore[reportArgumentType]
-    if not error <= 1e-3:
-        raise ValueError(f"the rebuilt {run.o.model} differs from the replayed function by {error:.1e} of its scale")
+# -- targets ---------------------------------------------------------------------------------------------------------
+
+
+def target(
+    task: ClassifierTask, absolute: float | None = None, name: str = "latency", *, keep: float | None = None
+) -> budget.Target:
+    """What is asked of the task's graph: the task's share, `keep` of it, or an absolute amount of its quantity."""
+    amount: Amount = task.wanted
+    share = amount.keep if keep is None else keep
+    if amount.quantity == "latency":
+        table = latency_table(task, name)
+        return budget.Target.latency(table, share if absolute is None else absolute, absolute is not None)
+    return budget.Target(amount.quantity, share if absolute is None else int(absolute))
+
+
+def latency_table(task: ClassifierTask, name: str = "latency") -> budget.LatencyTable:
+    """Milliseconds of a batch of the recipe's size by widths, measured on this device once for a run."""
+    if name in task.run.kept:
+        return task.run.kept[name]
+    images = jnp.zeros((task.recipe.batch_size, *task.data.image_shape), jnp.float32)
+    evaluate_ = as_forward(task.model).evaluate
+    graph = trace(evaluate_, task.variables, images)
+    folder = task.run.folder(name)
+    file = None if folder is None else folder / "table.json"
+    if file is not None and file.is_file():
+        table = budget.LatencyTable.load(file, graph)
+    else:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), task.variables)  # times do not depend on values
+        table = budget.measure_latency(graph, evaluate_, (zeros, images), progress=not task.run.quiet)
+    task.run.kept[name] = table
+    return table
+
+
+def keep_tables(task: ClassifierTask) -> None:
+    """Write the tables that were measured, so that a run that is gone on with decides alike."""
+    for name, table in task.run.kept.items():
+        folder = task.run.folder(name)
+        if folder is not None and isinstance(table, budget.LatencyTable) and not (folder / "table.json").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            table.save(folder / "table.json")

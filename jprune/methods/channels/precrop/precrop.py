@@ -6,7 +6,7 @@
     4 train       it from scratch, with the normal recipe
 
 Steps 1 and 2 are here: `precrop(model, variables, x, budget)` and, where layers may also grow, `preconfig`. The paper's
-abstracts name the idea; how densities become widths is ours and stands in `precropping_widths`. All is host-side.
+abstracts name the idea; how densities become widths is ours and stands in `widths`. All is host-side.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ notes.json    the groups' names, what else was decided, and a digest of all of i
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,57 @@ import numpy as np
 from jprune.files.atomic import whole_folder, write_json
 from jprune.files.json_files import Fields, read_json, said_of
 from jprune.files.npz import read_npz
+from jprune.tracing.structure import Structure
 
 ARRAYS, NOTES = "keep.npz", "notes.json"
 
 
-def save_decision(
-    folder: Path,
-    keep: Mapping[str, np.ndarray],
-    notes: Mapping[str, Any],
-    ranks: Sequence[int] | None,
-    warnings: Sequence[str],
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """Which units stay, before anything is cut.
+
+    Attributes:
+      keep: {group id: bool per unit}.
+      notes: what is said of it in summary.json.
+      ranks: of low-rank training of what is left, one per layer.
+      warnings: what a user would not expect of it.
+    """
+
+    keep: Mapping[str, np.ndarray]
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ranks: tuple[int, ...] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def remembered(folder: Path | None, graph: Structure, make: Callable[[], Decided]) -> Decided:
+    """The decision that an interrupted run left in `folder`, else the one that `make` makes now, which is saved there.
+
+    Raises:
+      ValueError: what lies there is damaged, was changed, or decides on another model.
+    """
+    if folder is None:
+        return make()
+    found = load_decision(folder, {name: group.shape for name, group in graph.groups.items()})
+    if found is None:
+        found = make()
+        save_decision(folder, found)
+    return found
+
+
+def save_decision(folder: Path, decided: Decided) -> None:
     """Write a decision, whole or not at all."""
+    d = decided
     said = json.loads(
-        json.dumps({"groups": list(keep), "notes": dict(notes), "ranks": ranks, "warnings": list(warnings)})
+        json.dumps({"groups": list(d.keep), "notes": dict(d.notes), "ranks": d.ranks, "warnings": list(d.warnings)})
     )
-    arrays = {str(k): np.asarray(v, bool) for k, v in enumerate(keep.values())}
+    arrays = {str(k): np.asarray(v, bool) for k, v in enumerate(d.keep.values())}
     with whole_folder(folder, overwrite=True) as unfinished:
         np.savez(unfinished / ARRAYS, allow_pickle=False, **arrays)
         write_json(unfinished / NOTES, {**said, "digest": _digest(said, arrays)})
 
 
-def load_decision(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, np.ndarray], dict[str, Any], tuple[int, ...] | None, tuple[str, ...]] | None:
-    """(keep, notes, ranks, warnings) as they were saved; None if nothing was.
+def load_decision(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Decided | None:
+    """A decision as it was saved; None if none was.
 
     Args:
       folder: that `save_decision` wrote.
@@ -64,7 +91,7 @@ def load_decision(
     for group in groups:
         if group not in keep or shapes.get(group) != keep[group].shape or keep[group].dtype != bool:
             raise ValueError(f"{folder} decides on group {group!r} of another model: {remedy}")
-    return keep, notes, ranks, warnings
+    return Decided(keep, notes, ranks, warnings)
 
 
 def _digest(said: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hostile import check, cut, damaged_json, flipped
 
-from jprune.jobs.decision_files import load_decision, save_decision
+from jprune.training.decisions import Decided, load_decision, save_decision
 
 KEEP = {"a:1": np.arange(6) > 2, "b:0": np.eye(3, 5) > 0}
 SHAPES = {g: k.shape for g, k in KEEP.items()}
@@ -14,15 +14,16 @@ NOTES = {"score": 0.5, "layers": [1, 2]}
 
 
 def differs(found):
-    keep, *rest = found
+    keep = found.keep
     same = keep.keys() == KEEP.keys() and all((keep[g] == KEEP[g]).all() for g in KEEP)
-    return None if same and rest == [NOTES, (3, 4), ("beware",)] else "another decision"
+    rest = (found.notes, found.ranks, found.warnings)
+    return None if same and rest == (NOTES, (3, 4), ("beware",)) else "another decision"
 
 
 def test_a_decision_comes_back_or_is_refused(tmp_path):
     folder = tmp_path / "decision"
     assert load_decision(folder, SHAPES) is None
-    save_decision(folder, KEEP, NOTES, (3, 4), ("beware",))
+    save_decision(folder, Decided(KEEP, NOTES, (3, 4), ("beware",)))
     assert differs(load_decision(folder, SHAPES)) is None
     notes, arrays = folder / "notes.json", folder / "keep.npz"
     assert check(notes, damaged_json(notes.read_text(), 3), lambda: load_decision(folder, SHAPES), differs) > 20
@@ -33,7 +34,7 @@ def test_a_decision_comes_back_or_is_refused(tmp_path):
     np.savez(arrays, **{"0": np.arange(6) > 1, "1": KEEP["b:0"]})  # a whole file that keeps one unit more
     with pytest.raises(ValueError, match=r"was changed since the run wrote it: remove .* to decide again"):
         load_decision(folder, SHAPES)
-    save_decision(folder, KEEP, NOTES, None, ())
+    save_decision(folder, Decided(KEEP, NOTES))
     said = json.loads(notes.read_text())
     notes.write_text(json.dumps({**said, "ranks": [8]}))
     with pytest.raises(ValueError, match="was changed"):

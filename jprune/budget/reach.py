@@ -1,0 +1,51 @@
+"""The sparsity at which a method's own decision meets a target: a method says who goes, this says how many must."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jprune.budget.target import Target
+from jprune.surgery.decision import decide as checked
+from jprune.tracing.structure import Structure
+
+STEPS = 20  # halvings of the interval of sparsities: a millionth
+
+
+def sparsity_for(graph: Structure, decide: Callable[[float], Mapping[str, Any]], target: Target) -> float:
+    """The smallest sparsity, to a millionth, whose decision costs no more than the target (host-side).
+
+    Args:
+      graph: of the model.
+      decide: sparsity in [0, 1) -> keep set; more sparsity never costs more; ValueError where it is out of reach.
+      target: what to meet.
+
+    Raises:
+      ValueError: no sparsity meets it (with the least that was reached).
+    """
+    limit = target.limit(target.cost(graph, {}))
+
+    def cost(sparsity: float) -> float | None:
+        try:
+            keep = decide(sparsity)
+        except ValueError:
+            return None
+        return target.cost(graph, checked(graph, keep, True, True).widths("pad"))
+
+    low, high, least = 0.0, 1.0, None
+    if (whole := cost(0.0)) is not None and whole <= limit:
+        return 0.0
+    met = None
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        found = cost(middle)
+        if found is None:
+            high = middle
+        elif found <= limit:
+            high = met = middle
+        else:
+            low, least = middle, found
+    if met is None:
+        said = "" if least is None else f"; {least:,.6g} is the least this method reaches"
+        raise ValueError(f"the target of {target} ({limit:,.6g}) is out of reach{said}: raise --keep")
+    return met
