@@ -20,9 +20,8 @@ from pallas_kernels.common.attention_problem import KernelConfig, Static
 from pallas_kernels.common.backends import Operation, no_derivative
 from pallas_kernels.common.xla import padded
 
-OPERATION = Operation(
-    "a search of blocks", "pallas_kernels.block_score", prove
-)  # whose kernels are built as the attention's
+# The proof is the attention's: its kernels run in a search, and those here are built of the same parts.
+OPERATION = Operation("a search of blocks", "pallas_kernels.block_score", prove)
 
 
 @no_type_check  # at run time: what it says of wrong arguments is its own

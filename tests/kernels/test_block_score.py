@@ -134,16 +134,24 @@ def test_several_tiles_of_keys(queries, monkeypatch):
         out, lse, masses = search_attention(q, k, v, **ways)
         return out, lse, masses, block_scores(q, k, lse, **ways)
 
-    out, lse, masses = search_attention(q, k, v, impl="reference", **rules)
+    nq, nk = -(-queries // BQ), -(-300 // BK)
+    ok = allowed(np.ones((1, 1, nq, nk), bool), BQ, BK, queries, 300, offset=[70])
+    out, lse, weights = attention(q, k, v, ok)
+    weights = np.pad(weights, ((0, 0), (0, 0), (0, nq * BQ - queries), (0, nk * BK - 300)))
+    masses = weights.reshape(1, 1, nq, BQ, nk, BK).sum((3, 5))
     for a, b in zip(jax.jit(ours, compiler_options=QUICK)(q, k, v), (out, lse, masses, masses)):
         same(a, b, 2e-5)
 
 
 def test_one_block_holds_every_query_and_masses_survive_huge_logits():
     q, k, _ = (x[:, :G, :32] for x in arrays(2))
-    whole = block_scores(q, k, block_q=32, block_k=32, impl="xla")
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(q, k):
+        return block_scores(q, k, block_q=32, block_k=32, impl="xla"), block_scores(1e3 * q, k, impl="xla", **BLOCKS)
+
+    whole, spread = run(q, k)
     same(whole, np.full((B, G, 1, 1), 32.0), 1e-4)
-    spread = block_scores(1e3 * q, k, impl="xla", **BLOCKS)
     same(spread.sum(-1), np.full((B, G, 2), 16.0), 1e-4)
 
 
@@ -159,8 +167,12 @@ def test_bfloat16_masses_are_float32():
 def test_other_layouts_and_refusals():
     q, k, v = arrays(4)
     flipped = [x.transpose(0, 2, 1, 3) for x in (q, k, v)]
-    out, lse, masses = search_attention(q, k, v, **BLOCKS)
-    out2, lse2, masses2 = search_attention(*flipped, layout="blhd", **BLOCKS)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(arrays, flipped):
+        return search_attention(*arrays, **BLOCKS), search_attention(*flipped, layout="blhd", **BLOCKS)
+
+    (out, lse, masses), (out2, lse2, masses2) = run((q, k, v), flipped)
     for a, b in ((out, out2.transpose(0, 2, 1, 3)), (lse, lse2), (masses, masses2)):
         same_numbers(a, b, terms=LK)
     with pytest.raises(AttentionError, match="lse"):

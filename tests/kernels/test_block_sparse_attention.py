@@ -294,13 +294,19 @@ def test_layouts_default_scale_and_the_automatic_choice():
     q, k, v = arrays(4)
     mask = BlockMask.window(20, 10, **SIZES)
     flipped = [x.transpose(0, 2, 1, 3) for x in (q, k, v)]
-    plain, lse = block_sparse_attention(q, k, v, mask, return_lse=True)
-    out, lse2 = block_sparse_attention(*flipped, mask, layout="blhd", return_lse=True)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(arrays, flipped):
+        plain = block_sparse_attention(*arrays, mask, return_lse=True)
+        named = block_sparse_attention(*arrays, mask, impl="xla")  # no TPU here
+        return *plain, *block_sparse_attention(*flipped, mask, layout="blhd", return_lse=True), named
+
+    plain, lse, out, lse2, named = run((q, k, v), flipped)
     same_numbers(out.transpose(0, 2, 1, 3), plain, terms=LK)
     same_numbers(lse, lse2, terms=LK)
     active = np.broadcast_to(mask.to_dense(), (B, H, NQ, NK))
     same(plain, attention(q, k, v, pairs(active, NO_RULE))[0], 2e-5)
-    assert np.array_equal(plain, block_sparse_attention(q, k, v, mask, impl="xla"))  # no TPU here
+    assert np.array_equal(plain, named)
 
 
 def test_second_derivatives_are_refused_but_the_reference_has_them():
@@ -314,9 +320,13 @@ def test_second_derivatives_are_refused_but_the_reference_has_them():
         with pytest.raises(DerivativeError, match="first derivatives only"):
             jax.eval_shape(jax.grad(lambda x, way=way: slope(x, way).sum()), q)
     u = np.random.default_rng(0).normal(size=q.shape).astype(np.float32)
-    of_reference = jax.jit(lambda x: slope(x, "reference"), compiler_options=QUICK)
-    curvature = jax.jit(lambda x: jax.jvp(lambda y: slope(y, "reference"), (x,), (u,))[1], compiler_options=QUICK)(q)
-    same(curvature, (of_reference(q + 1e-2 * u) - of_reference(q - 1e-2 * u)) / 2e-2, 2e-3)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def slope_and_curvature(x):
+        return jax.jvp(lambda y: slope(y, "reference"), (x,), (u,))
+
+    ahead, behind = (slope_and_curvature(q + step * u)[0] for step in (1e-2, -1e-2))
+    same(slope_and_curvature(q)[1], (ahead - behind) / 2e-2, 2e-3)
 
 
 def test_work_follows_the_lists():

@@ -326,11 +326,19 @@ def test_auto_takes_the_kernels_on_a_gpu_that_has_them_and_says_once_what_it_too
 def test_a_miscompiled_kernel_is_found_on_first_use(monkeypatch):
     def gradients(*problem):
         dk, dv = xla.key_gradients(*problem)
-        return 1.1 * dk, dv
+        return dk, 1.1 * dv
 
     wrong = types.SimpleNamespace(forward=xla.forward, query_gradient=xla.query_gradient, key_gradients=gradients)
-    modules = {"right": xla, "wrong": wrong}
-    monkeypatch.setattr(backends.Operation, "implementation", lambda _, name: modules[name])
-    jax.jit(lambda: api.prove("right"))()  # also while a program is traced
-    with pytest.raises(MiscompilationError, match="wrong give other dk"):
-        api.prove("wrong")
+    monkeypatch.setattr(backends.Operation, "implementation", lambda *_: wrong)
+    with pytest.raises(
+        MiscompilationError, match="wrong give other dv"
+    ):  # the last that is compared: the others agreed
+        jax.jit(lambda: api.prove("wrong"))()  # also while a program is traced
+
+
+def test_what_is_compared_is_named_where_it_differs_or_is_not_a_number():
+    wanted = {"values": np.ones(3), "dq": np.arange(3.0)}
+    backends.compare("mosaic_gpu", wanted, wanted)
+    for other in (wanted["dq"] * 1.03, np.full(3, np.nan)):
+        with pytest.raises(MiscompilationError, match="the Hopper kernels give other dq"):
+            backends.compare("mosaic_gpu", wanted | {"dq": other}, wanted)
