@@ -55,14 +55,13 @@ class Setting:
     data_dir: Path | None = None
 
 
-_constant = functools.partial(LappConfig, schedule="constant")
 SMALL = (
-    *(Way(how, _constant(target, bypass)) for target, bypass, ways in (
+    *(Way(how, LappConfig(target, bypass, schedule="constant")) for target, bypass, ways in (
         (0.25, "none", ("lapp", "uniform", "random")), (0.25, "pw", ("lapp", "uniform", "random")),
         (0.25, "dw", ("lapp", "uniform")), (0.25, "lowrank", ("lapp", "uniform")),
         (0.15, "none", ("lapp", "uniform", "random")), (0.4, "none", ("lapp", "uniform")), (0.4, "pw", ("lapp",)),
         (0.25, "none", ("narrow", "random widths"))) for how in ways),
-    Way("lapp", _constant(0.25, "none", task_to_threshold=False)), Way("dense"))  # fmt: skip
+    Way("lapp", LappConfig(0.25, "none", schedule="constant", task_to_threshold=False)), Way("dense"))  # fmt: skip
 
 
 def paper(target: float, *more: str) -> tuple[Way, ...]:

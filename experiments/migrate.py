@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from experiments import adaspa, divprune, grouping, lapp, masksparsity, precropping
+from experiments import adaspa, divprune, grouping, lapp, loraprune, masksparsity, precropping
 from experiments.record import write
 from experiments.study import RESULTS, Study
 
@@ -20,10 +20,11 @@ STUDIES: dict[str, Study[Any, Any]] = {
     "divprune-digits": divprune.STUDY,
     "masksparsity-small": masksparsity.STUDY,
     "adaspa-small": adaspa.STUDY,
+    "loraprune-small": loraprune.STUDY,
     "lapp-small": lapp.STUDY,
     "precropping-small": precropping.STUDY,
 }
-RENAMED = {"ratios": "sparsities", "rows": "compared"}
+RENAMED = {"masksparsity": {"ratios": "sparsities"}, "lapp": {"rows": "compared"}, "loraprune": {"rows": "batch"}}
 
 
 def contained(old: Any, new: Any) -> bool:
@@ -36,8 +37,13 @@ def contained(old: Any, new: Any) -> bool:
 def migrated(study: Study[Any, Any], stem: str, old: dict[str, Any]) -> dict[str, Any]:
     """The file in today's form."""
     config = next(iter(study.settings))
-    setting = {RENAMED.get(k, k): v for k, v in old["setting"].items() if k not in ("model", "data", "config")}
+    setting = {
+        RENAMED.get(study.name, {}).get(k, k): v
+        for k, v in old["setting"].items()
+        if k not in ("model", "data", "config")
+    }
     command = f"python -m experiments.{study.name} --config {config} --seeds {' '.join(old['seeds'])}"
+    old = {k: x for k, x in old.items() if k != "dense_perplexity"}  # of the results by now
     new = study.summed({**old, "command": command, "setting": {"config": config, **setting}}, judge=True)
     assert contained(old["results"], new["results"]), stem
     assert list(old["checks"].values()) == list(new["checks"].values()), stem
