@@ -21,10 +21,10 @@ from jprune.language.lora import init
 from jprune.language.perplexity import perplexity
 from jprune.methods.channels.loraprune.loraprune import group_importance
 from jprune.methods.channels.loraprune.masks import prunable, update_masks
-from jprune.methods.channels.loraprune.run import LoraPrune, finalize, gradient, loraprune, step_of, unit_counts
+from jprune.methods.channels.loraprune.run import LoraPruneConfig, finalize, gradient, loraprune, step_of, unit_counts
 from jprune.models import rebuild
 from jprune.models.llama import Llama, unstack_layers
-from jprune.training.state import TrainState
+from jprune.training.state import init_state
 
 if TYPE_CHECKING:
     from experiments.loraprune import Setting
@@ -64,7 +64,7 @@ class AdaptedDecoder:
         return {"perplexity": value, "excess": value / self.dense - 1, "parameters_removed": 1 - kept,
                 "gone": {g: int((~k).sum()) for g, k in keep.items()}, "seconds": seconds}  # fmt: skip
 
-    def row(self, name: str, options: LoraPrune) -> dict[str, Any]:
+    def row(self, name: str, options: LoraPruneConfig) -> dict[str, Any]:
         """The loop with these options."""
         began = time.monotonic()
         got = loraprune(self.graph, self.params, self.batches, options, self.tuning, progress=self.progress,
@@ -171,9 +171,8 @@ def memory(setting: Setting, scanned: bool, tokens: int = 64) -> dict[str, Any]:
 
         tuning = dataclasses.replace(setting.tuning, accumulate=1)
         state = jax.eval_shape(
-            lambda f, m, tuning=tuning: TrainState(f, {"masks": m, "ema": m}, tuning.optimiser.init(f), jnp.int32(0)),
-            lora, ones,
-        )  # fmt: skip
+            lambda f, m, tuning=tuning: init_state(f, {"masks": m, "ema": m}, tuning.stages), lora, ones
+        )
         programs = {
             "accumulating": (micro, (total, params, lora, ones, ids)),
             "whole step": (step_of(graph, o, tuning, lora, loss), (state, params, ids, jnp.float32(0))),

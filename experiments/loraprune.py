@@ -16,9 +16,9 @@ from typing import Any
 from experiments.adapted_decoder import AdaptedDecoder, memory
 from experiments.figures import OTHERS, OURS, bars, label, mean, panels, spread, table
 from experiments.study import Demand, Key, Run, Study, at_most, over_seeds
-from jprune.language.finetune import Tuning
 from jprune.language.lora import LoraConfig
-from jprune.methods.channels.loraprune.run import LoraPrune
+from jprune.methods.channels.loraprune.run import LoraPruneConfig
+from jprune.training import TuningConfig
 from jprune.training.progress import display
 
 PROGRAMS = ("accumulating", "whole step")
@@ -36,8 +36,8 @@ class Setting:
       agreement: seeds over which scores are compared with what zeroing a unit does.
     """
 
-    options: LoraPrune = LoraPrune(every=5, skip_first=1, lora=LoraConfig(8, 16.0))
-    tuning: Tuning = Tuning(60, 1e-3)
+    options: LoraPruneConfig = LoraPruneConfig(every=5, skip_first=1, lora=LoraConfig(8, 16.0))
+    tuning: TuningConfig = TuningConfig(60, 1e-3)
     batch: int = 4
     tokens: int = 192
     evaluated: int = 64

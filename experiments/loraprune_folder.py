@@ -19,12 +19,12 @@ import jprune
 from jprune.checkpoint import PruningRecord, load_hf, load_tokenizer, save_hf
 from jprune.checkpoint.layouts import LINEN_SCAN, kept_of_plan
 from jprune.data.text import sample_windows, token_stream, windows
-from jprune.language.finetune import Tuning
 from jprune.language.lora import LoraConfig
 from jprune.language.perplexity import perplexity
-from jprune.methods.channels.loraprune.run import LoraPrune, finalize, loraprune
+from jprune.methods.channels.loraprune.run import LoraPruneConfig, finalize, loraprune
 from jprune.models import rebuild
 from jprune.models.llama import Llama, unstack_layers
+from jprune.training import TuningConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Setting:
     folder: Path
     text: Path
     out: Path
-    options: LoraPrune = LoraPrune(lora=LoraConfig(8, 16.0, 0.05))
-    tuning: Tuning = Tuning(313, 1e-4, accumulate=64)
+    options: LoraPruneConfig = LoraPruneConfig(lora=LoraConfig(8, 16.0, 0.05))
+    tuning: TuningConfig = TuningConfig(313, 1e-4, accumulate=64)
     batch: int = 128
     tokens: int = 512
     evaluated: int = 256

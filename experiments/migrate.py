@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from experiments import adaspa, divprune, grouping, lapp, loraprune, masksparsity, precropping
+from experiments import adaspa, cfsp, divprune, grouping, lapp, loraprune, masksparsity, precropping
 from experiments.record import write
 from experiments.study import RESULTS, Study
 
@@ -21,6 +21,7 @@ STUDIES: dict[str, Study[Any, Any]] = {
     "masksparsity-small": masksparsity.STUDY,
     "adaspa-small": adaspa.STUDY,
     "loraprune-small": loraprune.STUDY,
+    "cfsp-small": cfsp.STUDY,
     "lapp-small": lapp.STUDY,
     "precropping-small": precropping.STUDY,
 }
@@ -44,6 +45,11 @@ def migrated(study: Study[Any, Any], stem: str, old: dict[str, Any]) -> dict[str
     }
     command = f"python -m experiments.{study.name} --config {config} --seeds {' '.join(old['seeds'])}"
     old = {k: x for k, x in old.items() if k != "dense_perplexity"}  # of the results by now
+    if study.name == "cfsp" and "model" not in old["seeds"]["0"]:
+        about = {s: {"perplexity": x["dense"], **{k: y for k, y in x.items() if k not in ("dense", "results")}}
+                 for s, x in old["seeds"].items()}  # fmt: skip
+        old["seeds"] = {s: {"model": about[s], **x["results"]} for s, x in old["seeds"].items()}
+        setting.pop("tuned_at")
     new = study.summed({**old, "command": command, "setting": {"config": config, **setting}}, judge=True)
     assert contained(old["results"], new["results"]), stem
     assert list(old["checks"].values()) == list(new["checks"].values()), stem

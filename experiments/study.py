@@ -4,7 +4,7 @@ An experiment is a `Study`: settings, rows, and what is demanded of them. `study
 chooses a setting, every field of the setting is a flag, and
 
     --seeds 0 1 2        seeds to run
-    --rows NAME ...      these rows only; no demand is judged then
+    --rows NAME ...      these rows only: their numbers are printed and written, nothing is judged or drawn
     --out FILE           the results file; its figure lies beside it
     --work FOLDER        keep finished rows, and the checkpoints of every training, here
     --redraw             run nothing: sum up, judge and draw again what the results file holds of every seed
@@ -120,7 +120,14 @@ class Study(Generic[S, C]):
         setting, prog = self.settings[config], f"python -m experiments.{self.name}"
         kind: Any = Options[type(setting)]
         default = Options(setting, config, self.seeds)
-        return tyro.cli(kind, args=list(args), default=default, prog=prog, description=self.about)
+        return tyro.cli(
+            kind,
+            args=list(args),
+            default=default,
+            prog=prog,
+            description=self.about,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
 
     def main(self, args: Sequence[str] | None = None) -> dict[str, Any]:
         """The command line; returns what the results file holds."""
@@ -133,7 +140,11 @@ class Study(Generic[S, C]):
             record.write(out, stored := self.summed(old, judge=bool(old["checks"])))
         else:
             stored = self.run(config, o.setting, o.seeds, out, o.work, o.rows)
-        self.report(console, stored, (FIGURES if out.parent == RESULTS else out.parent) / f"{out.stem}.png")
+        picture = (FIGURES if out.parent == RESULTS else out.parent) / f"{out.stem}.png"
+        if o.rows:  # tables and figures are of all rows
+            console.print_json(data=stored["results"])
+        else:
+            self.report(console, stored, picture)
         console.print(f"written to {out}")
         return stored
 
@@ -166,6 +177,10 @@ class Study(Generic[S, C]):
                     turn = Run(s, None if work is None else work / f"seed{s}", progress)
                     done[str(s)] = self._seed(setting, rows, turn, folder / f"seed{s}.json", task)
             beside = {key: find(setting) for key, find in self.once.items()}
+        except BaseException:
+            if work is None and not any(folder.glob("seed*.json")):  # nothing to go on with
+                shutil.rmtree(folder)
+            raise
         finally:
             workspace.release()
         command = f"python -m experiments.{self.name} --config {config} --seeds {' '.join(map(str, seeds))}"
@@ -221,7 +236,7 @@ class Options(Generic[S]):
       setting: the configuration's, field by field.
       config: which setting, and by its name which results file.
       seeds: to run.
-      rows: only these, by name; all if none. Nothing is judged then.
+      rows: only these, by name; all if none. Nothing is judged or drawn then.
       out: the results file, instead of the committed one.
       work: keep finished rows and the checkpoints of every training here, and go on from them.
       redraw: run nothing, but sum up, judge and draw what the results file holds of every seed.

@@ -6,12 +6,14 @@ import itertools
 
 import pytest
 
-from experiments import adaspa, divprune, grouping, lapp, masksparsity, precropping
+from experiments import adaspa, cfsp, divprune, grouping, lapp, loraprune, masksparsity, precropping
 from experiments.benchmarks import adaspa_roofline
 from experiments.study import over_seeds
 from jprune.files.json_files import read_json
 
-STUDIES = {s.STUDY.name: s.STUDY for s in (adaspa, divprune, grouping, lapp, masksparsity, precropping)}
+STUDIES = {
+    s.STUDY.name: s.STUDY for s in (adaspa, cfsp, divprune, grouping, lapp, loraprune, masksparsity, precropping)
+}
 
 
 @pytest.mark.parametrize("name", STUDIES)

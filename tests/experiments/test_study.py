@@ -104,6 +104,8 @@ def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             toy(calls, stop).main(["--out", str(out)])
     assert calls == ["begin 0", "first 1", "begin 0", "ours 1"] and not out.exists()
+    with pytest.raises(KeyboardInterrupt):  # before the first row: nothing is left behind
+        toy([], "first").main(["--out", str(tmp_path / "none.json")])
     with pytest.raises(ValueError, match="started with setting"):
         toy(calls).main(["--out", str(out), "--inner.rate", "0.25"])
     assert toy(calls).main(["--out", str(out)]) == whole
