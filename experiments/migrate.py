@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from experiments import adaspa, cfsp, divprune, grouping, lapp, loraprune, masksparsity, precropping
+from experiments import adaspa, cfsp, divprune, grouping, lapp, loraprune, masksparsity, precropping, token_pruning
 from experiments.record import write
 from experiments.study import RESULTS, Study
 
@@ -22,6 +22,7 @@ STUDIES: dict[str, Study[Any, Any]] = {
     "adaspa-small": adaspa.STUDY,
     "loraprune-small": loraprune.STUDY,
     "cfsp-small": cfsp.STUDY,
+    "token-pruning-small": token_pruning.STUDY,
     "lapp-small": lapp.STUDY,
     "precropping-small": precropping.STUDY,
 }

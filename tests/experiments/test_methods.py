@@ -6,14 +6,13 @@ import itertools
 
 import pytest
 
-from experiments import adaspa, cfsp, divprune, grouping, lapp, loraprune, masksparsity, precropping
+from experiments import adaspa, cfsp, divprune, grouping, lapp, loraprune, masksparsity, precropping, token_pruning
 from experiments.benchmarks import adaspa_roofline
 from experiments.study import over_seeds
 from jprune.files.json_files import read_json
 
-STUDIES = {
-    s.STUDY.name: s.STUDY for s in (adaspa, cfsp, divprune, grouping, lapp, loraprune, masksparsity, precropping)
-}
+MODULES = (adaspa, cfsp, divprune, grouping, lapp, loraprune, masksparsity, precropping, token_pruning)
+STUDIES = {m.STUDY.name: m.STUDY for m in MODULES}
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -1,12 +1,9 @@
 """Digits on canvases, and the experiment with token reducers: its checks can fail, and at its smallest it runs."""
 
-import functools
-import json
-
 import numpy as np
 import pytest
 
-from experiments import digit_canvas, token_pruning
+from experiments import compared_reducers, digit_canvas, digit_reader, token_pruning
 from experiments.digit_canvas import NOISE, calibration_set, digits, place
 
 
@@ -50,17 +47,17 @@ def test_sizes_are_those_of_the_model():
         16,
         10,
     )
-    cost = token_pruning.count_flops(token_pruning.by_stages((24, 12, 8, 6)), dims)["fraction"]
+    cost = compared_reducers.count_flops(compared_reducers.by_stages((24, 12, 8, 6)), dims)["fraction"]
     assert cost == pytest.approx(0.297, abs=5e-3)
-    cost = token_pruning.count_flops(token_pruning.by_stages((44, 32, 24, 16), 0.4), dims)["fraction"]
+    cost = compared_reducers.count_flops(compared_reducers.by_stages((44, 32, 24, 16), 0.4), dims)["fraction"]
     assert cost == pytest.approx(0.475, abs=5e-3)
 
 
 def test_auroc():
     shown = np.array([[True, False, False, True]])
-    assert token_pruning.auroc(np.array([[4.0, 1.0, 2.0, 3.0]]), shown) == 1.0
-    assert token_pruning.auroc(np.array([[1.0, 1.0, 1.0, 1.0]]), shown) == 0.5
-    assert token_pruning.auroc(np.array([[4.0, 1.0, 2.0, 1.5]]), shown) == 0.75
+    assert digit_reader.auroc(np.array([[4.0, 1.0, 2.0, 3.0]]), shown) == 1.0
+    assert digit_reader.auroc(np.array([[1.0, 1.0, 1.0, 1.0]]), shown) == 0.5
+    assert digit_reader.auroc(np.array([[4.0, 1.0, 2.0, 1.5]]), shown) == 0.75
 
 
 def outcome(**changed):
@@ -85,12 +82,12 @@ def outcome(**changed):
 
 
 def test_checks_can_fail():
-    assert all(token_pruning.checks(outcome()).values())
+    assert all(d.holds for d in token_pruning.demands({"results": outcome()}).values())
     for changed, number in (
         ({"auroc": 0.9}, 1), ({"votes": 0.8}, 1), ({"random": 0.6, "grid": 0.2}, 2), ({"wrong": 0.7}, 1), ({"alone": 0.91}, 1),
         ({"mild": 0.92}, 1), ({"gap": 1e-3}, 1), ({"grid": 0.6}, 1), ({"diverse": 0.79}, 1), ({"diverse32": 0.87}, 1),
     ):  # fmt: skip
-        failed = [what for what, holds in token_pruning.checks(outcome(**changed)).items() if not holds]
+        failed = [what for what, d in token_pruning.demands({"results": outcome(**changed)}).items() if not d.holds]
         assert len(failed) == number, (changed, failed)
 
 
@@ -98,22 +95,13 @@ def test_checks_can_fail():
 def test_at_its_smallest(tmp_path, monkeypatch):
     monkeypatch.setenv("JPRUNE_CACHE", str(tmp_path / "cache"))
     few = {"zero_tprune", "tome", "random"}
-    named = {"Zero-TPrune", "importance, 5 votes", "ToMe"}
-    whole, entry = token_pruning.in_network, token_pruning.at_entry
-    thin = {n for n in entry(32) if n != "DivPrune"}
-    monkeypatch.setattr(
-        token_pruning, "at_entry", lambda k: {n: r for n, r in entry(k).items() if k == 20 or n not in thin}
-    )
-    monkeypatch.setattr(token_pruning, "COLORS", {n: c for n, c in token_pruning.COLORS.items() if n in few})
-    monkeypatch.setattr(token_pruning, "in_network", lambda k: {n: r for n, r in whole(k).items() if n in named})
-    monkeypatch.setattr(token_pruning, "Setting", functools.partial(token_pruning.Setting, kept=(32, 20)))
-    out = tmp_path / "small.json"
-    token_pruning.main(seeds=(0,), out=out, epochs=1, images=8)
-    stored = json.loads(out.read_text())
-    assert stored["checks"] == token_pruning.checks(stored["results"])
-    assert stored["results"]["hidden against dropped"]["mean"] <= 1e-4
-    assert set(stored["results"]["curves"]) == few and set(stored["results"]["entry"]) == {"32", "20"}
+    rows = ["full", "0", "DivPrune", "PageRank, 5 votes", "Zero-TPrune", "ToMe", "0.6", "hidden against dropped"]
+    small = "--recipe.epochs 1 --images 8 --kept 32 20 --fractions 0.6 --searched 0.6 --trials 2 --few 8 --methods"
+    out = ["--seeds", "0", "--out", str(tmp_path / "small.json"), "--rows", *rows]
+    stored = token_pruning.STUDY.main([*out, *small.split(), *sorted(few)])
+    results = stored["results"]
+    assert results["hidden against dropped"]["mean"] <= 1e-4 and set(results["localisation"]) == {"0"}
+    assert set(results["curves"]) == few and set(results["entry"]) == {"32", "20"} and len(results["network"]) == 2
     for cost in stored["costs"]["curves"].values():
         assert abs(cost["0.6"]["fraction"] / 0.6 - 1) <= 0.01
-    token_pruning.main(out=out, redraw=True)
-    assert out.with_name("token-pruning-small.png").read_bytes().startswith(b"\x89PNG")
+    assert set(results["searched"]["0.6"]) == {"calibration", "held_out"}
