@@ -93,7 +93,7 @@ class AdaptedDecoder:
         grads, weight_grads = of(self.params, lora, masks, self.batches(0), jax.random.key(0))[1]
         scores = group_importance(graph, self.params, lora, grads, list(rows), criterion="grad",
                                   weight_grads=weight_grads)  # fmt: skip
-        masks = update_masks(scores, masks, unit_counts(graph, o, rows, o.ratio), rows)
+        masks = update_masks(scores, masks, unit_counts(graph, o, rows, o.sparsity), rows)
         before = self.outcome(lora, masks, time.monotonic() - began)
         lora, _ = recover(graph, self.params, self.batches, self.tuning, config=o.lora, lora=lora, masks=masks,
                           progress=self.progress, title=f"seed {self.seed} one-shot")  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.digit_canvas import sizes
 from experiments.digit_reader import WrongWay
 from jprune.methods.tokens.before_first_block import AtEntry
-from jprune.methods.tokens.cost import count_flops
+from jprune.methods.tokens.cost import count_macs
 from jprune.methods.tokens.reducers_by_name import reducer_for
 from jprune.methods.tokens.schedules import ats_for, tome_for, topk_for
 from jprune.methods.tokens.topk import TopK
@@ -49,9 +49,9 @@ def by_stages(keeps: tuple[int, ...], share: float = 0.0, **more: Any) -> ZeroTP
 
 
 def in_network(keeps: tuple[int, ...]) -> dict[str, TokenReducer]:
-    """Reducers of equal multiply-adds: the same numbers of tokens, or as many as the same budget allows."""
+    """Reducers of equal MACs: the same numbers of tokens, or as many as the same budget allows."""
     drops = tuple(enumerate(keeps))
-    fraction = count_flops(by_stages(keeps), sizes())["fraction"]
+    fraction = count_macs(by_stages(keeps), sizes())["fraction"]
     return {
         "Zero-TPrune": by_stages(keeps, SHARE),
         "Zero-TPrune, uniform start": by_stages(keeps, SHARE, boost=False),
@@ -74,10 +74,10 @@ def in_network(keeps: tuple[int, ...]) -> dict[str, TokenReducer]:
 
 def costs(s: Setting) -> dict[str, Any]:
     """{"network", "curves"}: shares of MACs, those of choosing tokens apart."""
-    whole = count_flops(TokenReducer(), sizes())["blocks"]
+    whole = count_macs(TokenReducer(), sizes())["blocks"]
 
     def of(reducer: TokenReducer) -> dict[str, float]:
-        found = count_flops(reducer, sizes())
+        found = count_macs(reducer, sizes())
         return {"fraction": found["fraction"], "choosing": found["overhead"] / whole}
 
     networks = {"-".join(map(str, c)): {n: of(r) for n, r in in_network(c).items()} for c in s.schedules}

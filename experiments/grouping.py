@@ -4,7 +4,7 @@
 
 A channel of a residual stream is written by several convolutions and read by several others. A score that looks at all
 of them ("group L2") knows more than one that looks at the first producer only ("first-member L1"). The trained network
-loses 30 % of its multiply-accumulates in small steps, scored anew before each, and is tested right after: nothing is
+loses 30 % of its MACs in small steps, scored anew before each, and is tested right after: nothing is
 trained again, so the accuracies compare the choice of channels alone. They differ by tens of points from one network to
 the next, hence the many seeds.
 """

@@ -28,7 +28,7 @@ from rich.table import Table
 from experiments import record
 from experiments.benchmarks import RESULTS
 from jprune.checkpoint.llava import LlavaFolder, load_llava
-from jprune.methods.tokens.cost_llm import kept_within, last_layer_within, paper_tflops
+from jprune.methods.tokens.decoder_cost import kept_within, last_layer_within, paper_tmacs
 from jprune.methods.tokens.divprune import retained_count
 from jprune.methods.tokens.llava_answer import VisualPruning, answer
 
@@ -69,7 +69,7 @@ def prunings(folder: LlavaFolder, ratio: float, text: int) -> dict[str, VisualPr
     }
     layer = min(2, c.language.depth - 1)
     out["fastv, as many"] = VisualPruning(k, "fastv", layer=layer)
-    cost = paper_tflops(c.language, text, m, kept=k)
+    cost = paper_tmacs(c.language, text, m, kept=k)
     try:
         same = kept_within(c.language, text, m, cost, layer)
     except ValueError:  # these layers alone cost more
@@ -121,9 +121,9 @@ def measure(folder: LlavaFolder, questions: list[dict[str, str]], images: Path, 
     rows = {}
     for name, p in methods.items():
         m = module.config.visual_tokens
-        cost = paper_tflops(module.config.language, round(sum(texts) / len(texts)), m, layer=p.layer if p else 0,
+        cost = paper_tmacs(module.config.language, round(sum(texts) / len(texts)), m, layer=p.layer if p else 0,
                             kept=m if p is None else p.k)  # fmt: skip
-        rows[name] = {"kept": m if p is None else p.k, "paper_tflops": cost, **scores(said[name], wanted)}
+        rows[name] = {"kept": m if p is None else p.k, "paper_tmacs": cost, **scores(said[name], wanted)}
     return {"questions": len(questions), "methods": rows}
 
 
@@ -134,7 +134,7 @@ def table(results: dict[str, Any]) -> Table:
         out.add_column(column)
     for name, r in results["methods"].items():
         out.add_row(
-            name, str(r["kept"]), f"{r['paper_tflops']:.4g}", f"{r['exact']:.2%}", f"{r['f1']:.3f}" if "f1" in r else ""
+            name, str(r["kept"]), f"{r['paper_tmacs']:.4g}", f"{r['exact']:.2%}", f"{r['f1']:.3f}" if "f1" in r else ""
         )
     return out
 

@@ -71,7 +71,7 @@ def main(s: Setting) -> None:
     small = unstack_layers(graph.compact(merged, keep, stacked="unstack"))
     pruned = rebuild(Llama(config), small)
     console.print(f"pruned: perplexity {perplexity(pruned.apply, small, held_out, 2):.3f}")
-    said = PruningRecord("loraprune", target=s.options.ratio, source=str(folder), dense=config, kept=kept)
+    said = PruningRecord("loraprune", target=s.options.sparsity, source=str(folder), dense=config, kept=kept)
     save_hf(small, pruned.config, out / "model", mode="hetero", record=said, hf_config=metadata["hf_config"],
             tokenizer_from=folder, overwrite=True)  # fmt: skip
     console.print(f"written to {out / 'model'}")

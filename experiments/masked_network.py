@@ -118,12 +118,12 @@ class MaskedNetwork:
 
     def mask(self, sparsity: float) -> Mask:
         """Step 2 of the method."""
-        return ms.make_mask(self.slim, self.listed, ms.MaskRule("ratio", ratio=sparsity)).keep
+        return ms.make_mask(self.slim, self.listed, ms.MaskRule("sparsity", sparsity=sparsity)).keep
 
     def chosen(self, scores: Any, sparsity: float) -> Mask:
         """The listed channels with the largest scores."""
         own = {g: np.asarray(scores[g]) for g in self.listed}
-        return ms.make_mask(own, {g: (g,) for g in self.listed}, ms.MaskRule("ratio", ratio=sparsity)).keep
+        return ms.make_mask(own, {g: (g,) for g in self.listed}, ms.MaskRule("sparsity", sparsity=sparsity)).keep
 
     def masked(
         self,
@@ -138,7 +138,7 @@ class MaskedNetwork:
         s = self.s
         config = MaskSparsityConfig(
             baseline=None, sparse=s.sparse, finetune=s.finetune, strength_global=s.strength,
-            strength=s.strength if strength is None else strength, rule=ms.MaskRule("ratio", ratio=sparsity),
+            strength=s.strength if strength is None else strength, rule=ms.MaskRule("sparsity", sparsity=sparsity),
             coupled=s.coupled, prune_threshold=s.threshold, prune_by=by)  # fmt: skip
         names = {"round1-global": "global", "round1-masked": masked, "round1-finetune": f"{name}-finetune"}
 

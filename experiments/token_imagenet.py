@@ -5,7 +5,7 @@
 `--model` is a folder or file that `jprune eval` reads, `--data` a folder with a folder for each class; nothing is downloaded. For
 DeiT-T, -S and -B the schedules whose accuracy the authors have published are run beside it (their earlier scores, and the
 paper's ablation at 3.08 GFLOPs, whose exact votes are not public); then every method at `--fractions` of the blocks'
-multiply-adds. The program has been run on small folders of this format only.
+MACs. The program has been run on small folders of this format only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from experiments import record
 from experiments.benchmarks import RESULTS
 from jprune.checkpoint.vision import load_vision
 from jprune.jobs.vision import batches, pictures_of
-from jprune.methods.tokens.cost import count_flops, dims_of
+from jprune.methods.tokens.cost import count_macs, dims_of
 from jprune.methods.tokens.reducers_by_name import METHODS, reducer_for
 from jprune.methods.tokens.zero_tprune import PRESETS
 from jprune.models.token_hook import TokenReducer
@@ -49,7 +49,7 @@ def reducers(
 
 def measure(model: str, data: str, fractions: tuple[float, ...], methods: tuple[str, ...], batch: int, images: int,
             heads: int | None) -> dict[str, Any]:  # fmt: skip
-    """Top-1 accuracy and multiply-adds of every reducer."""
+    """Top-1 accuracy and MACs of every reducer."""
     vision = load_vision(model, heads=heads)
     folder, labelled, note = pictures_of(data, vision)
     if not labelled:
@@ -81,7 +81,7 @@ def measure(model: str, data: str, fractions: tuple[float, ...], methods: tuple[
             right[name] += int((np.asarray(run(vision.variables, jnp.asarray(x)))[:n] == wanted).sum())
     rows = {}
     for name, (reducer, _) in programs.items():
-        cost = count_flops(reducer or TokenReducer(), dims)
+        cost = count_macs(reducer or TokenReducer(), dims)
         published = WHOLE.get(size or "") if name == "all tokens" else PUBLISHED.get(name)
         rows[name] = {
             "top1": 100 * right[name] / len(chosen),

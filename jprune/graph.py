@@ -85,7 +85,7 @@ class Graph(Structure):
         )
 
     def padding_waste(self, keep: Keep) -> float:
-        """Share of the multiply-accumulates that stacked="pad" spends on zeros, in [0, 1).
+        """Share of the MACs that stacked="pad" spends on zeros, in [0, 1).
 
         Up to about 0.05 one padded scan is the simplest; above that "bucket", with the widths of the layers rounded by
         the allocation's `multiple_of` so that few runs of layers differ.
@@ -140,7 +140,7 @@ class Graph(Structure):
         return _cost.evaluate(self, widths)
 
     def layer_costs(self, keep: Keep | None = None) -> list[LayerCost]:
-        """Multiply-accumulates and widths of every convolution and matrix product, in program order."""
+        """MACs and widths of every convolution and matrix product, in program order."""
         return _cost.per_layer(self, decide(self, keep, True, True).widths() if keep else {})
 
     def marginal_cost(self, widths: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:

@@ -41,7 +41,7 @@ class Hunyuan:
 
 
 def roofline(s: Hunyuan, config: AdaSpaConfig) -> dict[str, Any]:
-    """Multiply-adds of attention over a whole sample, dense and by schedule, and lower bounds of seconds per chip.
+    """MACs of attention over a whole sample, dense and by schedule, and lower bounds of seconds per chip.
 
     Bounds are arithmetic alone at `efficiency` of the peak: a head's keys and values fit the fast memory of all four
     chips, or their shared cache, and are read once. A dense pass is two products, a search in the same pass adds none, a

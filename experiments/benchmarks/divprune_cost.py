@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.divprune_cost       # a quarter of an hour; PyTorch only where it is installed
 
-Counted: the matrix of distances and the loop, over the multiply-adds of the prefill without the dropped tokens. Measured: a
+Counted: the matrix of distances and the loop, over the MACs of the prefill without the dropped tokens. Measured: a
 LLaVA whose decoder has eight layers of width 512 reads a prompt with one image (576 tokens) or five (2880, chosen together),
 whole and pruned; and one layer of the 7B model's width reads 576 and 56 visual tokens, of which the model has thirty-two. A
 small decoder is the hard case: choosing costs tokens / (12 x width x layers) of the prefill, 3 % at 2880 tokens here.
@@ -30,7 +30,7 @@ from rich.table import Table
 from experiments import record
 from experiments.benchmarks import DISTURBED, RESULTS, in_turns, medians
 from experiments.peers import peer
-from jprune.methods.tokens.cost_llm import true_flops
+from jprune.methods.tokens.decoder_cost import true_macs
 from jprune.methods.tokens.divprune import divprune_select, retained_count
 from jprune.methods.tokens.llava_answer import VisualPruning, read_prompt
 from jprune.models.llama import Block, context
@@ -73,13 +73,13 @@ class Setting:
 
 
 def counted(setting: Setting) -> list[dict[str, Any]]:
-    """Operations of the choice beside those it saves in the 7B model."""
+    """Operations, two a MAC, of the choice beside those it saves in the 7B model."""
     out = []
     for m in setting.sizes:
         for r in setting.ratios:
             k = retained_count(m, r)
             choose = 2 * m * m * SEVEN.stream + 2 * k * m
-            saved = true_flops(SEVEN, setting.text, m) - true_flops(SEVEN, setting.text, m, k)
+            saved = 2 * (true_macs(SEVEN, setting.text, m) - true_macs(SEVEN, setting.text, m, k))
             out.append({"tokens": m, "kept": k, "choose": choose, "saved": saved, "share": choose / saved})
     return out
 

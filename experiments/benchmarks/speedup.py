@@ -2,10 +2,10 @@
 
     python -m experiments.benchmarks.speedup                     # needs the "reference" extra; about ten minutes
 
-Every model loses half its multiply-accumulates, the same fraction of every group, by group L2 of random weights. Ours is
+Every model loses half its MACs, the same fraction of every group, by group L2 of random weights. Ours is
 the rebuilt module under `jax.jit`, once with any widths and once with widths that are multiples of 8; theirs is the torch
 model after `MagnitudePruner`, pruned in small steps until the convolutions and matrix products cost half. An efficiency
-of 1 means that the time fell as much as the multiply-accumulates. All programs of a model take turns.
+of 1 means that the time fell as much as the MACs. All programs of a model take turns.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def ours(case: Case, multiple: int) -> tuple[Any, Any, Any, Any, int, float]:
 
 
 def torch_macs(model: Any, batch: tuple[int, int, int, int]) -> int:
-    """Multiply-accumulates of convolutions and linear layers for one image, as our cost counts them."""
+    """MACs of convolutions and linear layers for one image, as our cost counts them."""
     torch = peer("torch")
     total = 0
 

@@ -1,4 +1,4 @@
-"""Images a second of a vision transformer on fewer tokens: beside its multiply-adds, and beside the same method in PyTorch.
+"""Images a second of a vision transformer on fewer tokens: beside its MACs, and beside the same method in PyTorch.
 
     python -m experiments.benchmarks.token_throughput          # needs the "reference" extra; DeiT-T's sizes, 224 pixels
 
@@ -25,7 +25,7 @@ from rich.table import Table
 from experiments import record
 from experiments.benchmarks import DISTURBED, RESULTS, in_turns, medians, ratio
 from experiments.peers import peer
-from jprune.methods.tokens.cost import count_flops, dims_of
+from jprune.methods.tokens.cost import count_macs, dims_of
 from jprune.methods.tokens.reducers_by_name import reducer_for
 from jprune.methods.tokens.zero_tprune import ZeroTPrune
 from jprune.models import vit
@@ -37,7 +37,7 @@ BESIDE_TORCH = ("all tokens", "zero_tprune")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Sizes of the model, and what share of its blocks' multiply-adds is left."""
+    """Sizes of the model, and what share of its blocks' MACs is left."""
 
     width: int = 192
     depth: int = 12
@@ -165,8 +165,8 @@ def measure(s: Setting, rounds: int, torch_too: bool) -> dict[str, Any]:
     times = in_turns(jobs, rounds, 1)
     rows = {}
     for name, reducer in reducers.items():
-        cost = count_flops(reducer or TokenReducer(), dims)
-        whole = count_flops(TokenReducer(), dims)["total"]
+        cost = count_macs(reducer or TokenReducer(), dims)
+        whole = count_macs(TokenReducer(), dims)["total"]
         rows[name] = {
             "gflops": cost["total"] / 1e9,
             "choosing": cost["overhead"] / 1e9,

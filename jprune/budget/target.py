@@ -45,7 +45,7 @@ class Target:
 
     @staticmethod
     def macs(amount: float | int) -> Target:
-        """Keep this fraction (float) or number (int) of multiply-accumulates."""
+        """Keep this fraction (float) or number (int) of MACs."""
         return Target("macs", amount)
 
     @staticmethod

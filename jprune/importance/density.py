@@ -87,7 +87,7 @@ def synexp(
 
     Args:
       n: weights of every layer.
-      f: multiply-accumulates of every layer.
+      f: MACs of every layer.
       params, macs: the budgets; at least one.
       cap: largest density: 1 narrows only, more lets layers grow.
 

@@ -32,7 +32,7 @@ def synexp_of_paths(
 
     Args:
       fn, variables, x: as for `synflow`.
-      macs_of: {leaf path: multiply-accumulates} of the layers to choose densities for.
+      macs_of: {leaf path: MACs} of the layers to choose densities for.
       params, macs, cap: as for `synexp`.
 
     Raises:

@@ -20,7 +20,7 @@ import numpy as np
 from jprune.checkpoint.llava import load_llava
 from jprune.data.images import read_image
 from jprune.files.atomic import whole_folder, write_json
-from jprune.methods.tokens.cost_llm import true_flops
+from jprune.methods.tokens.decoder_cost import true_macs
 from jprune.methods.tokens.divprune import retained_count
 from jprune.methods.tokens.llava_answer import VisualPruning, answer, read_prompt
 from jprune.report import measure
@@ -115,8 +115,8 @@ def _chat(o: ChatConfig, out: Path, rounds: int, run: RunFolder) -> dict[str, An
         "kept_tokens": kept.tolist(),
         "prompt_tokens": text + m,
         "milliseconds": ms,
-        "tflops": {"all": true_flops(language, text, m) / 1e12,
-                   "reduced": true_flops(language, text, m, k, o.layer) / 1e12},
+        "tmacs": {"all": true_macs(language, text, m) / 1e12,
+                   "reduced": true_macs(language, text, m, k, o.layer) / 1e12},
         "device": jax.devices()[0].device_kind,
     }  # fmt: skip
     with whole_folder(out, overwrite=True) as folder:
@@ -135,12 +135,12 @@ def _chat(o: ChatConfig, out: Path, rounds: int, run: RunFolder) -> dict[str, An
 
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The table; its first row is the header."""
-    ms, cost = summary["milliseconds"], summary["tflops"]
+    ms, cost = summary["milliseconds"], summary["tmacs"]
     m, k = summary["visual_tokens"], summary["kept"]
     return [
         ("", "all visual tokens", "reduced", "change"),
         ("visual tokens", str(m), str(k), f"{k / m:.3f}x"),
-        ("TFLOPs of the decoder's reading", *(f"{cost[n]:.4g}" for n in ("all", "reduced")),
+        ("TMACs of the decoder's reading", *(f"{cost[n]:.4g}" for n in ("all", "reduced")),
          f"{cost['reduced'] / cost['all']:.3f}x"),
         ("reading the prompt, ms", *(f"{ms[n]:.1f}" for n in ("all", "reduced")), f"{ms['reduced'] / ms['all']:.2f}x"),
     ]  # fmt: skip

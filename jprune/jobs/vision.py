@@ -272,7 +272,7 @@ def batches(folder: ImageFolder, chosen: np.ndarray, size: int) -> Iterator[tupl
 def _measured(
     name: str, reducer: TokenReducer, dims: cost.Dims, size: int, ms: float, found: Any, whole: Any, labels: Any
 ) -> MeasuredTokens:
-    macs = cost.count_flops(reducer, dims)
+    macs = cost.count_macs(reducer, dims)
     accuracy = None if labels is None else float(np.mean(found == labels))
     return MeasuredTokens(accuracy, float(np.mean(found == whole)), macs["total"], macs["overhead"], macs["fraction"], ms,
                           1e3 * size / ms, cost.counts(reducer, dims)[1])  # fmt: skip

@@ -103,7 +103,7 @@ class TokenReducer:
         return tokens
 
     def overhead(self, layer: int, tokens: int, prefix: int, heads: int, head: int) -> int:
-        """Multiply-adds per image of choosing tokens in this block, into whose attention `tokens` went; layer -1: `before`."""
+        """MACs per image of choosing tokens in this block, into whose attention `tokens` went; layer -1: `before`."""
         return 0
 
 

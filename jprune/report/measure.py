@@ -1,4 +1,4 @@
-"""Before and after, side by side: accuracy, parameters, multiply-accumulates, latency, memory. Host-side."""
+"""Before and after, side by side: accuracy, parameters, MACs, latency, memory. Host-side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Measured:
 
     Attributes:
       accuracy: fraction of the test split; loss: mean cross-entropy.
-      params, macs: parameters; multiply-accumulates of one image.
+      params, macs: parameters; MACs of one image.
       latency_ms: median milliseconds of one batch; images_per_second follows from it.
       param_bytes: bytes of all variables; peak_bytes: of arguments, results and temporaries of one batch, as the
         compiler plans them.

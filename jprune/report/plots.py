@@ -31,13 +31,13 @@ def widths(path: Path, names: Sequence[str], before: Sequence[int], after: Seque
 def curve(
     path: Path, fractions: Sequence[float], accuracy: Sequence[float], marks: Mapping[str, tuple[float, float]]
 ) -> None:
-    """Accuracy against the fraction of multiply-accumulates kept, without fine-tuning; and single points."""
+    """Accuracy against the fraction of MACs kept, without fine-tuning; and single points."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
     ax.plot(fractions, accuracy, "o-", color=KEPT, label="one-shot, no fine-tuning")
     for (label, (x, y)), marker in zip(marks.items(), "*sD^v", strict=False):
         ax.plot([x], [y], marker, markersize=11, color=GONE, label=label)
-    ax.set_xlabel("multiply-accumulates kept")
+    ax.set_xlabel("MACs kept")
     ax.set_ylabel("test accuracy")
     ax.set_ylim(-0.02, 1.02)
     ax.grid(alpha=0.3)

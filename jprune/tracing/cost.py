@@ -1,4 +1,4 @@
-"""The cost polynomial: multiply-accumulates, parameters and bytes as functions of the group widths.
+"""The cost polynomial: MACs, parameters and bytes as functions of the group widths.
 
 Every term is a product of axis widths, so integer widths give exact Python integers and real-valued (traced) widths
 give differentiable ones. A group that lives in a scan body may have one width per layer: its terms are summed over
@@ -27,7 +27,7 @@ class Cost:
     """What a function costs for one call at the traced input sizes.
 
     Attributes:
-      macs: multiply-accumulates of all convolutions and matrix products (padding positions counted).
+      macs: MACs of all convolutions and matrix products (padding positions counted).
       params: entries of the parameter leaves.
       state: entries of the other leaves (running statistics).
       bytes: bytes of all leaves.
@@ -161,9 +161,9 @@ def entries(structure: Structure, widths: Widths, paths: Iterable[str]) -> Any:
 
 
 def fraction(structure: Structure, widths: Widths, total: float) -> Any:
-    """Multiply-accumulates at these (traced, real) widths over `total`, exact to rounding in float32.
+    """MACs at these (traced, real) widths over `total`, exact to rounding in float32.
 
-    Each term is divided before it is added: sums of whole multiply-accumulates would lose integers above 2^24. This is
+    Each term is divided before it is added: sums of whole MACs would lose integers above 2^24. This is
     the differentiable constraint of a loss term.
     """
     terms = structure.contractions
@@ -174,7 +174,7 @@ def fraction(structure: Structure, widths: Widths, total: float) -> Any:
 def _exact(w: Any) -> Any:
     """Integer widths as Python integers (or vectors of them), so that products cannot overflow or round.
 
-    Traced integers become floats: 32 bits hold no multiply-accumulates.
+    Traced integers become floats: 32 bits hold no MACs.
     """
     if isinstance(w, bool | np.bool_):
         raise ValueError("a width is a number of units, not a truth value; pass keep sets to graph.cost(keep=...)")

@@ -88,7 +88,7 @@ def summary(s: Structure) -> str:
 
 
 def cost_table(s: Structure, before: Sequence[LayerCost], after: Sequence[LayerCost] | None) -> Any:
-    """Multiply-accumulates and output widths per layer."""
+    """MACs and output widths per layer."""
     table = Table(title="cost per layer")
     table.add_column("layer")
     table.add_column("output")

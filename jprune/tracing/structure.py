@@ -136,7 +136,7 @@ class Tap:
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """Multiply-accumulates of one equation: coefficient times the widths of the factors.
+    """MACs of one equation: coefficient times the widths of the factors.
 
     Attributes:
       name: the leaf it multiplies with, or the primitive and line for products of activations.

@@ -116,7 +116,7 @@ class Use:
 
 @dataclasses.dataclass(slots=True)
 class MacTerm:
-    """Multiply-accumulates of one contraction: coefficient times the sizes of these tags."""
+    """MACs of one contraction: coefficient times the sizes of these tags."""
 
     path: Path
     primitive: str
@@ -306,7 +306,7 @@ class Analysis:
         out_tags: Sequence[Tag],
         contracted: Sequence[Tag],
     ) -> None:
-        """Record the multiply-accumulates of the current contraction."""
+        """Record the MACs of the current contraction."""
         if self.shadow:
             return
         itemsize = self.eqn.outvars[0].aval.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Latency tables: with a clock that counts multiply-accumulates the table is the cost polynomial itself."""
+"""Latency tables: with a clock that counts MACs the table is the cost polynomial itself."""
 
 import json
 
@@ -14,7 +14,7 @@ from jprune.models import build
 
 
 def counting(fn, args):
-    """Multiply-accumulates of everything the function contracts, as a clock."""
+    """MACs of everything the function contracts, as a clock."""
     p = {str(i): a for i, a in enumerate(args)} if not isinstance(args[0], dict) else args[0]
     rest = () if not isinstance(args[0], dict) else args[1:]
     call = (lambda q: fn(*(q[str(i)] for i in range(len(args))))) if not rest else fn

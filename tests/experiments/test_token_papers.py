@@ -41,7 +41,7 @@ def test_questions_of_a_small_model(tmp_path, monkeypatch):
     llava_answers.main(*arguments, ratio=0.5, steps=2, suffix="", out=tmp_path / "o.json")
     rows = json.loads((tmp_path / "o.json").read_text())["results"]["methods"]
     assert rows["all"]["kept"] == 9 and rows["divprune"]["kept"] == 4 and rows["fastv, as many"]["kept"] == 4
-    assert rows["divprune"]["paper_tflops"] < rows["fastv, as many"]["paper_tflops"] < rows["all"]["paper_tflops"]
+    assert rows["divprune"]["paper_tmacs"] < rows["fastv, as many"]["paper_tmacs"] < rows["all"]["paper_tmacs"]
     assert all(0 <= r["exact"] <= 1 and 0 <= r["f1"] <= 1 for r in rows.values())
     (tmp_path / "q.jsonl").write_text('{"image": "a.png"}\n')
     with pytest.raises(ValueError, match="line 1 of"):

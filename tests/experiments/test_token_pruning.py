@@ -47,9 +47,9 @@ def test_sizes_are_those_of_the_model():
         16,
         10,
     )
-    cost = compared_reducers.count_flops(compared_reducers.by_stages((24, 12, 8, 6)), dims)["fraction"]
+    cost = compared_reducers.count_macs(compared_reducers.by_stages((24, 12, 8, 6)), dims)["fraction"]
     assert cost == pytest.approx(0.297, abs=5e-3)
-    cost = compared_reducers.count_flops(compared_reducers.by_stages((44, 32, 24, 16), 0.4), dims)["fraction"]
+    cost = compared_reducers.count_macs(compared_reducers.by_stages((44, 32, 24, 16), 0.4), dims)["fraction"]
     assert cost == pytest.approx(0.475, abs=5e-3)
 
 

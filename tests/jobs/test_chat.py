@@ -11,7 +11,7 @@ from PIL import Image
 from jprune.checkpoint import llava as folders
 from jprune.jobs.llava import ChatConfig, chat, rows
 from jprune.methods.tokens import reducers_by_name as methods
-from jprune.methods.tokens.cost_llm import true_flops
+from jprune.methods.tokens.decoder_cost import true_macs
 from jprune.methods.tokens.divprune import divprune_select
 from jprune.methods.tokens.llava_answer import ABOUT, METHODS, VisualPruning, answer
 
@@ -49,7 +49,7 @@ def test_an_answer(place):
     assert said["kept_tokens"] == sorted(np.asarray(divprune_select(visual[0, 0], 4).order).tolist())
     text = ids.shape[1] - 9
     language = module.config.language
-    assert said["tflops"]["reduced"] == true_flops(language, text, 9, 4) / 1e12 < said["tflops"]["all"]
+    assert said["tmacs"]["reduced"] == true_macs(language, text, 9, 4) / 1e12 < said["tmacs"]["all"]
     assert (place / "out" / "kept.png").read_bytes().startswith(b"\x89PNG")
     assert [r[1:3] for r in rows(said)[1:2]] == [("9", "4")]
     assert set(ABOUT) == set(METHODS) and set(methods.ABOUT) == set(methods.METHODS)

@@ -82,7 +82,7 @@ def test_the_answers_are_those_of_the_model(done, place):
     assert lines[4]["file"] == "3/4.png"
     assert summary["before"]["accuracy"] == pytest.approx(np.mean(np.array(answers[0]) == [0, 0, 1, 1, 3]))
     assert summary["after"]["agreement"] == pytest.approx(np.mean(np.equal(*answers)))
-    cost = flops.count_flops(reducer, dims)
+    cost = flops.count_macs(reducer, dims)
     assert summary["after"]["macs"] == cost["total"] and summary["after"]["share"] == cost["fraction"] <= 0.7
     assert summary["before"]["share"] == 1 and summary["before"]["tokens"] == 17 > summary["after"]["tokens"]
     page = (out / "report.html").read_text()

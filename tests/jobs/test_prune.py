@@ -348,7 +348,7 @@ def test_masksparsity_of_the_command_is_the_documented_one(tmp_path, monkeypatch
     monkeypatch.setattr(masksparsity_run, "run", handed)
     for more, rule in (
         ({}, ms.MaskRule("threshold", 0.02)),
-        ({"sparsity": 0.7}, ms.MaskRule("ratio", 0.02, ratio=0.7)),
+        ({"sparsity": 0.7}, ms.MaskRule("sparsity", 0.02, sparsity=0.7)),
     ):
         options = dataclasses.replace(OPTIONS, method="masksparsity", **more)
         config = options.chosen.config(threshold=0.02, strength=0.3, finetune_epochs=1)

@@ -1,4 +1,4 @@
-"""Multiply-accumulates, parameters, groups and units of every network of the zoo, against numbers computed by hand."""
+"""MACs, parameters, groups and units of every network of the zoo, against numbers computed by hand."""
 
 import functools
 
@@ -72,7 +72,7 @@ def test_counts_are_the_networks(name):
 
 
 def vit_counts(depth, stream, heads, mlp, tokens, patch, classes, token):
-    """Multiply-accumulates and parameters of a vision transformer, from its definition."""
+    """MACs and parameters of a vision transformer, from its definition."""
     patches = tokens - token
     per_block = tokens * (4 * stream**2 + 2 * stream * mlp) + 2 * tokens**2 * stream
     macs = patches * 3 * patch**2 * stream + depth * per_block + stream * classes

@@ -1,4 +1,4 @@
-"""How many tokens each block of a vision transformer has under a reducer, and the multiply-adds that this costs.
+"""How many tokens each block of a vision transformer has under a reducer, and the MACs that this costs.
 
 Token counts follow from shapes: the reducer runs on abstract arrays, block by block, and no model is needed. The rule of
 Zero-TPrune's tables counts matrix products and LayerNorms (5 an element); not softmax, GELU, biases and the choice of tokens,
@@ -117,7 +117,7 @@ def counts(reducer: TokenReducer, dims: Dims, batch: int = 1) -> tuple[tuple[Cou
 
 
 def block_macs(block: ViTBlock, width: int, n: Counts) -> float:
-    """Multiply-adds of one block; LayerNorms count 5 an element."""
+    """MACs of one block; LayerNorms count 5 an element."""
     projections = block.heads * (2 * block.head + 2 * block.value_head) * width
     products = block.heads * (block.head + block.value_head)
     attention = n.attention * projections + n.attention**2 * products + 5 * n.attention * width
@@ -125,7 +125,7 @@ def block_macs(block: ViTBlock, width: int, n: Counts) -> float:
 
 
 def blocks_macs(dims: Dims, found: Sequence[Counts]) -> float:
-    """Multiply-adds of all blocks per image."""
+    """MACs of all blocks per image."""
     return sum(block_macs(b, dims.width, n) for b, n in zip(dims.blocks, found, strict=True))
 
 
@@ -136,7 +136,7 @@ def total_macs(dims: Dims, found: Sequence[Counts], last: float) -> float:
 
 
 def overhead(reducer: TokenReducer, dims: Dims, batch: int = 1) -> int:
-    """Multiply-adds of choosing tokens, per image."""
+    """MACs of choosing tokens, per image."""
     return _choosing(reducer, dims, counts(reducer, dims, batch)[0])
 
 
@@ -147,8 +147,8 @@ def _choosing(reducer: TokenReducer, dims: Dims, found: Sequence[Counts]) -> int
     return before + sum(reducer.overhead(i, int(n.attention), dims.prefix, b.heads, b.head) for i, (b, n) in each)
 
 
-def count_flops(reducer: TokenReducer, dims: Dims, batch: int = 1) -> dict[str, float]:
-    """{"blocks", "total", "overhead"}: multiply-adds per image; "fraction": of the unreduced model's blocks."""
+def count_macs(reducer: TokenReducer, dims: Dims, batch: int = 1) -> dict[str, float]:
+    """{"blocks", "total", "overhead"}: MACs per image; "fraction": of the unreduced model's blocks."""
     found, last = counts(reducer, dims, batch)
     blocks, whole = blocks_macs(dims, found), (Counts(dims.tokens, dims.tokens),) * dims.depth
     return {
@@ -161,13 +161,13 @@ def count_flops(reducer: TokenReducer, dims: Dims, batch: int = 1) -> dict[str, 
 
 def preset_table() -> Table:
     """What Zero-TPrune's presets cost on the DeiT each is for."""
-    out = Table(title="tokens and multiply-adds per image, in billions")
+    out = Table(title="tokens and MACs per image, in billions")
     for column in ("preset", "DeiT", "tokens of each block", "blocks", "total", "choosing", "share of blocks"):
         out.add_column(column)
     for name, (size, reducer) in PRESETS.items():
         dims = deit(size)
         found, _ = counts(reducer, dims)
-        cost = count_flops(reducer, dims)
+        cost = count_macs(reducer, dims)
         numbers = (f"{cost[k] / 1e9:.3f}" for k in ("blocks", "total", "overhead"))
         each = " ".join(str(n.attention) for n in found)
         out.add_row(name, size, each, *numbers, f"{cost['fraction']:.1%}")

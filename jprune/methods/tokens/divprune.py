@@ -45,17 +45,17 @@ class SelectResult(NamedTuple):
     trace: Float32[Array, " k"]
 
 
-def retained_count(tokens: int, ratio: float) -> int:
-    """How many of so many tokens a ratio keeps: rounded, halves to even, at least one.
+def retained_count(tokens: int, keep: float) -> int:
+    """How many of so many tokens a share of them is: rounded, halves to even, at least one.
 
     Raises:
-      ValueError: a ratio outside (0, 1], or no tokens.
+      ValueError: a share outside (0, 1], or no tokens.
     """
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio is {ratio}: it must be above 0 and at most 1")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is {keep}: it must be above 0 and at most 1")
     if tokens < 1:
         raise ValueError(f"{tokens} tokens leave nothing to keep")
-    return min(max(round(ratio * tokens), 1), tokens)
+    return min(max(round(keep * tokens), 1), tokens)
 
 
 def distances(a: Float[Array, "n d"], b: Float[Array, "m d"], metric: str = "cosine") -> Float32[Array, "n m"]:

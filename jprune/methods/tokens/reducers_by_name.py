@@ -1,4 +1,4 @@
-"""Token reducers by name, each made for a share of the FLOPs of a model of given sizes."""
+"""Token reducers by name, each made for a share of the MACs of a model of given sizes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ABOUT = {
 
 
 def reducer_for(name: str, fraction: float, dims: Dims) -> TokenReducer:
-    """The method that leaves this share of the unreduced blocks' multiply-adds; "random*" needs a key in the model.
+    """The method that leaves this share of the unreduced blocks' MACs; "random*" needs a key in the model.
 
     Raises:
       ValueError: an unknown name, a budget outside (0, 1] or out of the method's reach, a model without the class token it needs.

@@ -1,4 +1,4 @@
-"""Settings of token reducers that meet a budget: the share of the blocks' multiply-adds that is left.
+"""Settings of token reducers that meet a budget: the share of the blocks' MACs that is left.
 
 Every method has one knob (a rate, a number per block) that is found by bisection, down to whole tokens per block; then single
 tokens are added, latest blocks first, as long as they fit. What is left under the budget is less than a token of some block.
@@ -19,7 +19,7 @@ from jprune.methods.tokens.zero_tprune import PAPER_VARIANCES, PruneSpec, ZeroTP
 def check_fraction(fraction: float) -> None:
     """Raise ValueError unless it is above 0 and at most 1."""
     if not 0 < fraction <= 1:
-        raise ValueError(f"the share of FLOPs is {fraction}: it must be above 0 and at most 1, 0.65 say")
+        raise ValueError(f"the share of MACs is {fraction}: it must be above 0 and at most 1, 0.65 say")
 
 
 def counts_of(dims: Dims, layers: Sequence[int], kept: Sequence[int], inside: bool) -> tuple[Counts, ...]:
@@ -33,7 +33,7 @@ def counts_of(dims: Dims, layers: Sequence[int], kept: Sequence[int], inside: bo
 
 
 def share(dims: Dims, layers: Sequence[int], kept: Sequence[int], inside: bool) -> float:
-    """Of the unreduced blocks' multiply-adds."""
+    """Of the unreduced blocks' MACs."""
     return blocks_macs(dims, counts_of(dims, layers, kept, inside)) / blocks_macs(dims, counts_of(dims, (), (), False))
 
 
@@ -44,11 +44,11 @@ def fitted(
     kept_at: Callable[[float], Sequence[int]],
     inside: bool,
 ) -> tuple[list[int], float]:
-    """(patches left in each layer, strength): at most `fraction` of the multiply-adds, and one patch more would be over it.
+    """(patches left in each layer, strength): at most `fraction` of the MACs, and one patch more would be over it.
 
     Arguments:
       dims: of the model.
-      fraction: of the unreduced blocks' multiply-adds.
+      fraction: of the unreduced blocks' MACs.
       layers: blocks that drop, ascending.
       kept_at: patches left in each at a strength in [0, 1]: non-increasing in it, and in the layers.
       inside: see `counts_of`.
@@ -61,7 +61,7 @@ def fitted(
     least = share(dims, layers, kept_at(1.0), inside)
     if least > fraction:
         raise ValueError(
-            f"{fraction:.3f} of the FLOPs cannot be reached: dropping in blocks {', '.join(map(str, layers))} leaves at least "
+            f"{fraction:.3f} of the MACs cannot be reached: dropping in blocks {', '.join(map(str, layers))} leaves at least "
             f"{least:.3f}, for what comes before them stays; ask for more, or for a method that drops earlier"
         )
     for _ in range(50):
@@ -127,7 +127,7 @@ def _member(dims: Dims, number: int, strength: float) -> list[PruneSpec]:
 def schedule_for(
     fraction: float, dims: Dims, boost: bool | None = None, vhf: tuple[float, float] | None = None
 ) -> ZeroTPrune:
-    """A Zero-TPrune schedule that leaves this share of the blocks' multiply-adds, without a search (see `search`).
+    """A Zero-TPrune schedule that leaves this share of the blocks' MACs, without a search (see `search`).
 
     After blocks at 0, 2, 5 and 8 twelfths of the depth, both stages, with numbers between those of the presets of 0.87, 0.65 and
     0.55 and scaled to the model; 30, 5, 5 and 1 votes.

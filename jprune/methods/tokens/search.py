@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rich.progress import Progress
 
 from jprune.files.json_files import Fields, parse_json, said_of
-from jprune.methods.tokens.cost import Dims, count_flops
+from jprune.methods.tokens.cost import Dims, count_macs
 from jprune.methods.tokens.schedules import check_fraction, fitted, share
 from jprune.methods.tokens.zero_tprune import PAPER_VARIANCES, PruneSpec, ZeroTPrune, most_important, without_duplicates
 from jprune.models.token_hook import Seen, TokenReducer, Tokens
@@ -90,7 +90,7 @@ def draw(space: SearchSpace, dims: Dims, fraction: float, seed: int, trial: int,
         if share(dims, layers, kept, inside=False) >= fraction * (1 - tolerance):
             return reducer
     raise ValueError(
-        f"none of {TRIES} schedules leaves {fraction:.3f} of the FLOPs within {tolerance:.0%}: "
+        f"none of {TRIES} schedules leaves {fraction:.3f} of the MACs within {tolerance:.0%}: "
         "ask for more, or for a wider tolerance"
     )
 
@@ -209,7 +209,7 @@ def search_schedule(
     Arguments:
       apply: (images, reducer) -> logits; jit-able.
       dims: of the model.
-      fraction: of the unreduced blocks' multiply-adds.
+      fraction: of the unreduced blocks' MACs.
       calibration: (images, labels); labels may be None with objective "kl".
       held_out: images and labels that choose nothing; scored by the same objective.
       space: what is drawn.
@@ -267,7 +267,7 @@ def search_schedule(
             one = schedules[i]
             program = jax.jit(lambda x, one=one: apply(x, one))
             scores = {s: written.score(s, i, one, lambda m=m, p=program: m(p)) for s, m in on_all.items()}
-            cost = count_flops(one, dims)
+            cost = count_macs(one, dims)
             found.append(
                 Found(one, i, written.scores["few", i], scores["calibration"], scores.get("held out"), cost)
             )  # fmt: skip

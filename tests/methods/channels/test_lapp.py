@@ -157,7 +157,7 @@ def test_multiply_accumulates_of_resnet20(kind, rest):
 
 
 def test_the_fraction_of_a_large_network_is_exact_in_float32():
-    """1.8e9 multiply-accumulates lose integers in float32; their fraction does not lose more than its last bits."""
+    """1.8e9 MACs lose integers in float32; their fraction does not lose more than its last bits."""
     model, x = resnet.imagenet(18), jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
     net = prepare(model, jax.eval_shape(model.init, KEY, x), x, LappConfig(0.444))
     assert net.macs == 2 * 1_814_073_344

@@ -269,7 +269,7 @@ def test_the_schedule():
     assert published[40] == pytest.approx(0.0503268, abs=1e-7) and published[280] == pytest.approx(0.49999984, abs=1e-8)
     short = run.pruning_steps(run.LoraPruneConfig(every=2), 8)  # the plateau would begin at 7.2
     assert list(short) == [2, 4, 6, 7] and short[7] == 0.5
-    assert run.pruning_steps(run.LoraPruneConfig(ratio=0.0), 100) == {}
+    assert run.pruning_steps(run.LoraPruneConfig(sparsity=0.0), 100) == {}
     assert run.pruning_steps(run.LoraPruneConfig(initial=0.5), 100) == {0: 0.5}  # all at once
 
 
@@ -525,7 +525,7 @@ def test_what_is_refused():
     few = Lora(few, {t: lora.scales[t] for t in few})
     with pytest.raises(ValueError, match="no adapted product makes or consumes"):
         group_importance(graph, v, few, grads, groups)
-    with pytest.raises(ValueError, match=r"LoraPruneConfig.ratio is 1.0"):
-        run.LoraPruneConfig(ratio=1.0)
+    with pytest.raises(ValueError, match=r"LoraPruneConfig.sparsity is 1.0"):
+        run.LoraPruneConfig(sparsity=1.0)
     with pytest.raises(ValueError, match=r"LoraPruneConfig.warmup is 0.9"):
         run.LoraPruneConfig(warmup=0.9)

@@ -154,10 +154,10 @@ def test_votes_prune_at_least_what_the_most_reluctant_layer_asked(data):
 
 def test_a_ratio_is_of_all_channels_together():
     a, b = np.linspace(1, 2, 6), np.linspace(0.1, 0.4, 4)
-    masks = ms.make_mask({"a": a, "b": b}, {"A": ["a"], "B": ["b"]}, ms.MaskRule("ratio", ratio=0.5, min_keep=0))
+    masks = ms.make_mask({"a": a, "b": b}, {"A": ["a"], "B": ["b"]}, ms.MaskRule("sparsity", sparsity=0.5, min_keep=0))
     np.testing.assert_array_equal(masks.keep["A"], [0, 1, 1, 1, 1, 1])
     assert not masks.keep["B"].any()
-    with_minimum = ms.make_mask({"a": a, "b": b}, {"A": ["a"], "B": ["b"]}, ms.MaskRule("ratio", ratio=0.5))
+    with_minimum = ms.make_mask({"a": a, "b": b}, {"A": ["a"], "B": ["b"]}, ms.MaskRule("sparsity", sparsity=0.5))
     np.testing.assert_array_equal(with_minimum.keep["B"], [0, 0, 0, 1])
 
 
@@ -200,7 +200,7 @@ def test_pruned_network_equals_the_one_with_scale_and_shift_zero():
     rng = np.random.default_rng(3)
     variables = jax.tree.map(lambda a: jnp.asarray(a + 0.3 * rng.uniform(size=a.shape), jnp.float32), variables)
     listed = ms.listed_scales(graph)
-    masks = ms.make_mask(variables, listed, ms.MaskRule("ratio", ratio=0.4))
+    masks = ms.make_mask(variables, listed, ms.MaskRule("sparsity", sparsity=0.4))
     zeroed = jax.tree.map(jnp.array, variables)
     for g, paths in listed.items():
         for path in paths:
@@ -258,7 +258,7 @@ def test_errors_name_the_offender():
         (lambda: ms.masked_penalty({}, 0.1, "l3"), "kind"),
         (lambda: ms.masked_penalty({}, -1.0), "strength"),
         (lambda: ms.MaskRule("otsu"), "otsu"),
-        (lambda: ms.MaskRule(ratio=1.0), "ratio"),
+        (lambda: ms.MaskRule(sparsity=1.0), "sparsity"),
         (lambda: ms.decide_pruning({}, {}, {}, prune_by="luck"), "luck"),
         (lambda: ms.make_mask({"p": [1.0, np.nan]}, {"G": ["p"]}, ms.MaskRule()), "'p' is not finite at channel 1"),
         (lambda: ms.make_mask({"p": [1.0]}, {"G": ["q"]}, ms.MaskRule()), "'q'"),

@@ -21,7 +21,7 @@ CONFIG = MaskSparsityConfig(
     finetune=dataclasses.replace(QUICK, epochs=1, learning_rate=0.01),
     strength_global=0.02,
     strength=0.2,
-    rule=ms.MaskRule("ratio", ratio=0.5),
+    rule=ms.MaskRule("sparsity", sparsity=0.5),
     coupled=False,
     prune_by="mask",
 )

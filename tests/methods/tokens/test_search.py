@@ -10,7 +10,7 @@ from quickly import quickly
 from small_vit import case
 from small_vit import dims as sizes
 
-from jprune.methods.tokens.cost import count_flops, deit
+from jprune.methods.tokens.cost import count_macs, deit
 from jprune.methods.tokens.search import SearchSpace, as_data, draw, from_data, search_schedule
 from jprune.methods.tokens.zero_tprune import ZeroTPrune
 from jprune.models.token_hook import TokenReducer
@@ -74,7 +74,7 @@ def test_draws_keep_to_the_budget_and_differ():
     drawn = [draw(space, of, 0.6, 0, i) for i in range(6)]
     assert len({str(as_data(d)) for d in drawn}) == 6
     for one in drawn:
-        assert 0.594 <= count_flops(one, of)["fraction"] <= 0.6
+        assert 0.594 <= count_macs(one, of)["fraction"] <= 0.6
         assert 2 <= len(one.specs) <= 6 and one.specs[-1].layer <= 10
         votes = [s.iters for s in one.specs]
         assert votes == sorted(votes, reverse=True) and set(votes) <= {1, 5, 10, 30}
@@ -141,7 +141,7 @@ def test_errors():
         search_schedule(Model(), dims(), 0.5, (images, labels), objective="loss")
     with pytest.raises(ValueError, match="accuracies need labels"):
         search_schedule(Model(), dims(), 0.5, (images, None))
-    with pytest.raises(ValueError, match="share of FLOPs is 2"):
+    with pytest.raises(ValueError, match="share of MACs is 2"):
         draw(SearchSpace(), dims(), 2, 0, 0)
     with pytest.raises(ValueError, match=r"none of 100 schedules leaves 0\.030"):
         draw(SearchSpace(), deit("tiny"), 0.03, 0, 0)

@@ -1,4 +1,4 @@
-"""Multiply-adds by the published rule, token counts out of shapes, and settings of every method that meet a budget."""
+"""MACs by the published rule, token counts out of shapes, and settings of every method that meet a budget."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from jprune.methods.tokens.cost import (
     Counts,
     Dims,
     block_macs,
-    count_flops,
+    count_macs,
     counts,
     deit,
     dims_of,
@@ -42,12 +42,12 @@ def test_tokens_of_presets(name):
 
 
 def test_published_numbers():
-    whole = count_flops(TokenReducer(), deit("small"))
+    whole = count_macs(TokenReducer(), deit("small"))
     assert whole == {"blocks": 4_549_773_312, "total": 4_608_338_304, "overhead": 0, "fraction": 1.0}
     totals = {"proto-S": 3_554_802_816, "proto-T": 962_559_552, "proto-B": 13_628_340_480, "proto-T6": 848_572_032}
     for name, total in totals.items():
         size, reducer = PRESETS[name]
-        assert count_flops(reducer, deit(size))["total"] == total
+        assert count_macs(reducer, deit(size))["total"] == total
     rounded = {
         "table-3.08": (3.084, 3.142),
         "a-like": (2.974, 3.032),
@@ -55,7 +55,7 @@ def test_published_numbers():
         "c-like": (3.970, 4.029),
     }
     for name, (blocks, total) in rounded.items():
-        found = count_flops(PRESETS[name][1], deit("small"))
+        found = count_macs(PRESETS[name][1], deit("small"))
         assert (round(found["blocks"] / 1e9, 3), round(found["total"] / 1e9, 3)) == (blocks, total)
     assert preset_table().row_count == len(PRESETS)
 
@@ -90,7 +90,7 @@ def test_sizes_of_a_model(name):
 @pytest.mark.parametrize("name", [*METHODS])
 def test_every_method_meets_its_budget(name):
     for of, fraction in ((deit("small"), 0.4), (uniform_dims(32, 6, 4, 64), 0.8)):
-        found = count_flops(reducer_for(name, fraction, of), of)["fraction"]
+        found = count_macs(reducer_for(name, fraction, of), of)["fraction"]
         step = 0.02 if name.endswith("entry") or name == "divprune" else 0.01  # one patch in all blocks is as much
         assert abs(found / fraction - 1) <= step
     whole = uniform_dims(32, 3, 4, 64)
@@ -125,7 +125,7 @@ def test_budgets_that_cannot_be_met():
     of = deit("tiny")
     for fraction in (0.0, 1.5, -1.0):
         for name in METHODS:
-            with pytest.raises(ValueError, match="share of FLOPs"):
+            with pytest.raises(ValueError, match="share of MACs"):
                 reducer_for(name, fraction, of)
     with pytest.raises(ValueError, match=r"cannot be reached: dropping in blocks 0, 2, 5, 8 leaves at least 0\.0"):
         schedule_for(0.02, of)

@@ -1,4 +1,4 @@
-"""Light convolutions beside a convolution: same input, same output shape, a fraction of its multiply-accumulates.
+"""Light convolutions beside a convolution: same input, same output shape, a fraction of its MACs.
 
     pw       BatchNorm(1x1 convolution)                        1 / window
     dw       BatchNorm(depthwise convolution)                  1 / the smaller number of channels

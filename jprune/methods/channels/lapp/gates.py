@@ -55,7 +55,7 @@ def gates(net: Network, params: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def ratio(net: Network, widths: Mapping[str, Any]) -> Any:
-    """Multiply-accumulates at these (soft) numbers of filters, bypasses included, over the original network's."""
+    """MACs at these (soft) numbers of filters, bypasses included, over the original network's."""
     return cost.fraction(net.graph, {net.layers[n].group: w for n, w in widths.items()}, net.macs)
 
 

@@ -2,7 +2,7 @@
 
 LAPP as specified by jprune, following the published abstract (Zhai et al. 2023, arXiv 2309.14157). From the abstract:
 from scratch, in the first epochs, one learned threshold a layer, moved by the task and by a constraint on the
-multiply-accumulates, a light bypass beside each layer. Everything marked [ours] is our concrete definition of what it
+MACs, a light bypass beside each layer. Everything marked [ours] is our concrete definition of what it
 only names, and an option.
 
     before   a bypass B_l beside every prunable convolution (full width: masks are local, a layer may lose all filters)
@@ -44,7 +44,7 @@ class LappConfig:
     """What is pruned, and every choice that the abstract leaves open.
 
     Attributes:
-      target: multiply-accumulates to keep, bypasses included, as a fraction of the original network's.
+      target: MACs to keep, bypasses included, as a fraction of the original network's.
       bypass: "pw" (1x1), "dw" (depthwise), "lowrank" or "none"; where "pw" would meet a 1x1 convolution it is "dw".
       bypass_scale: initial BatchNorm scale of the bypasses; 0 starts as the plain network.
       couple: with "none": channels go from their consumers too, one threshold per dependency group.

@@ -45,7 +45,7 @@ class Network:
       config: settings. forward: the original network. x: an example batch.
       traces, sites: in evaluation and in training mode. layers: by name.
       final, graph: the network that is sliced, and the trace of its evaluation (coupled: of the original).
-      macs: multiply-accumulates of the original network for that batch.
+      macs: MACs of the original network for that batch.
       bare: the original variables are parameters alone, not {"params": ..}.
     """
 

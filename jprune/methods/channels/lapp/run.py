@@ -83,7 +83,7 @@ class Result:
       model, variables: the small network, ready to be trained on, evaluated or traced.
       network: the traced network it came from. keep: {layer: bool (n,)}.
       offset: added to all thresholds to meet the target; beyond 0.3 the learning did only part of the work.
-      macs: multiply-accumulates of one image: original, small (counted on the small function, bypasses included).
+      macs: MACs of one image: original, small (counted on the small function, bypasses included).
       params: parameters of the small network. ratio: macs kept.
       accuracy: {"gated": at the end of the pruning phase, "sliced": right after slicing, "final"} on the test split.
       thresholds: {layer: value after every epoch of the first part}; history: the epochs' records of both parts.

@@ -56,9 +56,9 @@ def update_masks(
     return out
 
 
-def pruned_units(size: int, ratio: float, multiple_of: int = 1) -> int:
-    """Units to remove for good: floor(size ratio), so many fewer that a multiple stays, and at least one unit."""
-    kept = max(size - math.floor(size * ratio + 1e-6), 1)
+def pruned_units(size: int, sparsity: float, multiple_of: int = 1) -> int:
+    """Units to remove for good: floor(size sparsity), so many fewer that a multiple stays, and at least one unit."""
+    kept = max(size - math.floor(size * sparsity + 1e-6), 1)
     return size - min(-(-kept // multiple_of) * multiple_of, size)
 
 

@@ -15,7 +15,7 @@ from jprune.training.decisions import Decided
 def settings(task: DecoderTask, config: WidthConfig) -> LoraPruneConfig:
     """Of the whole method."""
     every = max(1, min(10, task.steps // 10))
-    return LoraPruneConfig(ratio=task.wanted.sparsity, every=every, multiple_of=config.multiple_of, criterion="lora",
+    return LoraPruneConfig(sparsity=task.wanted.sparsity, every=every, multiple_of=config.multiple_of, criterion="lora",
                      lora=LoraConfig(rank=task.rank, alpha=2.0 * task.rank, dropout=0.05))  # fmt: skip
 
 

@@ -47,11 +47,11 @@ class LoraPruneConfig:
     """What is pruned, when, and by which scores.
 
     Attributes:
-      ratio: share of the units of every prunable layer that goes in the end.
+      sparsity: share of the units of every prunable layer that goes in the end.
       initial: share that is gone from the first pruning step on.
-      warmup, cooldown: shares of the steps before the schedule leaves `initial` and after it has reached `ratio`.
+      warmup, cooldown: shares of the steps before the schedule leaves `initial` and after it has reached `sparsity`.
       every: steps between pruning steps.
-      final_exact: one more pruning step where the schedule reaches `ratio`. The published loop has none and stops just
+      final_exact: one more pruning step where the schedule reaches `sparsity`. The published loop has none and stops just
         below, which the rounding down turns into one unit less.
       unit, parts, skip_first, skip_last: see `jprune.methods.channels.loraprune.masks.prunable`.
       multiple_of: what the kept MLP channels are rounded up to in the end.
@@ -60,7 +60,7 @@ class LoraPruneConfig:
       lora: of the adapters.
     """
 
-    ratio: float = 0.5
+    sparsity: float = 0.5
     initial: float = 0.0
     warmup: float = 0.1
     cooldown: float = 0.1
@@ -80,7 +80,7 @@ class LoraPruneConfig:
 
     def __post_init__(self):
         rules = [
-            ("ratio", 0 <= self.initial <= self.ratio < 1, "at least `initial`, and below 1"),
+            ("sparsity", 0 <= self.initial <= self.sparsity < 1, "at least `initial`, and below 1"),
             ("warmup", self.warmup >= 0 and self.warmup + self.cooldown < 1, "at least 0, below 1 with the cooldown"),
             ("cooldown", self.cooldown >= 0, "at least 0"),
             ("every", self.every >= 1, "at least 1"),
@@ -109,13 +109,13 @@ def pruning_steps(options: LoraPruneConfig, steps: int) -> dict[int, float]:
       ValueError: there is none, so nothing would be pruned.
     """
     o = options
-    at = {t: cubic_sparsity(t, steps, warmup=o.warmup, cooldown=o.cooldown, init=o.initial, final=o.ratio)
+    at = {t: cubic_sparsity(t, steps, warmup=o.warmup, cooldown=o.cooldown, init=o.initial, final=o.sparsity)
           for t in range(steps)}  # fmt: skip
-    out = {t: s for t, s in at.items() if t % o.every == 0 and o.initial < s < o.ratio}
-    full = [t for t, s in at.items() if s >= o.ratio]
-    if o.final_exact and o.ratio > 0 and (full or out):
-        out[full[0] if full else steps - 1] = o.ratio  # a cooldown of less than one step begins behind the last
-    if not out and o.ratio > 0:
+    out = {t: s for t, s in at.items() if t % o.every == 0 and o.initial < s < o.sparsity}
+    full = [t for t, s in at.items() if s >= o.sparsity]
+    if o.final_exact and o.sparsity > 0 and (full or out):
+        out[full[0] if full else steps - 1] = o.sparsity  # a cooldown of less than one step begins behind the last
+    if not out and o.sparsity > 0:
         raise ValueError(
             f"none of {steps} steps is a pruning step (every {o.every}, the schedule rises between {o.warmup:.0%} and "
             f"{1 - o.cooldown:.0%} of them): give more steps, or a smaller `every`"
@@ -123,14 +123,16 @@ def pruning_steps(options: LoraPruneConfig, steps: int) -> dict[int, float]:
     return out
 
 
-def unit_counts(graph: Structure, options: LoraPruneConfig, groups: Iterable[str], ratio: float) -> dict[str, np.int32]:
+def unit_counts(
+    graph: Structure, options: LoraPruneConfig, groups: Iterable[str], sparsity: float
+) -> dict[str, np.int32]:
     """{group: units to be gone per layer} at a share: rounded down, and never more than in the end."""
     channels = {b.ffn for b in blocks(graph)}
     out = {}
     for g in groups:
         size = graph.groups[g].size
-        last = pruned_units(size, options.ratio, options.multiple_of if g in channels else 1)
-        out[g] = np.int32(last if ratio >= options.ratio else min(math.floor(size * ratio), last))
+        last = pruned_units(size, options.sparsity, options.multiple_of if g in channels else 1)
+        out[g] = np.int32(last if sparsity >= options.sparsity else min(math.floor(size * sparsity), last))
     return out
 
 

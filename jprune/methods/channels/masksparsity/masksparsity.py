@@ -33,7 +33,7 @@ from jprune.tracing.paths import flatten, path_str
 from jprune.tracing.structure import Structure
 
 KINDS = ("l1", "l2", "smooth_l1")
-METHODS = ("threshold", "optimal", "ratio")
+METHODS = ("threshold", "optimal", "sparsity")
 REDUCTIONS = ("vote", "mean", "first")
 
 
@@ -144,11 +144,11 @@ class MaskRule:
     """How scales become a mask (section 3.3 and 3.4).
 
     Attributes:
-      method: "threshold" (one value for all layers), "optimal" (per layer, by energy: arXiv 2003.04566) or "ratio"
+      method: "threshold" (one value for all layers), "optimal" (per layer, by energy: arXiv 2003.04566) or "sparsity"
         (that fraction of all listed channels, smallest |gamma| first).
       threshold: channels with |gamma| above it stay.
       delta: "optimal": fraction of the energy that may go.
-      ratio: "ratio": fraction of channels that go, in [0, 1).
+      sparsity: "sparsity": fraction of channels that go, in [0, 1).
       reduce: layers that share a mask "vote" (the paper's), are averaged ("mean"), or follow the "first".
       min_keep: channels every layer keeps; 0 lets a branch vanish.
     """
@@ -156,7 +156,7 @@ class MaskRule:
     method: str = "threshold"
     threshold: float = 0.01
     delta: float = 1e-4
-    ratio: float = 0.5
+    sparsity: float = 0.5
     reduce: str = "vote"
     min_keep: int = 1
 
@@ -165,8 +165,8 @@ class MaskRule:
             raise ValueError(
                 f"method is one of {METHODS} and reduce of {REDUCTIONS}; got {self.method!r}, {self.reduce!r}"
             )
-        if not 0 <= self.ratio < 1 or self.threshold < 0 or not 0 < self.delta < 1 or self.min_keep < 0:
-            raise ValueError(f"{self}: ratio lies in [0, 1), delta in (0, 1), threshold and min_keep are at least 0")
+        if not 0 <= self.sparsity < 1 or self.threshold < 0 or not 0 < self.delta < 1 or self.min_keep < 0:
+            raise ValueError(f"{self}: sparsity lies in [0, 1), delta in (0, 1), threshold and min_keep are at least 0")
 
 
 class Masks(NamedTuple):
@@ -194,10 +194,10 @@ def make_mask(gammas: Mapping[str, Any], listed: Mapping[str, Sequence[str]], ru
         if rule.reduce == "mean":
             stack = stack.mean(axis=0, keepdims=True)
         rows[g] = stack[:1] if rule.reduce == "first" else stack
-    if rule.method == "ratio":
+    if rule.method == "sparsity":
         every = np.concatenate([r.ravel() for r in rows.values()])
         gone = np.zeros(every.size, bool)
-        gone[np.argsort(every, kind="stable")[: int(np.floor(rule.ratio * every.size + 1e-9))]] = True
+        gone[np.argsort(every, kind="stable")[: int(np.floor(rule.sparsity * every.size + 1e-9))]] = True
         cuts = np.cumsum([r.size for r in rows.values()])[:-1]
         kept = {g: ~part.reshape(rows[g].shape) for g, part in zip(rows, np.split(gone, cuts), strict=True)}
     else:

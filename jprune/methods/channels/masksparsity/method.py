@@ -62,7 +62,7 @@ def settings(task: ClassifierTask, config: Config) -> masksparsity_run.MaskSpars
     rates = learning_rates(recipe, steps_per_epoch(task.data.train, recipe.batch_size))
     # on all scales at once a penalty that takes them surely to zero would take the network with them
     gentle, strength = (config.strength or ms.suggest_s(rates, recipe.momentum, safety=k) for k in (1.0, 3.0))
-    how = ("threshold", 0.5) if task.amount is None else ("ratio", task.amount.sparsity)
+    how = ("threshold", 0.5) if task.amount is None else ("sparsity", task.amount.sparsity)
     n = config.finetune_epochs
     return masksparsity_run.MaskSparsityConfig(
         baseline=None,
@@ -70,7 +70,7 @@ def settings(task: ClassifierTask, config: Config) -> masksparsity_run.MaskSpars
         finetune=task.trained_for(n, config.finetune_learning_rate) if n else None,
         strength_global=gentle,
         strength=strength,
-        rule=ms.MaskRule(how[0], threshold=config.threshold, ratio=how[1], min_keep=config.min_units),
+        rule=ms.MaskRule(how[0], threshold=config.threshold, sparsity=how[1], min_keep=config.min_units),
         prune_threshold=config.threshold,
     )
 

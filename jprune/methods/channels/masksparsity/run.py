@@ -77,7 +77,7 @@ class Round:
       decision: step 4.
       masked_peak: max |gamma| over the masked channels after step 3.
       accuracy: {"before": W3 unpruned, "pruned": right after step 4, "finetuned": after step 5} on the test split.
-      macs: multiply-accumulates of one image before and after.
+      macs: MACs of one image before and after.
       plan: to repeat the pruning on another copy of the weights.
     """
 

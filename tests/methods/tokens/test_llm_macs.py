@@ -4,14 +4,14 @@ import statistics
 
 import pytest
 
-from jprune.methods.tokens.cost_llm import (
+from jprune.methods.tokens.decoder_cost import (
     ANYRES_TOKENS,
     TEXT_TOKENS,
     VIDEO_TEXT_TOKENS,
     kept_within,
     last_layer_within,
-    paper_tflops,
-    true_flops,
+    paper_tmacs,
+    true_macs,
 )
 from jprune.models.llama_config import LlamaConfig, llama_config
 
@@ -20,7 +20,7 @@ SEVEN, THIRTEEN = llama_config(32064, 4096, 11008, 32, 32), llama_config(32064, 
 
 def mean(config, visual=576, texts=TEXT_TOKENS, **how):
     return statistics.fmean(
-        paper_tflops(config, t, visual if isinstance(visual, int) else visual[name], **how) for name, t in texts.items()
+        paper_tmacs(config, t, visual if isinstance(visual, int) else visual[name], **how) for name, t in texts.items()
     )
 
 
@@ -31,10 +31,10 @@ def test_the_papers_table():
         (SEVEN, ANYRES_TOKENS, TEXT_TOKENS, 0.098, 11.8489, 1.2659, 10.7966),
         (SEVEN, 1152, VIDEO_TEXT_TOKENS, 0.1, 6.5386, 0.9371, 14.1044),
     ):
-        before, after = (mean(config, visual, texts, ratio=r) for r in (1.0, ratio))
+        before, after = (mean(config, visual, texts, keep=r) for r in (1.0, ratio))
         assert (round(before, 4), round(after, 4)) == (full, pruned)
         tokens = [(t, visual if isinstance(visual, int) else visual[name]) for name, t in texts.items()]
-        each = [paper_tflops(config, t, v, ratio=ratio) / paper_tflops(config, t, v) for t, v in tokens]
+        each = [paper_tmacs(config, t, v, keep=ratio) / paper_tmacs(config, t, v) for t, v in tokens]
         assert round(100 * statistics.fmean(each), 4) == share  # the mean of the shares, not the share of the means
 
 
@@ -46,14 +46,14 @@ def test_the_papers_baselines_have_almost_no_visual_tokens_left():
 
 def test_equal_cost():
     text, visual = 23, 576
-    budget = paper_tflops(SEVEN, text, visual, kept=64)
+    budget = paper_tmacs(SEVEN, text, visual, kept=64)
     assert kept_within(SEVEN, text, visual, budget) == 64
     fast = kept_within(SEVEN, text, visual, budget, layer=2)
-    assert paper_tflops(SEVEN, text, visual, layer=2, kept=fast) <= budget
-    assert paper_tflops(SEVEN, text, visual, layer=2, kept=fast + 1) > budget
+    assert paper_tmacs(SEVEN, text, visual, layer=2, kept=fast) <= budget
+    assert paper_tmacs(SEVEN, text, visual, layer=2, kept=fast + 1) > budget
     assert fast < 64
     last = last_layer_within(SEVEN, text, visual, budget)
-    costs = [paper_tflops(SEVEN, text, visual, layer=n, kept=0) for n in (last, last + 1)]
+    costs = [paper_tmacs(SEVEN, text, visual, layer=n, kept=0) for n in (last, last + 1)]
     assert costs[0] <= budget < costs[1]
     assert kept_within(SEVEN, text, visual, 1e3) == visual
     assert last_layer_within(SEVEN, text, visual, 1e3) == 32
@@ -63,36 +63,36 @@ def test_equal_cost():
         last_layer_within(SEVEN, text, visual, 1e-3)
 
 
-def test_operations_of_a_model_with_grouped_heads_and_uneven_layers():
+def test_macs_of_a_model_with_grouped_heads_and_uneven_layers():
     config = LlamaConfig(11, 8, (3, 5), (4, 2), (2, 1), 6, value_dim=(7, 4))
     n, k, v, t = 9, 4, 6, 3
 
     def layer(n, heads, kv, value, ffn):
         q, keys, values = n * 8 * heads * 6, n * 8 * kv * 6, n * 8 * kv * value
         scores, mix, out = n * n * heads * 6, n * n * heads * value, n * heads * value * 8
-        return 2 * (q + keys + values + scores + mix + out + 3 * n * 8 * ffn)
+        return q + keys + values + scores + mix + out + 3 * n * 8 * ffn
 
-    head = 2 * 8 * 11
+    head = 8 * 11
     both = layer(n, 4, 2, 7, 3) + layer(n, 2, 1, 4, 5)
-    assert true_flops(config, t, v) == both + head
-    assert true_flops(config, t, v, 1, layer=1) == layer(n, 4, 2, 7, 3) + layer(k, 2, 1, 4, 5) + head
-    assert true_flops(config, t, v, 0, layer=2, logits=n) == both + n * head
+    assert true_macs(config, t, v) == both + head
+    assert true_macs(config, t, v, 1, layer=1) == layer(n, 4, 2, 7, 3) + layer(k, 2, 1, 4, 5) + head
+    assert true_macs(config, t, v, 0, layer=2, logits=n) == both + n * head
     with pytest.raises(ValueError, match="one width"):
-        paper_tflops(config, t, v)
+        paper_tmacs(config, t, v)
 
 
-def test_the_rule_is_half_of_the_operations_less_a_third_matrix():
+def test_the_rule_is_the_count_less_a_third_matrix():
     n = 600
-    missing = 2 * 32 * n * 4096 * 11008
-    attention_and_rest = true_flops(SEVEN, 24, 576, logits=0) - missing
-    assert attention_and_rest == 2 * round(paper_tflops(SEVEN, 24, 576) * 1e12)
+    missing = 32 * n * 4096 * 11008
+    attention_and_rest = true_macs(SEVEN, 24, 576, logits=0) - missing
+    assert attention_and_rest == round(paper_tmacs(SEVEN, 24, 576) * 1e12)
 
 
 def test_errors():
     for call, said in (
-        (lambda: paper_tflops(SEVEN, 1, 2, ratio=1.5), "between 0 and 1"),
-        (lambda: paper_tflops(SEVEN, 1, 2, layer=33), "32 of them"),
-        (lambda: true_flops(SEVEN, 1, 2, kept=3), "there are 2 visual"),
+        (lambda: paper_tmacs(SEVEN, 1, 2, keep=1.5), "between 0 and 1"),
+        (lambda: paper_tmacs(SEVEN, 1, 2, layer=33), "32 of them"),
+        (lambda: true_macs(SEVEN, 1, 2, kept=3), "there are 2 visual"),
     ):
         with pytest.raises(ValueError, match=said):
             call()
