@@ -26,7 +26,7 @@ def about(config: type) -> dict[str, str]:
 def union(
     name: str, doc: str, kinds: Mapping[str, type], common: type, parts: Mapping[str, type] | None = None
 ) -> type:
-    """A dataclass with the fields of all sources, each None as long as it is not given.
+    """A dataclass with the fields of all sources, each None (a switch: False) as long as it is not given.
 
     The help of a field says what holds without it, for each source that has it where they differ.
 
@@ -48,7 +48,10 @@ def union(
         text = next((about(config)[field] for config in by.values() if field in about(config)), "")
         said = _defaults(field, by, kinds)
         shown = arg(help=text, metavar=_metavar(_joined(hints)), help_behavior_hint=lambda _, said=said: said)
-        fields.append((field, Annotated[_joined(hints) | None, shown], dataclasses.field(default=None)))
+        if _joined(hints) is bool:
+            fields.append((field, Annotated[bool, arg(help=text)], dataclasses.field(default=False)))
+        else:
+            fields.append((field, Annotated[_joined(hints) | None, shown], dataclasses.field(default=None)))
     hints, texts = get_type_hints(common, include_extras=True), about(common)
     for field in dataclasses.fields(common):
         fields.append((field.name, Annotated[hints[field.name], arg(help=texts.get(field.name, ""))],
@@ -64,7 +67,7 @@ def given(flags: Any, common: type) -> dict[str, Any]:
     return {
         f.name: value
         for f in dataclasses.fields(flags)
-        if f.name not in left_out and (value := getattr(flags, f.name)) is not None
+        if f.name not in left_out and (value := getattr(flags, f.name)) is not None and value is not False
     }
 
 
