@@ -60,7 +60,7 @@ class AdaptedDecoder:
         """What a row is judged by; the merged weights are sliced, and must be as good as the masked ones."""
         params, keep = finalize(self.graph, self.params, lora, masks)
         value = self.quality(self.graph.mask(params, keep))
-        kept = self.graph.cost(keep, stacked="unstack").params / self.graph.cost().params
+        kept = self.graph.cost(self.graph.decide(keep, stacked="unstack")).params / self.graph.cost().params
         return {"perplexity": value, "excess": value / self.dense - 1, "parameters_removed": 1 - kept,
                 "gone": {g: int((~k).sum()) for g, k in keep.items()}, "seconds": seconds}  # fmt: skip
 
@@ -77,7 +77,7 @@ class AdaptedDecoder:
     def sliced(self, got: Any) -> float:
         """Perplexity of the really smaller model."""
         params, keep = finalize(self.graph, self.params, got.lora, got.masks)
-        small = unstack_layers(self.graph.compact(params, keep, stacked="unstack"))
+        small = unstack_layers(self.graph.compact(params, self.graph.decide(keep, stacked="unstack")))
         module = rebuild(Llama(self.module.config), small)
         return perplexity(module.apply, small, self.held_out)
 

@@ -68,7 +68,7 @@ def main(s: Setting) -> None:
                     save_every=20, progress=True, title="LoRAPrune")  # fmt: skip
     merged, keep = finalize(graph, params, got.lora, got.masks)
     kept = kept_of_plan(graph.plan(keep), LINEN_SCAN, config)
-    small = unstack_layers(graph.compact(merged, keep, stacked="unstack"))
+    small = unstack_layers(graph.compact(merged, graph.decide(keep, stacked="unstack")))
     pruned = rebuild(Llama(config), small)
     console.print(f"pruned: perplexity {perplexity(pruned.apply, small, held_out, 2):.3f}")
     said = PruningRecord("loraprune", target=s.options.sparsity, source=str(folder), dense=config, kept=kept)

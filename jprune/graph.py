@@ -33,22 +33,41 @@ class Graph(Structure):
 
     example_inputs: tuple[Any, ...] = ()  # shapes and dtypes of the inputs traced with
 
-    def decide(self, keep: Keep, allow_inexact: bool = False, allow_empty: bool = False) -> Decision:
-        """Check a keep set against this graph; raises KeepError or NotPrunable."""
-        return decide(self, keep, allow_inexact, allow_empty)
+    def decide(
+        self, keep: Keep | Decision, *, allow_inexact: bool = False, allow_empty: bool = False, stacked: str = "pad"
+    ) -> Decision:
+        """Check a keep set against this graph and hold what else there is to decide.
 
-    def mask(self, params: Any, keep: Keep) -> Any:
+        Every method that takes a keep set takes the decision in its place, so that this is said once. A bare keep set
+        means these defaults.
+
+        Args:
+          keep: {group id: bool (size,) or (layers, size)}; True = keep, absent groups stay whole.
+          allow_inexact: prune groups whose removal is not the same as zeroing them.
+          allow_empty: allow a group to lose all its units.
+          stacked: what becomes of scan layers that keep different numbers of units: "pad" fills the narrower ones with
+            zeros up to the widest, "bucket" makes a list with one array per run of equally wide layers, "unstack" a list
+            with one array per layer.
+
+        Raises:
+          KeepError: the keep set does not fit the graph.
+          NotPrunable: it cuts what is frozen or, without `allow_inexact`, inexact.
+        """
+        return decide(self, keep, allow_inexact, allow_empty, stacked)
+
+    def _sized(self, keep: Keep | Decision | None) -> Decision:
+        """A decision about sizes, or about values that are sliced already: nothing to be inexact about."""
+        return decide(self, keep or {}, True, True)
+
+    def mask(self, params: Any, keep: Keep | Decision) -> Any:
         """Same shapes, zeros (or soft gates) at the units to remove; jit-able and differentiable in `keep`."""
-        return _mask.mask(self, params, keep)
+        return _mask.mask(self, params, decide(self, keep).keep if isinstance(keep, Decision) else keep)
 
     def compact(
         self,
         params: Any,
-        keep: Keep,
+        keep: Keep | Decision,
         *,
-        stacked: str = "pad",
-        allow_inexact: bool = False,
-        allow_empty: bool = False,
         verify: str | None = "shape",
         inputs: Sequence[Any] | None = None,
     ) -> Any:
@@ -56,69 +75,61 @@ class Graph(Structure):
 
         Args:
           params: the traced tree (jax arrays, numpy arrays or `ShapeDtypeStruct`s).
-          keep: {group id: bool (size,) or (layers, size)}; True = keep, absent groups stay whole.
-          stacked: what becomes of scan layers that keep different numbers of units: "pad", "bucket" or "unstack".
-          allow_inexact: prune groups whose removal is not the same as zeroing them.
-          allow_empty: allow a group to lose all its units.
+          keep: the keep set, or a decision.
           verify: "shape" re-evaluates the pruned function's shapes; "numeric" compares it with the masked function on
             `inputs` (arrays) and raises on a mismatch; None trusts.
 
         Raises:
           KeepError: the keep set does not fit the graph, or the leaves are not those that were traced.
-          NotPrunable: it cuts what is frozen or, without `allow_inexact`, inexact.
+          NotPrunable: it cuts what is frozen or, unless the decision allows it, inexact.
           ValueError: the verification failed, or a mesh axis does not divide a new size.
         """
-        decision = decide(self, keep, allow_inexact, allow_empty)
-        small = _compact.compact(decision, params, stacked)
+        decision = decide(self, keep)
+        small = _compact.compact(decision, params)
         if verify is not None:
-            self._verify(decision, params, small, stacked, verify, inputs)
+            self._verify(decision, params, small, verify, inputs)
         return small
 
-    def expand(self, small: Any, keep: Keep, *, stacked: str = "pad") -> Any:
+    def expand(self, small: Any, keep: Keep | Decision) -> Any:
         """Compacted parameters back at their traced shapes, zeros at the removed positions."""
-        return _compact.expand(decide(self, keep, True, True), small, stacked)
+        return _compact.expand(self._sized(keep), small)
 
-    def restack(self, small: Any, keep: Keep, *, source: str, target: str) -> Any:
+    def restack(self, small: Any, keep: Keep | Decision, *, source: str, target: str) -> Any:
         """Compacted parameters whose uneven layers are arranged the `source` way, arranged the `target` way."""
+        kept = self._sized(keep).keep
         return _compact.compact(
-            decide(self, keep, True, True), self.expand(small, keep, stacked=source), stacked=target
+            decide(self, kept, True, True, target), _compact.expand(decide(self, kept, True, True, source), small)
         )
 
-    def padding_waste(self, keep: Keep) -> float:
+    def padding_waste(self, keep: Keep | Decision) -> float:
         """Share of the MACs that stacked="pad" spends on zeros, in [0, 1).
 
         Up to about 0.05 one padded scan is the simplest; above that "bucket", with the widths of the layers rounded by
         the allocation's `multiple_of` so that few runs of layers differ.
         """
-        padded = self.cost(keep, stacked="pad").macs
-        return (padded - self.cost(keep, stacked="unstack").macs) / max(padded, 1)
+        decision = self._sized(keep)
+        padded, exact = (self.cost(widths=decision.widths(stacked)).macs for stacked in ("pad", "unstack"))
+        return (padded - exact) / max(padded, 1)
 
-    def compact_like(
-        self, tree: Any, keep: Keep, *, stacked: str = "pad", init: Callable[[Any], Any] | None = None
-    ) -> Any:
+    def compact_like(self, tree: Any, keep: Keep | Decision, *, init: Callable[[Any], Any] | None = None) -> Any:
         """Slice a tree that mirrors the parameters: optimizer states, averages, gradients.
 
         Give `init`, the function of the variables that made the tree (`lambda v: tx.init(v["params"])`), to have the
         shapes compared with those it makes of the compacted variables. KeepError where a leaf cannot be sliced.
         """
-        return _compact_like.compact_like(decide(self, keep, True, True), tree, stacked, init)
+        return _compact_like.compact_like(self._sized(keep), tree, init)
 
-    def replay(
-        self, keep: Keep | None = None, *, stacked: str = "pad", allow_inexact: bool = False, allow_empty: bool = False
-    ) -> Replay:
+    def replay(self, keep: Keep | Decision | None = None) -> Replay:
         """The pruned function `(small_params, *inputs) -> outputs` itself."""
-        return Replay(decide(self, keep or {}, allow_inexact, allow_empty), stacked)
+        return Replay(decide(self, keep or {}))
 
-    def plan(self, keep: Keep, *, allow_inexact: bool = False) -> Plan:
+    def plan(self, keep: Keep | Decision) -> Plan:
         """The decision as plain data, to save and to apply to other copies of the weights."""
-        return plan_of(decide(self, keep, allow_inexact))
+        return plan_of(decide(self, keep))
 
-    def widths(self, keep: Keep | None = None, *, stacked: str = "pad") -> dict[str, Any]:
+    def widths(self, keep: Keep | Decision | None = None) -> dict[str, Any]:
         """Units kept per group; groups that lose nothing included."""
-        out: dict[str, Any] = {g: info.size for g, info in self.groups.items()}
-        if keep:
-            out.update(decide(self, keep, True, True).widths(stacked))
-        return out
+        return {**{g: info.size for g, info in self.groups.items()}, **self._sized(keep).widths()}
 
     def resize(self, shapes: Any, widths: Mapping[str, Any]) -> Any:
         """Shapes of all leaves at any group widths, larger ones too: {group id: units}; for a model that starts anew.
@@ -130,18 +141,18 @@ class Graph(Structure):
         """
         return _resize.resize(self, shapes, widths)
 
-    def cost(self, keep: Keep | None = None, *, widths: Mapping[str, Any] | None = None, stacked: str = "pad") -> Cost:
+    def cost(self, keep: Keep | Decision | None = None, *, widths: Mapping[str, Any] | None = None) -> Cost:
         """Exact cost at a keep set, or at given widths (numbers or vectors per layer; also traced, real ones)."""
         if widths is None:
-            widths = decide(self, keep, True, True).widths(stacked) if keep else {}
+            widths = self._sized(keep).widths()
         for g in widths:
             if g not in self.groups:
                 decide(self, {g: np.ones(1, bool)})
         return _cost.evaluate(self, widths)
 
-    def layer_costs(self, keep: Keep | None = None) -> list[LayerCost]:
+    def layer_costs(self, keep: Keep | Decision | None = None) -> list[LayerCost]:
         """MACs and widths of every convolution and matrix product, in program order."""
-        return _cost.per_layer(self, decide(self, keep, True, True).widths() if keep else {})
+        return _cost.per_layer(self, self._sized(keep).widths())
 
     def marginal_cost(self, widths: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
         """Per group, what its last unit costs: {"macs", "params", "state", "bytes", "activation_bytes"}."""
@@ -167,7 +178,7 @@ class Graph(Structure):
         """Counts: groups, prunable units, and unprunable parameters by reason."""
         return _explain.summary(self)
 
-    def cost_table(self, keep: Keep | None = None) -> Any:
+    def cost_table(self, keep: Keep | Decision | None = None) -> Any:
         """A rich table of cost per layer, before and (with `keep`) after."""
         return _explain.cost_table(self, self.layer_costs(), self.layer_costs(keep) if keep else None)
 
@@ -175,11 +186,11 @@ class Graph(Structure):
         """The traced function, unpruned."""
         return Replay(Decision(self, {}))(params, *inputs)
 
-    def verify(self, params: Any, keep: Keep, *inputs: Any, allow_inexact: bool = False, stacked: str = "pad") -> float:
+    def verify(self, params: Any, keep: Keep | Decision, *inputs: Any) -> float:
         """Largest difference between the pruned and the masked function, relative to the outputs' largest entry."""
-        decision = decide(self, keep, allow_inexact)
-        small = _compact.compact(decision, params, stacked)
-        got = jax.tree.leaves(Replay(decision, stacked)(small, *inputs))
+        decision = decide(self, keep)
+        small = _compact.compact(decision, params)
+        got = jax.tree.leaves(Replay(decision)(small, *inputs))
         want = jax.tree.leaves(self.dense(_mask.mask(self, params, decision.keep), *inputs))
         error = scale = 0.0
         for k, (g, w) in enumerate(zip(got, want, strict=True)):
@@ -193,14 +204,14 @@ class Graph(Structure):
             scale = max(scale, float(np.abs(w).max(initial=0.0)))
         return error / max(scale, np.finfo(np.float64).tiny)
 
-    def _verify(self, decision: Decision, params: Any, small: Any, stacked: str, how: str, inputs: Any) -> None:
+    def _verify(self, decision: Decision, params: Any, small: Any, how: str, inputs: Any) -> None:
         if how == "shape":
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), small)
-            jax.eval_shape(Replay(decision, stacked), shapes, *self.example_inputs)
+            jax.eval_shape(Replay(decision), shapes, *self.example_inputs)
         elif how == "numeric":
             if inputs is None:
                 raise ValueError("verify='numeric' needs inputs=(...), the arrays to compare on")
-            error = self.verify(params, decision.keep, *inputs, allow_inexact=True, stacked=stacked)
+            error = self.verify(params, decision, *inputs)
             if not error <= 1e-4:
                 raise ValueError(
                     f"the pruned function differs from the masked one by {error:.2e} of its output's scale"

@@ -92,8 +92,8 @@ def check_laws(
     keep = subset(graph, np.random.default_rng(seed)) if keep is None else keep
     assert keep, graph.explain()
     masked = graph.mask(params, keep)
-    small = graph.compact(params, keep, stacked=stacked)
-    run = graph.replay(keep, stacked=stacked)
+    decision = graph.decide(keep, stacked=stacked)
+    small, run = graph.compact(params, decision), graph.replay(decision)
     whole = jax.jit(fn)
     want = whole(masked, *inputs)
     got = jax.jit(run)(small, *inputs)
@@ -101,13 +101,13 @@ def check_laws(
     if alive:
         assert relative(whole(params, *inputs), want) > alive, "masking changes nothing: the test is blind"
 
-    back = graph.expand(small, keep, stacked=stacked)
+    back = graph.expand(small, decision)
     for (path, a), (_, b) in zip(flatten(back), flatten(masked), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=path)
 
     everything = {g: np.ones(i.shape, bool) for g, i in graph.groups.items()}
     for (path, a), (_, b) in zip(
-        flatten(graph.compact(params, everything, allow_inexact=True)), flatten(params), strict=True
+        flatten(graph.compact(params, graph.decide(everything, allow_inexact=True))), flatten(params), strict=True
     ):
         np.testing.assert_array_equal(a, b, err_msg=path)
     assert relative(jax.jit(graph.dense)(params, *inputs), whole(params, *inputs)) <= tolerance

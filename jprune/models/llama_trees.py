@@ -23,7 +23,7 @@ def unstack_layers(variables: Any) -> Any:
     """The unrolled form of a scanned tree: `layers` becomes `layer0`, `layer1`, ...; other forms stay as they are.
 
     Leaves may be arrays with a leading layer axis, `ShapeDtypeStruct`s, or the lists of one array per layer that
-    `graph.compact(..., stacked="unstack")` makes where layers keep different widths.
+    compacting with `graph.decide(keep, stacked="unstack")` makes where layers keep different widths.
     """
     params = layers.params_of(variables)
     if "layers" not in params:

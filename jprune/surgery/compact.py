@@ -18,16 +18,11 @@ from jprune.tracing.layout import Layout
 from jprune.tracing.paths import flatten, path_str
 from jprune.tracing.structure import Leaf
 
-STACKED = ("pad", "bucket", "unstack")
 
-
-def compact(decision: Decision, params: Any, stacked: str = "pad") -> Any:
+def compact(decision: Decision, params: Any) -> Any:
     """Remove every unit that is not kept from all leaves of `params`.
 
-    Leaves may be jax arrays (shardings are kept), numpy arrays (stay numpy) or `ShapeDtypeStruct`s. Where layers of a
-    scan keep different numbers of units, `stacked` says what becomes of the stacked leaf: "pad" fills the narrower
-    layers with zeros up to the widest, "bucket" returns a list with one array per run of equally wide layers,
-    "unstack" a list with one array (of one layer) per layer. `replay` must be given the same choice.
+    Leaves may be jax arrays (shardings are kept), numpy arrays (stay numpy) or `ShapeDtypeStruct`s.
 
     Raises:
       KeepError: a leaf does not have the shape that was traced.
@@ -35,7 +30,7 @@ def compact(decision: Decision, params: Any, stacked: str = "pad") -> Any:
     """
     check_shapes(decision, params)
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: compact_leaf(decision, decision.structure.leaves[path_str(path)], x, stacked), params
+        lambda path, x: compact_leaf(decision, decision.structure.leaves[path_str(path)], x), params
     )
 
 
@@ -54,17 +49,14 @@ def check_shapes(decision: Decision, params: Any) -> None:
             raise KeepError(f"leaf {path!r} is missing from the parameters")
 
 
-def compact_leaf(decision: Decision, leaf: Leaf, x: Any, stacked: str = "pad") -> Any:
+def compact_leaf(decision: Decision, leaf: Leaf, x: Any) -> Any:
     """One leaf, or the list of its runs of layers."""
-    if stacked not in STACKED:
-        raise ValueError(f"stacked must be one of {STACKED}, not {stacked!r}")
     symbol = uneven_scan(decision, leaf)
-    if symbol is None or stacked == "pad":
+    if symbol not in decision.segments:
         return take(x, leaf.path, indices_of(leaf.layouts, decision.slots, leaf.layer_axis))
-    runs = decision.segments if stacked == "bucket" else decision.single_layers()
     assert leaf.layer_axis is not None
     out = []
-    for lo, hi, _ in runs[symbol]:
+    for lo, hi, _ in decision.segments[symbol]:
         rows = {g: slots_of(k[lo:hi] if k.ndim == 2 else k) for g, k in decision.keep.items()}
         part = _slice_layers(x, lo, hi, leaf.layer_axis)
         out.append(take(part, leaf.path, indices_of(leaf.layouts, rows, leaf.layer_axis)))
@@ -169,21 +161,19 @@ def keep_sharding(x: Any, path: str, f: Callable[[Any], Any]) -> Any:
     return jax.jit(f, out_shardings=sharding)(x)
 
 
-def expand(decision: Decision, small: Any, stacked: str = "pad") -> Any:
+def expand(decision: Decision, small: Any) -> Any:
     """Put compacted leaves back to their traced shapes, zeros at the removed positions.
 
     Raises:
       KeepError: a leaf is not what `compact` returned for this decision.
     """
-    lists = stacked != "pad"
-    by_path = {}
-    for path, x in jax.tree_util.tree_flatten_with_path(small, is_leaf=lambda t: lists and is_run_list(t))[0]:
-        by_path[path_str(path)] = x
+    runs = is_run_list if decision.segments else None
+    by_path = {path_str(p): x for p, x in jax.tree_util.tree_flatten_with_path(small, is_leaf=runs)[0]}
     out = []
     for path, leaf in decision.structure.leaves.items():
         if path not in by_path:
             raise KeepError(f"leaf {path!r} is missing from the compacted parameters")
-        out.append(_expand_leaf(decision, leaf, by_path[path], stacked))
+        out.append(_expand_leaf(decision, leaf, by_path[path]))
     return jax.tree.unflatten(decision.structure.param_treedef, out)
 
 
@@ -191,13 +181,12 @@ def is_run_list(t: Any) -> bool:
     return isinstance(t, list) and bool(t) and all(hasattr(x, "shape") for x in t)
 
 
-def _expand_leaf(decision: Decision, leaf: Leaf, x: Any, stacked: str) -> Any:
+def _expand_leaf(decision: Decision, leaf: Leaf, x: Any) -> Any:
     symbol = uneven_scan(decision, leaf)
-    if symbol is not None and stacked != "pad":
-        runs = (decision.segments if stacked == "bucket" else decision.single_layers())[symbol]
+    if symbol in decision.segments:
         assert leaf.layer_axis is not None
         parts = []
-        for (lo, hi, _), part in zip(runs, x, strict=True):
+        for (lo, hi, _), part in zip(decision.segments[symbol], x, strict=True):
             rows = {g: slots_of(k[lo:hi] if k.ndim == 2 else k) for g, k in decision.keep.items()}
             parts.append(_scatter(part, leaf, indices_of(leaf.layouts, rows, leaf.layer_axis)))
         return jnp.concatenate(parts, axis=leaf.layer_axis)

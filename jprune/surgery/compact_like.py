@@ -24,7 +24,7 @@ DEFAULT_LEAST = 128  # optax.adafactor's min_dim_size_to_factor
 ANEW = "start the optimizer anew from the compacted parameters"
 
 
-def compact_like(decision: Decision, tree: Any, stacked: str = "pad", init: Callable[[Any], Any] | None = None) -> Any:
+def compact_like(decision: Decision, tree: Any, init: Callable[[Any], Any] | None = None) -> Any:
     """Slice every leaf of `tree` that mirrors a parameter, found by the longest common end of the two paths.
 
     A mirror has the parameter's shape, or that shape behind further axes (a history, an ensemble), or with some axes
@@ -35,7 +35,6 @@ def compact_like(decision: Decision, tree: Any, stacked: str = "pad", init: Call
     Args:
       decision: what is kept.
       tree: an optimizer state, averages, gradients; arrays or `ShapeDtypeStruct`s.
-      stacked: as given to `compact`.
       init: makes such a tree from the variables (`lambda v: tx.init(v["params"])`). The result is then compared with what
         it makes of the compacted ones, and it decides what sizes alone leave open.
 
@@ -48,9 +47,9 @@ def compact_like(decision: Decision, tree: Any, stacked: str = "pad", init: Call
     if init is not None:
         leaves = decision.structure.leaves.values()
         whole = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-        small = compact(decision, jax.tree.unflatten(decision.structure.param_treedef, whole), stacked)
+        small = compact(decision, jax.tree.unflatten(decision.structure.param_treedef, whole))
         want = {path: tuple(x.shape) for path, x in flatten(jax.eval_shape(init, small))}
-    task = _Task(decision, stacked, want)
+    task = _Task(decision, want)
     out = task.walk("", tree)
     if want is not None:
         _compare({path: tuple(np.shape(x)) for path, x in flatten(out)}, want)
@@ -77,7 +76,6 @@ class _Task:
     """One call; `want` has the shapes that `init` gives, if it was given."""
 
     decision: Decision
-    stacked: str
     want: Mapping[str, tuple[int, ...]] | None
 
     def walk(self, prefix: str, tree: Any) -> Any:
@@ -107,13 +105,13 @@ class _Task:
         if not self._is_cut(leaf):
             return x
         if shape == leaf.shape:
-            return compact_leaf(self.decision, leaf, x, self.stacked)
+            return compact_leaf(self.decision, leaf, x)
         ahead = len(shape) - len(leaf.shape)
         if ahead > 0 and shape[ahead:] == leaf.shape:
             fixed = tuple((L.Fixed(n),) for n in shape[:ahead])
             layer = None if leaf.layer_axis is None else leaf.layer_axis + ahead
             deep = dataclasses.replace(leaf, path=path, shape=shape, layouts=(*fixed, *leaf.layouts), layer_axis=layer)
-            return compact_leaf(self.decision, deep, x, self.stacked)
+            return compact_leaf(self.decision, deep, x)
         kept = {
             axes
             for axes in itertools.combinations(range(len(leaf.shape)), len(shape))
@@ -145,7 +143,7 @@ class _Task:
             )
         shape = tuple(leaf.shape[a] for a in axes)
         small = dataclasses.replace(leaf, path=path, shape=shape, layouts=layouts, layer_axis=layer)
-        return compact_leaf(self.decision, small, x, self.stacked)
+        return compact_leaf(self.decision, small, x)
 
     def _bare(self, shape: tuple[int, ...]) -> Leaf | None:
         """The parameter, where the whole tree is one array and paths end in nothing."""
@@ -198,7 +196,7 @@ class _Task:
             if not self._is_cut(leaf):
                 return _Factors(row, col, v)
             if p in whole:  # what was too small to factor still is
-                return _Factors(row, col, compact_leaf(self.decision, leaf, v, self.stacked))
+                return _Factors(row, col, compact_leaf(self.decision, leaf, v))
             return self._factors(_join(path, "v_row", p), leaf, _Factors(row, col, v), most, least)
 
         out = jax.tree_util.tree_map_with_path(one, node.v_row, node.v_col, node.v)
@@ -214,7 +212,7 @@ class _Task:
         for x, axes in zip((f.row, f.col), without):
             if tuple(x.shape) != tuple(leaf.shape[a] for a in axes):
                 raise _unfit(path, tuple(x.shape), leaf, "does not fit it")
-        if uneven_scan(self.decision, leaf) is not None and self.stacked != "pad":
+        if uneven_scan(self.decision, leaf) is not None and self.decision.stacked != "pad":
             raise KeepError(f"leaf {path!r}: factored moments of layers that keep different numbers of units can be "
                             f"sliced with stacked='pad' only; use that, or {ANEW}")  # fmt: skip
         small = compact_leaf(self.decision, leaf, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape

@@ -17,6 +17,7 @@ from jprune.tracing.layout import Concat, Fixed, Layout, Reordered, Unit
 from jprune.tracing.structure import Structure
 
 Keep = Mapping[str, Any]
+STACKED = ("pad", "bucket", "unstack")
 
 
 def is_traced(keep: Keep) -> bool:
@@ -40,13 +41,27 @@ def check_names(structure: Structure, keep: Keep) -> None:
         raise KeepError(f"no group is called {name!r}{suggest(str(name), structure.groups)}")
 
 
-def decide(structure: Structure, keep: Keep, allow_inexact: bool = False, allow_empty: bool = False) -> Decision:
-    """Check a keep set ({group id: bool (size,) or (layers, size)}; absent groups stay whole).
+def decide(
+    structure: Structure,
+    keep: Keep | Decision,
+    allow_inexact: bool = False,
+    allow_empty: bool = False,
+    stacked: str = "pad",
+) -> Decision:
+    """Check a keep set ({group id: bool (size,) or (layers, size)}; absent groups stay whole); a decision stays as it is.
 
     Raises:
-      KeepError: unknown group, wrong shape or type, an emptied group, or layers with nothing kept.
+      KeepError: unknown group, wrong shape or type, an emptied group, layers with nothing kept, or a decision about
+        another graph.
       NotPrunable: a frozen axis, or an inexact group without `allow_inexact`.
+      ValueError: `stacked` is not one of STACKED.
     """
+    if stacked not in STACKED:
+        raise ValueError(f"stacked must be one of {STACKED}, not {stacked!r}")
+    if isinstance(keep, Decision):
+        if keep.structure is not structure:
+            raise KeepError("this decision was made for another graph; make it with graph.decide(decision.keep)")
+        return keep
     check_names(structure, keep)
     out: dict[str, np.ndarray] = {}
     for gid, value in keep.items():
@@ -66,25 +81,35 @@ def decide(structure: Structure, keep: Keep, allow_inexact: bool = False, allow_
             continue
         if not allow_empty and not k.any(axis=-1).all():
             raise KeepError(
-                f"keep[{gid!r}] removes every unit of group {gid!r}; keep at least one, or pass allow_empty=True"
+                f"keep[{gid!r}] removes every unit of group {gid!r}; keep at least one, or pass graph.decide(keep, allow_empty=True)"
             )
         if not group.exact and not allow_inexact:
             raise NotPrunable(
-                f"group {gid!r} is inexact: {'; '.join(group.notes)}. Pass allow_inexact=True to prune it anyway"
+                f"group {gid!r} is inexact: {'; '.join(group.notes)}. Pass graph.decide(keep, allow_inexact=True) to prune it anyway"
             )
         out[gid] = k
-    return Decision(structure, out)
+    return Decision(structure, out, stacked)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decision:
-    """Keep sets that fit a structure; only groups from which something is removed are listed."""
+    """Keep sets that fit a graph, with what else was decided; every method that takes a keep set takes it instead.
+
+    Attributes:
+      structure: the graph.
+      keep: the keep sets of the groups from which something is removed.
+      stacked: what becomes of scan layers that keep different numbers of units: "pad" fills the narrower ones with
+        zeros up to the widest, "bucket" makes a list with one array per run of equally wide layers, "unstack" a list with
+        one array (of one layer) per layer.
+    """
 
     structure: Structure
     keep: Mapping[str, np.ndarray]
+    stacked: str = "pad"
 
-    def widths(self, stacked: str = "pad") -> dict[str, Any]:
+    def widths(self, stacked: str | None = None) -> dict[str, Any]:
         """Widths of the pruned groups; layers of a stacked group share the largest ("pad") or keep their own."""
+        stacked = self.stacked if stacked is None else stacked
         out: dict[str, Any] = {}
         for g, k in self.keep.items():
             n = k.sum(axis=-1)
@@ -103,24 +128,21 @@ class Decision:
 
     @functools.cached_property
     def segments(self) -> dict[str, list[tuple[int, int, dict[str, int]]]]:
-        """Per scan with uneven layers: runs of consecutive layers of equal widths, as (first, last + 1, widths)."""
+        """Per scan with uneven layers, unless they are padded: runs of layers of equal widths as (first, last + 1,
+        widths), of one layer each where layers are unstacked."""
         out: dict[str, list[tuple[int, int, dict[str, int]]]] = {}
+        if self.stacked == "pad":
+            return out
         for symbol in {str(self.structure.groups[g].scan) for g in self.keep if self.uneven(g)}:
             mine = sorted(g for g in self.keep if self.structure.groups[g].scan == symbol)
             rows = np.stack([self.keep[g].sum(axis=-1) for g in mine], axis=1)
-            cuts = [0, *(np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1)) + 1), len(rows)]
+            new = (rows[1:] != rows[:-1]).any(axis=1) | (self.stacked == "unstack")
+            cuts = [0, *(np.flatnonzero(new) + 1), len(rows)]
             out[symbol] = [
                 (int(a), int(b), {g: int(w) for g, w in zip(mine, rows[a], strict=True)})
                 for a, b in itertools.pairwise(cuts)
             ]
         return out
-
-    def single_layers(self) -> dict[str, list[tuple[int, int, dict[str, int]]]]:
-        """`segments` cut down to one layer each."""
-        return {
-            s: [(i, i + 1, widths) for lo, hi, widths in runs for i in range(lo, hi)]
-            for s, runs in self.segments.items()
-        }
 
 
 def slots_of(keep: np.ndarray) -> np.ndarray:

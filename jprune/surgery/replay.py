@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jprune.surgery.compact import STACKED, compact_leaf, indices_of, is_run_list, take, uneven_scan
+from jprune.surgery.compact import compact_leaf, indices_of, is_run_list, take, uneven_scan
 from jprune.surgery.decision import Decision
 from jprune.tracing.errors import KeepError
 from jprune.tracing.evaluate import Evaluator, Segments
@@ -21,17 +21,10 @@ class Replay:
     make sure that it is the same one: TraceError names the line where Python code made a number of a size.
     """
 
-    def __init__(self, decision: Decision, stacked: str = "pad"):
-        if stacked not in STACKED:
-            raise ValueError(f"stacked must be one of {STACKED}, not {stacked!r}")
+    def __init__(self, decision: Decision):
         self.decision = decision
-        self.stacked = stacked
         s = decision.structure
         widths = decision.widths("pad")
-        segments: dict[str, Any] = {}
-        if stacked != "pad":
-            segments = dict(decision.segments if stacked == "bucket" else decision.single_layers())
-        self._segments = segments
         self._widths = widths
         folded = {
             path: [
@@ -48,7 +41,7 @@ class Replay:
             for c, v in zip(s.jaxpr.consts, s.const_vals, strict=True)
         ]
         self._expected = {
-            path: compact_leaf(decision, leaf, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stacked)
+            path: compact_leaf(decision, leaf, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
             for path, leaf in s.leaves.items()
         }
 
@@ -68,7 +61,7 @@ class Replay:
             self._folded,
             s.analysis.jaxprs,
             {**self._widths, **symbols},
-            self._segments,
+            self.decision.segments,
             s.scan_symbols,
             keep=self.decision.keep,
             indices=s.analysis.indices,
@@ -81,25 +74,27 @@ class Replay:
     def _check_params(self, small: Any) -> list[Any]:
         found = {
             path_str(p): x
-            for p, x in jax.tree_util.tree_flatten_with_path(small, is_leaf=is_run_list if self._segments else None)[0]
+            for p, x in jax.tree_util.tree_flatten_with_path(
+                small, is_leaf=is_run_list if self.decision.segments else None
+            )[0]
         }
         out = []
         for path, want in self._expected.items():
             if path not in found:
                 runs = any(p.startswith(f"{path}/") for p in found)
                 what = (
-                    f"is cut into runs of layers, which stacked={self.stacked!r} does not read"
+                    f"is cut into runs of layers, which stacked={self.decision.stacked!r} does not read"
                     if runs
                     else "is missing"
                 )
-                raise KeepError(f"leaf {path!r} {what}; pass what compact returned for the same keep and stacked")
+                raise KeepError(f"leaf {path!r} {what}; pass what compact returned for the same decision")
             x = found[path]
             shapes = [tuple(w.shape) for w in want] if isinstance(want, list) else tuple(want.shape)
             got = [tuple(w.shape) for w in x] if isinstance(x, list) else tuple(x.shape)
             if shapes != got:
                 raise KeepError(
                     f"leaf {path!r} has shape {got}, but this decision makes {shapes}; "
-                    f"compact with the same keep and stacked={self.stacked!r}"
+                    f"compact with the same keep and stacked={self.decision.stacked!r}"
                 )
             leaf = self.decision.structure.leaves[path]
             symbol = uneven_scan(self.decision, leaf) if isinstance(x, list) else None

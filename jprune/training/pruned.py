@@ -33,7 +33,9 @@ def pruned_forward(
     key = jax.eval_shape(lambda: jax.random.key(0))
     train = trace(forward.train, variables, x, key)
     _check_same_groups(evaluate, train, keep)
-    modes = [graph.replay(keep, allow_inexact=True, allow_empty=allow_empty) for graph in (train, evaluate)]
+    modes = [
+        graph.replay(graph.decide(keep, allow_inexact=True, allow_empty=allow_empty)) for graph in (train, evaluate)
+    ]
     return Forward(modes[0], modes[1], casts=False)
 
 

@@ -56,5 +56,5 @@ def test_layers_stacked_along_another_axis():
     keep, _ = cfsp(graph, stored, [IDS], 0.4, OPTIONS)
     (rows,) = keep.values()
     assert tuple(tuple(np.flatnonzero(r)) for r in rows) == ours()
-    small = graph.compact(stored, keep, stacked="pad")
+    small = graph.compact(stored, graph.decide(keep, stacked="pad"))
     assert small["params"]["layers"]["mlp"]["gate"]["kernel"].shape == (32, 3, max(map(len, ours())))

@@ -192,7 +192,7 @@ def test_rebuilding_scanned_layers():
     padded = graph.compact(v, uneven)
     assert rebuild(module, padded).config.ffn == (31, 31, 31)
     assert relative(jax.jit(rebuild(module, padded).apply)(padded, IDS, MASK), want) < 1e-5
-    lists = graph.compact(v, uneven, stacked="unstack")
+    lists = graph.compact(v, graph.decide(uneven, stacked="unstack"))
     with pytest.raises(ValueError, match="unstack_layers"):
         rebuild(module, lists)
     apart = unstack_layers(lists)

@@ -132,7 +132,9 @@ def test_group_norm_widths_want_replay():
 def test_an_emptied_group_wants_replay():
     module = densenet.densenet((2, 2), 4, 8, 5, small_images=True)
     variables, _, graph = setting(module, SMALL)
-    gone = graph.compact(variables, {"params/block1_layer2_conv2/kernel:3": np.zeros(4, bool)}, allow_empty=True)
+    gone = graph.compact(
+        variables, graph.decide({"params/block1_layer2_conv2/kernel:3": np.zeros(4, bool)}, allow_empty=True)
+    )
     with pytest.raises(ValueError, match=r"leaf '.*' has no elements.*graph\.replay"):
         rebuild(module, gone)
 

@@ -284,12 +284,14 @@ def test_memory_of_lbfgs():
 @pytest.mark.parametrize("stacked", ["pad", "bucket", "unstack"])
 def test_layers_of_different_widths(stacked):
     variables, state = weights(20), random_state(optax.adam(1e-2))
-    want = GRAPH.compact(variables, UNEVEN, stacked=stacked)
-    assert_same(GRAPH.compact_like(variables, UNEVEN, stacked=stacked), want)
-    small = GRAPH.compact_like(state, UNEVEN, stacked=stacked)
+    want = GRAPH.compact(variables, GRAPH.decide(UNEVEN, stacked=stacked))
+    assert_same(GRAPH.compact_like(variables, GRAPH.decide(UNEVEN, stacked=stacked)), want)
+    small = GRAPH.compact_like(state, GRAPH.decide(UNEVEN, stacked=stacked))
     shapes = jax.tree.map(jnp.shape, want["params"])
     assert jax.tree.map(jnp.shape, small[0].mu) == jax.tree.map(jnp.shape, small[0].nu) == shapes
-    factors = GRAPH.compact_like({"params": {"layers": {"up": jnp.ones((LAYERS, 8))}}}, UNEVEN, stacked=stacked)
+    factors = GRAPH.compact_like(
+        {"params": {"layers": {"up": jnp.ones((LAYERS, 8))}}}, GRAPH.decide(UNEVEN, stacked=stacked)
+    )
     got = factors["params"]["layers"]["up"]
     whole = want["params"]["layers"]["up"]
     if stacked == "pad":

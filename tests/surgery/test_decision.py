@@ -108,8 +108,8 @@ def test_an_emptied_group_needs_permission():
     keep[1] = False
     with pytest.raises(jprune.KeepError, match="removes every unit of group 'up:2'"):
         GRAPH.decide({LOCAL: keep})
-    small = GRAPH.compact(PARAMS, {LOCAL: keep}, allow_empty=True)
-    run = GRAPH.replay({LOCAL: keep}, allow_empty=True)
+    small = GRAPH.compact(PARAMS, GRAPH.decide({LOCAL: keep}, allow_empty=True))
+    run = GRAPH.replay(GRAPH.decide({LOCAL: keep}, allow_empty=True))
     np.testing.assert_allclose(run(small, X), network(GRAPH.mask(PARAMS, {LOCAL: keep}), X), rtol=1e-5, atol=1e-6)
 
 
@@ -277,8 +277,8 @@ def test_masks_and_slices_keep_every_bit_of_every_dtype(promotion):
         for kind in (bool, np.float32, np.int32):
             check(jax.jit(graph.mask)(p, {name: rows.astype(kind)}))
         for how in ("pad", "unstack"):
-            small = graph.compact(p, {name: rows}, stacked=how, verify=None)
-            check(jax.jit(lambda t, how=how: graph.expand(t, {name: rows}, stacked=how))(small))
+            small = graph.compact(p, graph.decide({name: rows}, stacked=how), verify=None)
+            check(jax.jit(lambda t, how=how: graph.expand(t, graph.decide({name: rows}, stacked=how)))(small))
 
 
 def test_soft_gates_of_whole_numbers_round():
@@ -296,19 +296,49 @@ def test_masks_of_other_trees_are_refused_by_name():
         GRAPH.mask({**PARAMS, "bias": jnp.ones(1)}, keep)  # would broadcast
 
 
+def test_a_decision_says_once_what_every_method_is_to_do():
+    """A bare keep set means the defaults; a decision in its place carries its own flags, and fits its own graph only."""
+    keep = {WIDE: np.arange(4) != 1, LOCAL: np.arange(8) < np.array([[3], [5], [5]])}
+    padded, runs = GRAPH.decide(keep), GRAPH.decide(keep, stacked="bucket")
+    small, lists = GRAPH.compact(PARAMS, keep), GRAPH.compact(PARAMS, runs)
+    jax.tree.map(np.testing.assert_array_equal, GRAPH.compact(PARAMS, padded), small)
+    assert [x.shape for x in lists["up"]] == [(1, 6, 3), (2, 6, 5)]
+    for decision, tree in ((padded, small), (runs, lists)):
+        jax.tree.map(np.testing.assert_array_equal, GRAPH.compact_like(PARAMS, decision), tree)
+        jax.tree.map(np.testing.assert_array_equal, GRAPH.expand(tree, decision), GRAPH.mask(PARAMS, decision))
+        assert GRAPH.cost(decision).params == sum(x.size for x in jax.tree.leaves(tree))
+        assert GRAPH.plan(decision) == GRAPH.plan(keep) and GRAPH.verify(PARAMS, decision, X) < 1e-6
+        assert GRAPH.decide(decision) is decision
+    jax.tree.map(np.testing.assert_array_equal, GRAPH.restack(small, padded, source="pad", target="bucket"), lists)
+    assert GRAPH.widths(padded)[LOCAL] == 5 and GRAPH.widths(runs)[LOCAL].tolist() == [3, 5, 5]
+    assert GRAPH.padding_waste(runs) == GRAPH.padding_waste(keep) > 0
+    assert GRAPH.layer_costs(padded) == GRAPH.layer_costs(keep) != GRAPH.layer_costs(runs)
+
+    soft = {SOFT: some(SOFT, 3)}
+    for method in (lambda k: GRAPH.compact(PARAMS, k), GRAPH.replay, GRAPH.plan, lambda k: GRAPH.verify(PARAMS, k, X)):
+        with pytest.raises(jprune.NotPrunable, match=r"graph\.decide\(keep, allow_inexact=True\)"):
+            method(soft)
+        method(GRAPH.decide(soft, allow_inexact=True))
+
+    other = jprune.trace(network, PARAMS, X)
+    for method in (lambda k: GRAPH.mask(PARAMS, k), GRAPH.cost, GRAPH.replay, lambda k: GRAPH.expand(small, k)):
+        with pytest.raises(jprune.KeepError, match="made for another graph"):
+            method(other.decide(keep))
+
+
 def test_expand_undoes_compact_up_to_the_mask():
     keep = gates(0, False)
     keep[STREAM][0] = keep[LOCAL][:, 0] = True
     assert len(set(keep[LOCAL].sum(-1).tolist())) > 1
     for stacked in ("pad", "bucket", "unstack"):
-        small = GRAPH.compact(PARAMS, keep, stacked=stacked)
-        back = jax.jit(lambda t, how=stacked: GRAPH.expand(t, keep, stacked=how))(small)
+        small = GRAPH.compact(PARAMS, GRAPH.decide(keep, stacked=stacked))
+        back = jax.jit(lambda t, how=stacked: GRAPH.expand(t, GRAPH.decide(keep, stacked=how)))(small)
         jax.tree.map(np.testing.assert_array_equal, back, GRAPH.mask(PARAMS, keep))
-        again = GRAPH.compact(back, keep, stacked=stacked)
+        again = GRAPH.compact(back, GRAPH.decide(keep, stacked=stacked))
         jax.tree.map(np.testing.assert_array_equal, again, small)
     with pytest.raises(jprune.KeepError, match="axis 0 of leaf 'bias' has size 6"):
         GRAPH.expand(PARAMS, keep)
     with pytest.raises(ValueError, match="stacked must be one of"):
-        GRAPH.compact(PARAMS, keep, stacked="list")
+        GRAPH.compact(PARAMS, GRAPH.decide(keep, stacked="list"))
     with pytest.raises(jprune.KeepError, match="leaf 'wide' is missing"):
         GRAPH.compact({k: v for k, v in PARAMS.items() if k != "wide"}, keep)

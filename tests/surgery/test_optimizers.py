@@ -177,4 +177,4 @@ def test_states_of_stacked_layers_are_sliced_or_refused_by_name(name):
         assert jax.tree.map(jnp.shape, graph.compact_like(state, keep, init=optimizer.init)) == want
     if name == "adafactor":
         with pytest.raises(jprune.KeepError, match="stacked='pad' only"):
-            graph.compact_like(state, other, stacked="bucket")
+            graph.compact_like(state, graph.decide(other, stacked="bucket"))

@@ -31,18 +31,18 @@ MODES = ("pad", "bucket", "unstack")
 @pytest.mark.parametrize("source", MODES)
 @pytest.mark.parametrize("target", MODES)
 def test_one_arrangement_becomes_another(source, target):
-    small = GRAPH.compact(PARAMS, KEEP, stacked=source)
+    small = GRAPH.compact(PARAMS, GRAPH.decide(KEEP, stacked=source))
     got = flatten(GRAPH.restack(small, KEEP, source=source, target=target))
-    want = flatten(GRAPH.compact(PARAMS, KEEP, stacked=target))
+    want = flatten(GRAPH.compact(PARAMS, GRAPH.decide(KEEP, stacked=target)))
     assert [p for p, _ in got] == [p for p, _ in want]
     for (path, a), (_, b) in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=path)
 
 
 def test_runs_of_equal_layers_share_a_bucket():
-    small = GRAPH.compact(PARAMS, KEEP, stacked="bucket")
+    small = GRAPH.compact(PARAMS, GRAPH.decide(KEEP, stacked="bucket"))
     assert [x.shape for x in small["up"]] == [(2, WIDTH, 2), (1, WIDTH, 7), (1, WIDTH, 5)]
-    assert GRAPH.compact(PARAMS, KEEP, stacked="pad")["up"].shape == (LAYERS, WIDTH, max(KEPT))
+    assert GRAPH.compact(PARAMS, GRAPH.decide(KEEP, stacked="pad"))["up"].shape == (LAYERS, WIDTH, max(KEPT))
 
 
 def test_waste_is_what_padding_multiplies_by_zero():

@@ -189,9 +189,9 @@ def test_a_reference_that_is_not_a_number_is_no_reference():
 
     graph = jprune.trace(f, HIDDEN, X)
     with pytest.raises(ValueError, match="NAN_REFERENCE"):
-        graph.verify(HIDDEN, HALF, X, allow_inexact=True)
+        graph.verify(HIDDEN, graph.decide(HALF, allow_inexact=True), X)
     with pytest.raises(ValueError, match="NAN_REFERENCE"):
-        graph.compact(HIDDEN, HALF, verify="numeric", inputs=(X,), allow_inexact=True)
+        graph.compact(HIDDEN, graph.decide(HALF, allow_inexact=True), verify="numeric", inputs=(X,))
     with pytest.raises(ValueError, match="NAN_REFERENCE"):  # NaN of the user's own
         GRAPH.compact({**HIDDEN, "C": HIDDEN["C"].at[0, 0].set(jnp.nan)}, HALF, verify="numeric", inputs=(X,))
 
@@ -201,7 +201,7 @@ def test_numeric_verification_tells_exact_from_inexact():
     assert small["A"].shape == (6, 4)
     graph = jprune.trace(lambda p, x: jax.nn.softmax(x @ p["A"]) @ p["C"], HIDDEN, X)
     with pytest.raises(ValueError, match="differs from the masked one by"):
-        graph.compact(HIDDEN, HALF, allow_inexact=True, verify="numeric", inputs=(X,))
+        graph.compact(HIDDEN, graph.decide(HALF, allow_inexact=True), verify="numeric", inputs=(X,))
     with pytest.raises(ValueError, match="needs inputs="):
         GRAPH.compact(HIDDEN, HALF, verify="numeric")
     with pytest.raises(ValueError, match="verify must be 'shape', 'numeric' or None, not 'shapes'"):

@@ -114,9 +114,9 @@ def test_a_stacked_decoder_by_hand():
 def test_uneven_layers_cost_what_they_keep_or_what_padding_makes_of_them():
     keep = {HIDDEN: np.arange(12)[None] < np.array([1, 12, 5, 2])[:, None]}
     assert GRAPH.cost(keep).macs == by_hand(8, 12)[0]
-    assert GRAPH.cost(keep, stacked="bucket").macs == by_hand(8, [1, 12, 5, 2])[0]
+    assert GRAPH.cost(GRAPH.decide(keep, stacked="bucket")).macs == by_hand(8, [1, 12, 5, 2])[0]
     assert GRAPH.widths(keep) == {WIDTH: 8, HIDDEN: 12}
-    np.testing.assert_array_equal(GRAPH.widths(keep, stacked="unstack")[HIDDEN], [1, 12, 5, 2])
+    np.testing.assert_array_equal(GRAPH.widths(GRAPH.decide(keep, stacked="unstack"))[HIDDEN], [1, 12, 5, 2])
 
 
 def test_state_and_mixed_precision_bytes():
@@ -292,7 +292,11 @@ def test_every_layer_of_a_scan_pays_for_its_own_dearest_branch():
     kept = {"a:2": (10, 2, 5), "c:2": (9, 7, 5)}
     keep = {g: np.arange(graph.groups[g].size) < np.array(n)[:, None] for g, n in kept.items()}
     by_hand = sum(5 * (3 + 3) * max(a, c) for a, c in zip(*kept.values(), strict=True))
-    assert graph.cost(keep, stacked="unstack").macs == by_hand
-    again = jprune.trace(graph.replay(keep, stacked="unstack"), graph.compact(layers, keep, stacked="unstack"), x)
+    assert graph.cost(graph.decide(keep, stacked="unstack")).macs == by_hand
+    again = jprune.trace(
+        graph.replay(graph.decide(keep, stacked="unstack")),
+        graph.compact(layers, graph.decide(keep, stacked="unstack")),
+        x,
+    )
     assert again.cost().macs == by_hand
     assert graph.cost(keep).macs == 3 * 5 * 6 * 10  # padded to the widest

@@ -47,9 +47,9 @@ def test_the_index_is_cut_with_the_rows_and_the_operand_stays():
 def test_all_rows_may_go():
     graph = jprune.trace(placed, weights(), X)
     keep = {"main:1": np.zeros(8, bool)}
-    small = graph.compact(weights(), keep, allow_empty=True)
+    small = graph.compact(weights(), graph.decide(keep, allow_empty=True))
     assert small["kept"].shape == (0,)
-    run = graph.replay(keep, allow_empty=True)
+    run = graph.replay(graph.decide(keep, allow_empty=True))
     p = weights()
     np.testing.assert_allclose(run(small, X), jax.nn.relu(X @ p["wide"]) @ p["out"], rtol=1e-5, atol=1e-6)
 
@@ -79,8 +79,8 @@ def test_any_axis_any_index_repeated_entries_too(rows, columns, where, seed):
     graph = jprune.trace(fn, p, X)
     assert members(graph, "w:1") == {("w", 1), ("kept", 0)} and graph.groups["w:1"].exact
     keep = {"w:1": rng.random(rows) < 0.6}
-    small = graph.compact(p, keep, allow_empty=True)
-    got = np.moveaxis(graph.replay(keep, allow_empty=True)(small, X), axis, -1)
+    small = graph.compact(p, graph.decide(keep, allow_empty=True))
+    got = np.moveaxis(graph.replay(graph.decide(keep, allow_empty=True))(small, X), axis, -1)
     want = np.zeros((2, 5, columns))
     for i in np.flatnonzero(keep["w:1"]):
         column = np.asarray(X @ p["w"])[:, i]

@@ -105,10 +105,13 @@ def test_a_choice_takes_some_positions_several_times():
     keep = {owned[0,][0]: np.array([False, True]), owned[2,][0]: np.array([True, False, False, True])}
     check_values(f, params, (X,), keep=keep, graph=graph)
     everything = {owned[1,][0]: np.array([False]), owned[4,][0]: np.array([False])}
-    small = graph.compact(params, everything, allow_empty=True)
+    small = graph.compact(params, graph.decide(everything, allow_empty=True))
     assert small["b"].shape == (2, 3)
     np.testing.assert_allclose(
-        graph.replay(everything, allow_empty=True)(small, X), f(graph.mask(params, everything), X), rtol=1e-5, atol=1e-6
+        graph.replay(graph.decide(everything, allow_empty=True))(small, X),
+        f(graph.mask(params, everything), X),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 

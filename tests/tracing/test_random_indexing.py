@@ -256,8 +256,8 @@ def check(seed):
         graph = jprune.trace(program, program.params, *inputs)
         every_axis_is_accounted_for(graph)
         keep = choose(graph, rng)
-        small = graph.compact(program.params, keep, allow_empty=True, verify=None)
-        replay = graph.replay(keep, allow_empty=True)
+        small = graph.compact(program.params, graph.decide(keep, allow_empty=True), verify=None)
+        replay = graph.replay(graph.decide(keep, allow_empty=True))
         with np.errstate(all="ignore"):
             (got,) = run(replay, small, *inputs)
             (want,) = run(program, masked(graph, program.params, keep), *inputs)

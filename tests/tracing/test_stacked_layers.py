@@ -108,12 +108,13 @@ def traced(which, rope=True):
 
 def pruned(graph, params, keep, mode, inputs=TOKENS):
     """Outputs of the compacted model, after checking that expanding it gives the masked one."""
-    small = graph.compact(params, keep, stacked=mode)
+    decision = graph.decide(keep, stacked=mode)
+    small = graph.compact(params, decision)
     for (path, a), (_, b) in zip(
-        flatten(graph.expand(small, keep, stacked=mode)), flatten(graph.mask(params, keep)), strict=True
+        flatten(graph.expand(small, decision)), flatten(graph.mask(params, keep)), strict=True
     ):
         np.testing.assert_array_equal(a, b, err_msg=path)
-    return jax.jit(graph.replay(keep, stacked=mode))(small, inputs)
+    return jax.jit(graph.replay(decision))(small, inputs)
 
 
 def units(graph):
@@ -269,7 +270,7 @@ def test_other_units_in_every_layer_are_those_of_the_loop():
     """Against the loop, whose layers are separate leaves: the stacked keep set is one row of it per layer."""
     _, params, graph = traced("scan")
     keep = choice(*CHOICES["everything"])
-    small = graph.compact(params, keep, stacked="unstack")
+    small = graph.compact(params, graph.decide(keep, stacked="unstack"))
     g, whole, flat = traced("loop")
     separate = {}
     for gid, i in graph.groups.items():
@@ -289,7 +290,7 @@ def test_other_units_in_every_layer_are_those_of_the_loop():
             part = small["layers"][name]
             got = part[n][0] if isinstance(part, list) else part[n]
             np.testing.assert_array_equal(got, other["layers"][n][name], err_msg=f"layer {n} {name}")
-    got = jax.jit(graph.replay(keep, stacked="unstack"))(small, TOKENS)
+    got = jax.jit(graph.replay(graph.decide(keep, stacked="unstack")))(small, TOKENS)
     assert relative(got, jax.jit(flat.replay(separate))(other, TOKENS)) < 1e-5
     assert relative(got, g(flat.mask(whole, separate), TOKENS)) < 1e-5
 
@@ -297,7 +298,9 @@ def test_other_units_in_every_layer_are_those_of_the_loop():
 def test_what_the_arrangements_look_like():
     _, params, graph = traced("scan")
     keep = choice(*CHOICES["two of a kind"])
-    pad, bucket, unstack = (graph.compact(params, keep, stacked=m)["layers"] for m in ("pad", "bucket", "unstack"))
+    pad, bucket, unstack = (
+        graph.compact(params, graph.decide(keep, stacked=m))["layers"] for m in ("pad", "bucket", "unstack")
+    )
     assert pad["gate"].shape == (LAYERS, STREAM, 20)
     assert [x.shape for x in bucket["gate"]] == [(2, STREAM, 20), (1, STREAM, 7)]
     assert [x.shape for x in unstack["down"]] == [(1, 20, STREAM), (1, 20, STREAM), (1, 7, STREAM)]
@@ -311,11 +314,13 @@ def test_costs_follow_the_arrangement():
     keep = choice((20, 31, 7), (8, 8, 8))
     per_unit = 3 * STREAM * 10  # gate, up, down for two times five tokens
     whole = graph.cost().macs
-    assert graph.cost(keep, stacked="pad").macs == whole - LAYERS * (HIDDEN - 31) * per_unit
-    assert graph.cost(keep, stacked="unstack").macs == whole - (LAYERS * HIDDEN - (20 + 31 + 7)) * per_unit
-    for mode in ("pad", "unstack"):
-        entries = sum(x.size for _, x in flatten(graph.compact(params, keep, stacked=mode)))
-        assert graph.cost(keep, stacked=mode).params == entries
+    assert graph.cost(graph.decide(keep, stacked="pad")).macs == whole - LAYERS * (HIDDEN - 31) * per_unit
+    assert (
+        graph.cost(graph.decide(keep, stacked="unstack")).macs == whole - (LAYERS * HIDDEN - (20 + 31 + 7)) * per_unit
+    )
+    for decision in (graph.decide(keep, stacked="pad"), graph.decide(keep, stacked="unstack")):
+        entries = sum(x.size for _, x in flatten(graph.compact(params, decision)))
+        assert graph.cost(decision).params == entries
 
 
 def test_gradients_of_unequal_layers():
@@ -326,8 +331,9 @@ def test_gradients_of_unequal_layers():
     def loss(f):
         return jax.jit(jax.grad(lambda p: (f(p, TOKENS) ** 2).sum()))
 
-    want = graph.compact(loss(f)(graph.mask(params, keep)), keep, stacked="bucket", verify=None)
-    got = loss(graph.replay(keep, stacked="bucket"))(graph.compact(params, keep, stacked="bucket"))
+    decision = graph.decide(keep, stacked="bucket")
+    want = graph.compact(loss(f)(graph.mask(params, keep)), decision, verify=None)
+    got = loss(graph.replay(decision))(graph.compact(params, decision))
     assert relative(got, want) < 1e-4
 
 
@@ -345,11 +351,11 @@ def test_the_wrong_arrangement_is_named():
     keep = choice(*CHOICES["unequal"])
     padded = graph.compact(params, keep)
     with pytest.raises(jprune.KeepError, match=r"leaf 'layers/down'.*stacked='bucket'"):
-        graph.replay(keep, stacked="bucket")(padded, TOKENS)
+        graph.replay(graph.decide(keep, stacked="bucket"))(padded, TOKENS)
     with pytest.raises(jprune.KeepError, match=r"'layers/down' is cut into runs of layers.*stacked='pad'"):
-        graph.replay(keep)(graph.compact(params, keep, stacked="bucket"), TOKENS)
+        graph.replay(keep)(graph.compact(params, graph.decide(keep, stacked="bucket")), TOKENS)
     with pytest.raises(ValueError, match="stacked must be one of"):
-        graph.compact(params, keep, stacked="buckets")
+        graph.compact(params, graph.decide(keep, stacked="buckets"))
     with pytest.raises(jprune.KeepError, match=r"wants \(3, 48\)"):
         graph.compact(params, {"layers/gate:2": np.ones((2, HIDDEN), bool)})
 
@@ -501,5 +507,5 @@ def test_uneven_layers_of_a_scan_inside_a_call(around):
     keep = {gid: np.arange(6) < np.array([[2], [4], [4]])}
     masked = f(graph.mask(params, keep), x)
     for stacked in ("unstack", "bucket", "pad"):
-        small = graph.compact(params, keep, stacked=stacked)
-        assert relative(graph.replay(keep, stacked=stacked)(small, x), masked) < 1e-5
+        small = graph.compact(params, graph.decide(keep, stacked=stacked))
+        assert relative(graph.replay(graph.decide(keep, stacked=stacked))(small, x), masked) < 1e-5

@@ -235,11 +235,11 @@ def test_groups_that_lose_everything_give_what_masking_gives(name):
     assert exact, graph.explain()
     for group in exact:
         keep = {group: np.zeros(graph.groups[group].size, bool)}
-        small = graph.compact(params, keep, allow_empty=True)
+        small = graph.compact(params, graph.decide(keep, allow_empty=True))
         want = f(graph.mask(params, keep), x)
-        got = jax.jit(graph.replay(keep, allow_empty=True))(small, x)
+        got = jax.jit(graph.replay(graph.decide(keep, allow_empty=True)))(small, x)
         np.testing.assert_allclose(got, want, atol=1e-6, rtol=1e-5, err_msg=group)
-        again = jprune.trace(graph.replay(keep, allow_empty=True), small, x)
+        again = jprune.trace(graph.replay(graph.decide(keep, allow_empty=True)), small, x)
         assert again.cost() == graph.cost(keep), group
 
 
@@ -252,5 +252,7 @@ def test_experts_without_hidden_channels():
 
     keep = {"up:2": np.zeros(8, bool)}
     graph = jprune.trace(f, params, X)
-    got = jax.jit(graph.replay(keep, allow_empty=True))(graph.compact(params, keep, allow_empty=True), X)
+    got = jax.jit(graph.replay(graph.decide(keep, allow_empty=True)))(
+        graph.compact(params, graph.decide(keep, allow_empty=True)), X
+    )
     np.testing.assert_array_equal(got, f(graph.mask(params, keep), X))

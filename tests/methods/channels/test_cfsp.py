@@ -335,12 +335,12 @@ def test_the_masked_decoder_is_the_sliced_one():
     keep, report = cfsp(graph, v, [IDS], 0.4, CFSPConfig(multiple_of=8))
     assert graph.groups[next(iter(keep))].exact
     want = jax.jit(module.apply)(graph.mask(v, keep), IDS[:2])
-    small = graph.compact(v, keep, stacked="unstack")
+    small = graph.compact(v, graph.decide(keep, stacked="unstack"))
     sizes = [
         x["mlp"]["down"]["kernel"].shape[0] for n, x in sorted(unstack_layers(small)["params"].items()) if "layer" in n
     ]
     assert sizes == list(report.counts)
-    assert relative(jax.jit(graph.replay(keep, stacked="unstack"))(small, IDS[:2]), want) < 1e-4
+    assert relative(jax.jit(graph.replay(graph.decide(keep, stacked="unstack")))(small, IDS[:2]), want) < 1e-4
     n = {True: sum(x.size for x in jax.tree.leaves(small)), False: sum(x.size for x in jax.tree.leaves(v))}
     assert report.removed["parameters"] == pytest.approx(1 - n[True] / n[False], abs=1e-12)
 

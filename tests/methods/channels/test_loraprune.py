@@ -373,8 +373,8 @@ def test_the_end_is_a_smaller_model_of_the_same_function():
     got, _ = pruned()
     merged, keep = run.finalize(graph, v, got.lora, got.masks)
     want = jax.jit(adapted(graph))(v, got.lora, ids(3), masks=got.masks)
-    small = graph.compact(merged, keep, stacked="unstack")
-    assert relative(jax.jit(graph.replay(keep, stacked="unstack"))(small, ids(3)), want) < 1e-4
+    small = graph.compact(merged, graph.decide(keep, stacked="unstack"))
+    assert relative(jax.jit(graph.replay(graph.decide(keep, stacked="unstack")))(small, ids(3)), want) < 1e-4
     for g, k in keep.items():  # merged weights of units that are gone are gone: sparsity is that of the masks
         np.testing.assert_array_equal(k, np.asarray(got.masks[g]) == 1)
     (ffn,) = [g for g in keep if "/mlp/" in g]

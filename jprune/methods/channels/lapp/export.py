@@ -67,5 +67,5 @@ def merge_bypass(net: Network, small: Sliced, variables: Any) -> tuple[Callable[
         return graft(net.traces[0], net.sites[0], join)(original(net, variables), {}, x)[0]
 
     graph = trace(evaluate, merged, net.x)
-    keep = {gid: k for gid, k in small.keep.items() if not k.all()}
-    return graph.replay(keep, allow_empty=True), graph.compact(merged, keep, allow_empty=True)
+    decision = graph.decide({gid: k for gid, k in small.keep.items() if not k.all()}, allow_empty=True)
+    return graph.replay(decision), graph.compact(merged, decision)

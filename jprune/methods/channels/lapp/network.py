@@ -122,7 +122,7 @@ def slice_lapp(net: Network, variables: Any, keep: Mapping[str, Any]) -> Sliced:
     groups = {net.layers[n].group: np.asarray(k, bool) for n, k in keep.items()}
     whole = sliceable(net, variables)
     forward = pruned_forward(net.final, whole, net.x, groups, allow_empty=True)
-    return Sliced(forward, net.graph.compact(whole, groups, allow_empty=True), groups)
+    return Sliced(forward, net.graph.compact(whole, net.graph.decide(groups, allow_empty=True)), groups)
 
 
 __all__ = ["Network", "Sliced", "finalise", "gated_forward", "init", "prepare", "slice_lapp", "update_rules"]

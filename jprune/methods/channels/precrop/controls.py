@@ -69,7 +69,7 @@ def first_channels(graph: Graph, variables: Any, widths: Mapping[str, int]) -> A
             raise ValueError(f"group {g!r} is to have {w} units but had {graph.groups[g].size}: initialise afresh")
     graph.resize(variables, widths)  # refuses what is no width
     keep = {g: np.broadcast_to(np.arange(graph.groups[g].size) < w, graph.groups[g].shape) for g, w in widths.items()}
-    return graph.compact(variables, keep, allow_inexact=True)
+    return graph.compact(variables, graph.decide(keep, allow_inexact=True))
 
 
 def initialise(
