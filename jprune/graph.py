@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,18 +21,86 @@ from jprune.tracing import explain as _explain
 from jprune.tracing import taps as _taps
 from jprune.tracing.analyse import analyse
 from jprune.tracing.cost import Cost, LayerCost
-from jprune.tracing.structure import Structure
-from jprune.tracing.walk import Rule
+from jprune.tracing.inputs import Inputs
+from jprune.tracing.layout import Layout
+from jprune.tracing.polymorphism import difference
+from jprune.tracing.structure import Group, Layouts, Leaf, Tap, contractions_of, taps_of
+from jprune.tracing.walk import Analysis, Path, Rule, Val, user_line
 
 
-class Graph(Structure):
-    """Dependency groups, cost and taps of one traced function; static and hashable (by identity).
+class Graph:
+    """Dependency groups, cost and taps of one traced function: what is known of it, and what can be done with that.
 
-    See `jprune.tracing.structure.Structure` for the attributes; the methods below take parameters in and give
-    parameters (or functions, numbers, statistics) out.
+    Static, without arrays but folded constants, and hashable by identity. `jprune.trace` makes it. The methods take
+    parameters in and give parameters (or functions, numbers, statistics) out.
+
+    Attributes:
+      groups: prunable groups by id.
+      leaves: every leaf of the variables by path.
+      contractions: terms of the cost polynomial.
+      output_layouts: layouts of each output's axes.
+      unsupported: primitives without a rule -> source lines.
+      loops_counted_once: lines of while loops (their trip count is unknown, so their cost is counted once).
+      inputs: what was traced with, and which sizes of it may change.
+      example_inputs: shapes and dtypes of the inputs traced with.
+      jaxpr, analysis, layout, rules, scan_symbols: the traced program, the walk over it and how to read both.
     """
 
-    example_inputs: tuple[Any, ...] = ()  # shapes and dtypes of the inputs traced with
+    def __init__(
+        self,
+        closed: Any,
+        analysis: Analysis,
+        leaves: Mapping[str, Leaf],
+        groups: Mapping[str, Group],
+        layout: Layouts,
+        scan_symbols: Mapping[Path, str],
+        in_tree: Any,
+        out_tree: Any,
+        param_treedef: Any,
+        used_invars: Sequence[bool],
+        outputs: Sequence[Val],
+        const_vals: Sequence[Val],
+        inputs: Sequence[tuple[str, Val]],
+        again: Callable[[Sequence[tuple[int, ...]]], Analysis],
+        example_inputs: tuple[Any, ...],
+    ):
+        self.groups = dict(groups)
+        self.leaves = dict(leaves)
+        self.unsupported = {k: tuple(sorted(set(v))) for k, v in analysis.unsupported.items()}
+        self.loops_counted_once = tuple(
+            sorted({user_line(e) for e in analysis.eqns.values() if e.primitive.name == "while"})
+        )
+        self.jaxpr, self.analysis, self.layout, self.rules = closed, analysis, layout, analysis.rules
+        self.scan_symbols = dict(scan_symbols)
+        self.in_tree, self.out_tree, self.param_treedef = in_tree, out_tree, param_treedef
+        self.used_invars = tuple(used_invars)
+        self.const_vals, self.output_vals = tuple(const_vals), tuple(outputs)
+        self.example_inputs = example_inputs
+        self.output_layouts = tuple(tuple([layout(t) for t in v.tags]) for v in outputs)
+        self.contractions = tuple(contractions_of(analysis, layout, self.scan_symbols))
+        self._layouts_at: dict[Path, Any] = {}
+        self.inputs = Inputs(
+            inputs, layout, lambda shapes, sizes: difference(analysis, again(shapes), self.layouts_at, sizes)
+        )
+
+    @functools.cached_property
+    def taps(self) -> dict[str, Tap]:
+        """Every place a leaf meets data, by tap id."""
+        return taps_of(self.analysis, self.leaves, self.layouts_at, self.scan_symbols)
+
+    def layouts_at(self, path: Path) -> tuple[list[tuple[Layout, ...]], list[tuple[Layout, ...]]]:
+        """Axis layouts of the operands and results of the equation at a call path."""
+        found = self._layouts_at.get(path)
+        if found is None:
+            ins, outs = (
+                [tuple([self.layout(t) for t in v.tags]) for v in vals] for vals in self.analysis.records[path]
+            )
+            found = self._layouts_at[path] = (ins, outs)
+        return found
+
+    def select_used(self, leaves: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        """The arguments of the traced jaxpr: those leaves and inputs that an output depends on."""
+        return [x for x, used in zip([*leaves, *inputs], self.used_invars, strict=True) if used]
 
     def decide(
         self, keep: Keep | Decision, *, allow_inexact: bool = False, allow_empty: bool = False, stacked: str = "pad"
@@ -252,9 +321,5 @@ def trace(
     Raises:
       TraceError: the function is not traceable, or the parameters are not arrays.
     """
-    parts = analyse(fn, params, inputs, output_free, rules, fold_constants, is_param)
-    graph = Graph(**parts)
-    graph.example_inputs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), tuple(inputs)
-    )
-    return graph
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), tuple(inputs))
+    return Graph(**analyse(fn, params, inputs, output_free, rules, fold_constants, is_param), example_inputs=shapes)

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from jprune.budget.target import Target
+from jprune.graph import Graph
 from jprune.importance.reduce import check_scores
 from jprune.tracing.errors import NotPrunable, suggest
-from jprune.tracing.structure import Group, Structure
+from jprune.tracing.structure import Group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,28 +54,28 @@ class Allocation:
         )
 
 
-def ranked(graph: Structure, scores: Mapping[str, Any], target: Target, **options: Any) -> Allocation:
+def ranked(graph: Graph, scores: Mapping[str, Any], target: Target, **options: Any) -> Allocation:
     """All groups in one ranking (global); see `allocate` for the options."""
     return allocate(graph, scores, target, "global", **options)
 
 
-def uniform(graph: Structure, scores: Mapping[str, Any], target: Target, **options: Any) -> Allocation:
+def uniform(graph: Graph, scores: Mapping[str, Any], target: Target, **options: Any) -> Allocation:
     """The same fraction of every group; see `allocate` for the options."""
     return allocate(graph, scores, target, "uniform", **options)
 
 
-def isomorphic(graph: Structure, scores: Mapping[str, Any], target: Target, **options: Any) -> Allocation:
+def isomorphic(graph: Graph, scores: Mapping[str, Any], target: Target, **options: Any) -> Allocation:
     """The same fraction of every class of groups that are used alike; see `allocate` for the options."""
     return allocate(graph, scores, target, "isomorphic", **options)
 
 
-def isomorphism_class(graph: Structure, group: Group) -> tuple[Any, ...]:
+def isomorphism_class(graph: Graph, group: Group) -> tuple[Any, ...]:
     """What makes two groups comparable: the multiset of (leaf rank, axis, primitive) of their members."""
     return tuple(sorted((len(graph.leaves[m.path].shape), m.axis, m.primitive) for m in group.members))
 
 
 def allocate(
-    graph: Structure,
+    graph: Graph,
     scores: Mapping[str, Any],
     target: Target,
     scope: str | Callable[[Group], Any] = "global",
@@ -229,7 +230,7 @@ def _rows(group: Group, per_layer: str) -> list[int | None]:
     return list(range(group.layers)) if group.layers is not None and per_layer == "free" else [None]
 
 
-def _class_key(graph: Structure, q: _Queue, scope: str | Callable[[Group], Any]) -> Any:
+def _class_key(graph: Graph, q: _Queue, scope: str | Callable[[Group], Any]) -> Any:
     if callable(scope):
         return scope(q.group)
     if scope == "global":
@@ -248,7 +249,7 @@ def _chain(queues: list[_Queue]) -> np.ndarray:
     return owner[np.argsort(values, kind="stable")].astype(int)
 
 
-def _widths(graph: Structure, queues: Sequence[_Queue]) -> dict[str, Any]:
+def _widths(graph: Graph, queues: Sequence[_Queue]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for q in queues:
         if q.row is None:

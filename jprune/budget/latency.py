@@ -23,11 +23,12 @@ from rich.progress import track
 
 from jprune.files.atomic import write_json
 from jprune.files.json_files import Fields, read_json
+from jprune.graph import Graph
 from jprune.tracing import cost
 from jprune.tracing import layout as L
 from jprune.tracing.evaluate import Sizes
 from jprune.tracing.layout import Fixed, Layout
-from jprune.tracing.structure import Contraction, Structure
+from jprune.tracing.structure import Contraction
 
 FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
 FORMAT = 1
@@ -91,7 +92,7 @@ class LatencyTable:
       device: on which it was measured.
     """
 
-    graph: Structure
+    graph: Graph
     grids: tuple[Grid, ...]
     whole: float
     scale: float
@@ -118,7 +119,7 @@ class LatencyTable:
         write_json(path, data, indent=None)
 
     @staticmethod
-    def load(path: str | os.PathLike[str], graph: Structure) -> LatencyTable:
+    def load(path: str | os.PathLike[str], graph: Graph) -> LatencyTable:
         """Read a table for this graph.
 
         Raises:
@@ -165,7 +166,7 @@ def clock(fn: Callable[..., Any], args: Sequence[Any], rounds: int = 5, least: f
 
 
 def measure_latency(
-    graph: Structure,
+    graph: Graph,
     fn: Callable[..., Any],
     args: Sequence[Any],
     fractions: Sequence[float] = FRACTIONS,
@@ -197,9 +198,7 @@ def measure_latency(
     return dataclasses.replace(draft, scale=min(1.0, whole / parts), rest=max(0.0, whole - parts))
 
 
-def _measure(
-    graph: Structure, term: Contraction, points: tuple[float, ...], timer: Clock, seen: dict[Any, float]
-) -> Grid:
+def _measure(graph: Graph, term: Contraction, points: tuple[float, ...], timer: Clock, seen: dict[Any, float]) -> Grid:
     summed = {g for lay in term.contracted for g in L.groups_in(lay)}
     free = {g for lay in term.factors for g in L.groups_in(lay)} - summed
 
@@ -217,9 +216,7 @@ def _measure(
     return Grid(term.name, contracted, others, tuple(tuple(rows[a][b] for b in others) for a in contracted))
 
 
-def _time(
-    graph: Structure, term: Contraction, widths: Mapping[str, int], timer: Clock, seen: dict[Any, float]
-) -> float:
+def _time(graph: Graph, term: Contraction, widths: Mapping[str, int], timer: Clock, seen: dict[Any, float]) -> float:
     layouts = graph.layouts_at(term.path)
     shapes = [tuple(int(L.width(lay, widths)) for lay in axes) for axes in layouts[0]]
     args = [jnp.ones(s, v.aval.dtype) for s, v in zip(shapes, term.eqn.invars, strict=True)]

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jprune.budget.target import Target
+from jprune.graph import Graph
 from jprune.surgery.decision import decide as checked
-from jprune.tracing.structure import Structure
 
 STEPS = 20  # halvings of the interval of sparsities: a millionth
 
 
-def sparsity_for(graph: Structure, decide: Callable[[float], Mapping[str, Any]], target: Target) -> float:
+def sparsity_for(graph: Graph, decide: Callable[[float], Mapping[str, Any]], target: Target) -> float:
     """The smallest sparsity, to a millionth, whose decision costs no more than the target (host-side).
 
     Args:

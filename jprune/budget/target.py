@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jprune.graph import Graph
 from jprune.tracing import cost
-from jprune.tracing.structure import Structure
 
 COUNTED = ("macs", "params", "bytes", "activation_bytes")
 
@@ -63,7 +63,7 @@ class Target:
         """Keep this fraction of the table's dense latency, or (absolute) this many milliseconds."""
         return Target("latency", amount, absolute, table)
 
-    def cost(self, graph: Structure, widths: Mapping[str, Any]) -> float:
+    def cost(self, graph: Graph, widths: Mapping[str, Any]) -> float:
         """The counted quantity at these widths."""
         if self.measure is not None:
             return float(self.measure(widths))

@@ -18,10 +18,10 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jprune.graph import Graph
 from jprune.tracing.errors import suggest
 from jprune.tracing.paths import flatten, path_str
 from jprune.tracing.primitives import DENSE_CONTRACTIONS
-from jprune.tracing.structure import Structure
 
 Fn: TypeAlias = Callable[[Any, Any], Any]
 Batches: TypeAlias = Iterable[tuple[Any, Any]]
@@ -29,7 +29,7 @@ OutputLoss: TypeAlias = Callable[[Any, Any], Any]
 WeightScores: TypeAlias = dict[str, Any]
 
 
-def weight_leaves(graph: Structure) -> tuple[str, ...]:
+def weight_leaves(graph: Graph) -> tuple[str, ...]:
     """Paths of the parameters that multiply activations as kernels or matrices, in program order.
 
     Biases, normalisation scales, embeddings and the like only meet data element by element and are not among them.

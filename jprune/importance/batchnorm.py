@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from jprune.graph import Graph
 from jprune.importance.reduce import Scores, group_scores, leaf_values, per_unit
-from jprune.tracing.structure import Structure
 
 
-def scale_leaves(graph: Structure) -> dict[str, str]:
+def scale_leaves(graph: Graph) -> dict[str, str]:
     """{path of a 1-D normalisation scale: id of the one group its entries belong to}, one unit an entry."""
     out = {}
     for gid, group in graph.groups.items():
@@ -21,7 +21,7 @@ def scale_leaves(graph: Structure) -> dict[str, str]:
     return out
 
 
-def batchnorm_scale(graph: Structure, params: Any, *, reduce: str = "mean", normalise: str = "none") -> Scores:
+def batchnorm_scale(graph: Graph, params: Any, *, reduce: str = "mean", normalise: str = "none") -> Scores:
     """Mean |gamma| over the scales of each group; groups without a scale get no score."""
 
     def local(m: Any, w: Any) -> Any:

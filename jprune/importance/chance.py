@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax
 
+from jprune.graph import Graph
 from jprune.importance.reduce import Scores
-from jprune.tracing.structure import Structure
 
 
-def random(graph: Structure, key: jax.Array) -> Scores:
+def random(graph: Graph, key: jax.Array) -> Scores:
     """Uniform scores in [0, 1), one stream per group."""
     keys = jax.random.split(key, max(len(graph.groups), 1))
     return {g: jax.random.uniform(k, info.shape) for (g, info), k in zip(graph.groups.items(), keys, strict=False)}

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jprune.graph import Graph
 from jprune.importance.reduce import WEIGHTS, Scores, group_scores, leaf_values
-from jprune.tracing.structure import Structure
 
 
-def fpgm(graph: Structure, params: Any, *, reduce: str = "mean", normalise: str = "mean") -> Scores:
+def fpgm(graph: Graph, params: Any, *, reduce: str = "mean", normalise: str = "mean") -> Scores:
     """Sum of Euclidean distances from each unit's weights to those of all other units."""
 
     def one_layer(w: Any, axis: int, positions: Any) -> Any:

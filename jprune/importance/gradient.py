@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jprune.graph import Graph
 from jprune.importance.reduce import WEIGHTS, Scores, group_scores, leaf_values, per_unit, traced_leaf
-from jprune.tracing.structure import Structure
 
 
 def taylor(
-    graph: Structure,
+    graph: Graph,
     params: Any,
     grads: Any,
     *,
@@ -43,7 +43,7 @@ def taylor(
 
 
 def fisher(
-    graph: Structure,
+    graph: Graph,
     params: Any,
     squared_grads: Any,
     *,

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from jprune.graph import Graph
 from jprune.importance.reduce import WEIGHTS, Scores, group_scores, leaf_values, per_unit
-from jprune.tracing.structure import Structure
 
 
 def magnitude(
-    graph: Structure,
+    graph: Graph,
     params: Any,
     p: int = 2,
     *,
@@ -30,11 +30,11 @@ def magnitude(
     return group_scores(graph, leaf_values(params), local, reduce=reduce, normalise=normalise, roles=roles)
 
 
-def first_member(graph: Structure, params: Any, p: int = 1, *, normalise: str = "none") -> Scores:
+def first_member(graph: Graph, params: Any, p: int = 1, *, normalise: str = "none") -> Scores:
     """Magnitude of the producing weight alone, the way pruning is done without dependency groups (a baseline)."""
     return magnitude(graph, params, p, reduce="first", normalise=normalise, roles=("out",))
 
 
-def lamp(graph: Structure, params: Any, *, reduce: str = "mean") -> Scores:
+def lamp(graph: Graph, params: Any, *, reduce: str = "mean") -> Scores:
     """Squared magnitude divided by the sum of the squared magnitudes that are not smaller (LAMP, eq. 3)."""
     return magnitude(graph, params, 2, reduce=reduce, normalise="lamp")

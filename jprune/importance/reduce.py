@@ -17,9 +17,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from jprune.graph import Graph
 from jprune.tracing.errors import KeepError, suggest
 from jprune.tracing.paths import flatten
-from jprune.tracing.structure import Group, Member, Structure
+from jprune.tracing.structure import Group, Member
 
 Scores: TypeAlias = dict[str, Array]
 Values: TypeAlias = Array | np.ndarray
@@ -29,7 +30,7 @@ REDUCTIONS = ("mean", "sum", "max", "prod", "first")
 NORMALISERS = ("none", "mean", "sum", "max", "standard", "gaussian", "lamp")
 
 
-def counted_members(graph: Structure, group: Group, roles: Sequence[str]) -> list[Member]:
+def counted_members(graph: Graph, group: Group, roles: Sequence[str]) -> list[Member]:
     """Members whose weights count: parameters (not state) that are used in one of these roles."""
     return [m for m in group.members if m.role in roles and graph.leaves[m.path].is_param]
 
@@ -69,7 +70,7 @@ def _sum(x: Any, axes: tuple[int, ...]) -> Any:
 
 
 def group_scores(
-    graph: Structure,
+    graph: Graph,
     values: Mapping[str, Any],
     local: Callable[[Member, Any], Any],
     *,
@@ -109,7 +110,7 @@ def _on_host(x: Any) -> Any:
     return np.asarray(x) if all(d.platform == "cpu" for d in x.devices()) else x
 
 
-def traced_leaf(graph: Structure, values: Mapping[str, Any], path: str, what: str) -> Any:
+def traced_leaf(graph: Graph, values: Mapping[str, Any], path: str, what: str) -> Any:
     """The leaf at `path`; ValueError if it is missing or has not its traced shape (indexing would clamp silently)."""
     if path not in values:
         raise ValueError(f"the {what} lack leaf {path!r}; give a tree like the traced parameters")
@@ -159,7 +160,7 @@ def leaf_values(tree: Any) -> dict[str, Any]:
     return {path: _on_host(x) for path, x in flatten(tree)}
 
 
-def check_scores(graph: Structure, scores: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def check_scores(graph: Graph, scores: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Scores as float64 numpy arrays (host-side), after checking names, shapes and finiteness.
 
     Raises:

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jprune.graph import Graph
 from jprune.tracing import layout as L
 from jprune.tracing.branches import Branch, branches
 from jprune.tracing.flow import Flow
 from jprune.tracing.layout import Unit
 from jprune.tracing.probes import Point
-from jprune.tracing.structure import Structure, Tap
+from jprune.tracing.structure import Tap
 from jprune.tracing.walk import Path
 
 
@@ -72,7 +73,7 @@ class _Heads:
     value: str | None
 
 
-def blocks(graph: Structure) -> tuple[Block, ...]:
+def blocks(graph: Graph) -> tuple[Block, ...]:
     """The blocks of a traced decoder, in program order.
 
     Works on any function of residual branches: layers unrolled, scanned or rematerialised, MLP behind the attention or
@@ -127,7 +128,7 @@ def layers(found: Sequence[Block]) -> tuple[Layer, ...]:
     return tuple(out)
 
 
-def _block(graph: Structure, flow: Flow, mlp: Branch, channels: str, attention: Branch | None, heads: _Heads) -> Block:
+def _block(graph: Graph, flow: Flow, mlp: Branch, channels: str, attention: Branch | None, heads: _Heads) -> Block:
     tap = graph.taps[mlp.tap]
     start, end = mlp.start, mlp.end
     if attention is not None:
@@ -145,7 +146,7 @@ def _block(graph: Structure, flow: Flow, mlp: Branch, channels: str, attention: 
                  *points, _features(graph, tap, points[1]), tap.layers, tap.scan_path)  # fmt: skip
 
 
-def _features(graph: Structure, tap: Tap, at: Point) -> tuple[int, ...]:
+def _features(graph: Graph, tap: Tap, at: Point) -> tuple[int, ...]:
     """The axes of the stream that are the features of the product that is added to it."""
     layouts = graph.layouts_at(at.path)[1 if at.after else 0][at.index]
     found = tuple(i for i, lay in enumerate(layouts) if lay in tap.out_layouts)
@@ -157,7 +158,7 @@ def _features(graph: Structure, tap: Tap, at: Point) -> tuple[int, ...]:
     raise BlockError(f"which axes of the stream behind {tap.id!r} ({tap.where}) are its channels cannot be told")
 
 
-def _channels(graph: Structure, tap: Tap) -> str:
+def _channels(graph: Graph, tap: Tap) -> str:
     """The group that alone is the input of an MLP's last product."""
     if len(tap.in_layouts) == 1 and len(tap.in_layouts[0]) == 1 and isinstance(tap.in_layouts[0][0], Unit):
         group = tap.in_layouts[0][0].group
@@ -169,7 +170,7 @@ def _channels(graph: Structure, tap: Tap) -> str:
     raise BlockError(f"the channels that enter {tap.id!r} ({tap.where}) are no group of their own: {why}")
 
 
-def _heads(graph: Structure, tap: Tap, products: Sequence[Path]) -> _Heads:
+def _heads(graph: Graph, tap: Tap, products: Sequence[Path]) -> _Heads:
     """Which group of an attention's output features is which.
 
     Heads take part in the products of queries with keys and of weights with values; channels of values in the latter
@@ -194,12 +195,12 @@ def _heads(graph: Structure, tap: Tap, products: Sequence[Path]) -> _Heads:
     return _Heads(kv[0] if kv else None, query[0] if query else None, values[0] if values else None)
 
 
-def _meets(graph: Structure, path: Path, group: str) -> bool:
+def _meets(graph: Graph, path: Path, group: str) -> bool:
     ins, outs = graph.layouts_at(path)
     return any(group in L.groups_in(lay) for axes in (*ins, *outs) for lay in axes)
 
 
-def _covers(graph: Structure, group: str, other: str) -> bool:
+def _covers(graph: Graph, group: str, other: str) -> bool:
     """Whether `group` owns positions in every leaf `other` has a part in, and all of its positions on common axes."""
     mine, theirs = ({(m.path, m.axis): m for m in graph.groups[g].members} for g in (group, other))
     leaves = {path for path, _ in mine}

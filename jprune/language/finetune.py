@@ -17,9 +17,9 @@ import optax
 from jaxtyping import Array, Float
 from rich.progress import Progress
 
+from jprune.graph import Graph
 from jprune.language.lora import Lora, LoraConfig, adapted, init
 from jprune.surgery.decision import Keep
-from jprune.tracing.structure import Structure
 from jprune.training.config import TuningConfig
 from jprune.training.fit import Objective, fit
 
@@ -27,13 +27,13 @@ Loss: TypeAlias = Callable[[Any, Lora, Keep, Any, Any], Any]  # (params, adapter
 
 
 @functools.lru_cache(maxsize=8)
-def next_token(graph: Structure, dropout: float = 0.0) -> Loss:
+def next_token(graph: Graph, dropout: float = 0.0) -> Loss:
     """The loss of a decoder with adapters: mean over all counted next tokens of -log p, in float32.
 
     A batch is the tuple of the traced inputs, token ids first (or the ids alone); one array more is a loss mask of the
     ids' shape, 0 at tokens that are not to be predicted.
     """
-    run, n = adapted(graph, dropout), len(graph.input_dims)
+    run, n = adapted(graph, dropout), len(graph.inputs.paths)
 
     def loss(params: Any, lora: Lora, masks: Keep, batch: Any, key: Any) -> Float[Array, ""]:
         batch = batch if isinstance(batch, tuple | list) else (batch,)
@@ -48,7 +48,7 @@ def next_token(graph: Structure, dropout: float = 0.0) -> Loss:
 
 
 def recover(
-    graph: Structure,
+    graph: Graph,
     params: Any,
     batches: Callable[[int], Any],
     tuning: TuningConfig,

@@ -21,11 +21,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32
 
+from jprune.graph import Graph
 from jprune.language.blocks import Block, blocks
 from jprune.surgery.products import Product, TapError, adapt, consumers, gate, gates, product
 from jprune.tracing import layout as L
 from jprune.tracing.paths import flatten, with_leaves
-from jprune.tracing.structure import Structure, Tap
+from jprune.tracing.structure import Tap
 
 Ranks: TypeAlias = Mapping[str, Any]
 Scale: TypeAlias = float | tuple[float, ...]  # one, or one per layer of a stack
@@ -120,7 +121,7 @@ class _Extra(NamedTuple):
     key: Any
 
 
-def targets(graph: Structure) -> tuple[str, ...]:
+def targets(graph: Graph) -> tuple[str, ...]:
     """The matrix products of a decoder's blocks: those whose inputs or outputs are FFN channels or attention heads.
 
     In a LLaMA the seven of every layer; where one key-value head serves all queries, k has nothing prunable and is left
@@ -130,7 +131,7 @@ def targets(graph: Structure) -> tuple[str, ...]:
     return tuple(t for t, tap in graph.taps.items() if tap.primitive == "dot_general" and groups & _met(tap))
 
 
-def layer_ranks(graph: Structure, ranks: Sequence[int]) -> dict[str, Any]:
+def layer_ranks(graph: Graph, ranks: Sequence[int]) -> dict[str, Any]:
     """One rank per layer of a decoder, for `LoraConfig.ranks`: {tap id: rank, or the ranks of all stacked layers}.
 
     Raises:
@@ -166,7 +167,7 @@ def own_scales(lora: Any) -> Lora:
     return lora
 
 
-def products(graph: Structure, taps: Sequence[str]) -> dict[str, Product]:
+def products(graph: Graph, taps: Sequence[str]) -> dict[str, Product]:
     """The taps as matrices.
 
     Raises:
@@ -181,7 +182,7 @@ def products(graph: Structure, taps: Sequence[str]) -> dict[str, Product]:
     return out
 
 
-def init(key: jax.Array, graph: Structure, config: LoraConfig | None = None, taps: Sequence[str] | None = None) -> Lora:
+def init(key: jax.Array, graph: Graph, config: LoraConfig | None = None, taps: Sequence[str] | None = None) -> Lora:
     """Fresh float32 factors: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B = 0; with the scale of `config`.
 
     Args:
@@ -212,7 +213,7 @@ def init(key: jax.Array, graph: Structure, config: LoraConfig | None = None, tap
     return Lora(out, dict.fromkeys(out, float(config.scale)))
 
 
-def adapted(graph: Structure, dropout: float = 0.0) -> Callable[..., Any]:
+def adapted(graph: Graph, dropout: float = 0.0) -> Callable[..., Any]:
     """run(params, lora, *inputs, masks=None, key=None): the traced function with adapters; jit-able.
 
     `masks` {group id: (size,) or (layers, size)} multiply the inputs of the products that consume those groups, which
@@ -255,7 +256,7 @@ def adapted(graph: Structure, dropout: float = 0.0) -> Callable[..., Any]:
     return run
 
 
-def merge(graph: Structure, params: Any, lora: Lora) -> Any:
+def merge(graph: Graph, params: Any, lora: Lora) -> Any:
     """The parameters with W + s B A, added in float32 and cast to W's dtype; jit-able."""
     old = dict(flatten(params))
     new = {}

@@ -26,11 +26,11 @@ from jprune.checkpoint.layouts.layout import matches, order, places
 from jprune.checkpoint.tensors import load_safetensors, save_safetensors
 from jprune.files.atomic import write_json
 from jprune.files.json_files import Fields, read_json, said_of
+from jprune.graph import Graph
 from jprune.language.blocks import blocks
 from jprune.language.lora import Lora, LoraConfig, own_scales, products
 from jprune.surgery.products import Product
 from jprune.tracing import layout as L
-from jprune.tracing.structure import Structure
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PLAIN = {"bias": ("none",), "use_dora": (False,), "fan_in_fan_out": (False,), "lora_bias": (False,),
@@ -40,7 +40,7 @@ Key = tuple[str, int]
 
 def save_peft(
     folder: str | Path,
-    graph: Structure,
+    graph: Graph,
     lora: Lora,
     head_dim: int,
     *,
@@ -104,7 +104,7 @@ def save_peft(
 
 
 def load_peft(
-    folder: str | Path, graph: Structure, head_dim: int, *, layout: Layout = LINEN
+    folder: str | Path, graph: Graph, head_dim: int, *, layout: Layout = LINEN
 ) -> tuple[Lora, LoraConfig, dict[str, np.ndarray] | None]:
     """(adapters with their scales, their config, masks or None) of a PEFT folder for a traced decoder.
 
@@ -121,7 +121,7 @@ def load_peft(
 
 
 def _load(
-    folder: Path, graph: Structure, head_dim: int, layout: Layout
+    folder: Path, graph: Graph, head_dim: int, layout: Layout
 ) -> tuple[Lora, LoraConfig, dict[str, np.ndarray] | None]:
     said = Fields(read_json(folder / CONFIG, "give the folder of a PEFT adapter, or copy it again"))
     tensors = load_safetensors(folder / WEIGHTS)[0]
@@ -216,7 +216,7 @@ def _places(p: Product, layout: Layout) -> list[tuple[str, int, Any]]:
     return [(name, l, l) for l in range(p.tap.layers or 0)]
 
 
-def _linear(graph: Structure, layout: Layout) -> list[str]:
+def _linear(graph: Graph, layout: Layout) -> list[str]:
     """The products whose leaf is a matrix that a PEFT adapter may belong to."""
     named = {f"{name}_lora_a" for name in layout.sites} & set(PEFT.sites)
     return [t for t, tap in graph.taps.items() if tap.primitive == "dot_general"
@@ -249,7 +249,7 @@ def _stacked(p: Product, rows: Mapping[Any, tuple[Any, Any]]) -> tuple[dict[str,
     return {"a": jnp.asarray(a), "b": jnp.asarray(b)}, ranks
 
 
-def _unit_masks(graph: Structure, masked: Mapping[str, Mapping[Any, np.ndarray]]) -> dict[str, np.ndarray]:
+def _unit_masks(graph: Graph, masked: Mapping[str, Mapping[Any, np.ndarray]]) -> dict[str, np.ndarray]:
     """{group id: 0 or 1 per unit} from the row masks of the products that make each group's units."""
     out: dict[str, np.ndarray] = {}
     for g in (g for b in blocks(graph) for g in (b.ffn, b.kv) if g is not None):

@@ -19,10 +19,10 @@ import numpy as np
 from jaxtyping import Array, Float
 from rich.progress import track
 
-from jprune.graph import trace
+from jprune.graph import Graph, trace
 from jprune.language.blocks import Block, BlockError, Layer, blocks, layers
 from jprune.tracing.probes import Point, Probe, probed
-from jprune.tracing.structure import Structure, Tap
+from jprune.tracing.structure import Tap
 from jprune.tracing.taps import is_empty
 
 METRICS = ("angular", "cosine", "mse", "mae")
@@ -110,7 +110,7 @@ def turned(
 
 
 def step_of(
-    graph: Structure, found: Sequence[Block] | None = None
+    graph: Graph, found: Sequence[Block] | None = None
 ) -> tuple[Callable[..., tuple[Any, Any]], dict[str, Any]]:
     """One step of calibration and the state of no tokens, to jit, shard or compile ahead of time oneself.
 
@@ -174,7 +174,7 @@ def _features_last(x: Any, axes: Sequence[int]) -> Any:
     return x if len(axes) == 1 else x.reshape(*x.shape[: len(rest)], -1)
 
 
-def stats_of(graph: Structure, states: Any, found: Sequence[Block] | None = None) -> BlockStats:
+def stats_of(graph: Graph, states: Any, found: Sequence[Block] | None = None) -> BlockStats:
     """The statistics in the states of `step_of`.
 
     Raises:
@@ -213,7 +213,7 @@ def stats_of(graph: Structure, states: Any, found: Sequence[Block] | None = None
 
 
 def block_stats(
-    graph: Structure,
+    graph: Graph,
     params: Any,
     batches: Iterable[Any],
     found: Sequence[Block] | None = None,
@@ -239,13 +239,13 @@ def block_stats(
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(graph: Structure, found: tuple[Block, ...]) -> Callable[..., Any]:
+def _compiled(graph: Graph, found: tuple[Block, ...]) -> Callable[..., Any]:
     """(params, inputs) -> sums of one batch; kept, so that another pass compiles nothing."""
     run, zero = step_of(graph, found)
     return jax.jit(lambda params, inputs: run(zero, params, *inputs)[1])
 
 
-def _total(graph: Structure, sums: Iterable[Any], found: Sequence[Block]) -> BlockStats:
+def _total(graph: Graph, sums: Iterable[Any], found: Sequence[Block]) -> BlockStats:
     """Sums of batches added up on the host, each read when the next is already under way."""
     total: BlockStats | None = None
     waiting: Any = None
@@ -261,7 +261,7 @@ def _total(graph: Structure, sums: Iterable[Any], found: Sequence[Block]) -> Blo
 
 # -- one layer at a time -----------------------------------------------------------------------------------------------
 
-Revise = Callable[[int, Structure, Any, BlockStats], Any]
+Revise = Callable[[int, Graph, Any, BlockStats], Any]
 
 
 def layerwise_stats(
@@ -295,7 +295,7 @@ def layerwise_stats(
     streams = [keep(embed(b)) for b in batches if 0 not in np.shape(b)]
     if not streams:
         raise ValueError("calibration got no batches, or only empty ones; pass at least one with tokens")
-    made: dict[Any, tuple[Structure, tuple[Block, ...], Any, Any]] = {}
+    made: dict[Any, tuple[Graph, tuple[Block, ...], Any, Any]] = {}
     rows = []
     for i, host in enumerate(track(params, "calibrating", disable=not progress)):
         fn = block if callable(block) else block[i]

@@ -30,7 +30,7 @@ def compact(decision: Decision, params: Any) -> Any:
     """
     check_shapes(decision, params)
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: compact_leaf(decision, decision.structure.leaves[path_str(path)], x), params
+        lambda path, x: compact_leaf(decision, decision.graph.leaves[path_str(path)], x), params
     )
 
 
@@ -38,13 +38,13 @@ def check_shapes(decision: Decision, params: Any) -> None:
     """Raise unless `params` is the tree that was traced."""
     seen = set()
     for path, x in flatten(params):
-        leaf = decision.structure.leaves.get(path)
+        leaf = decision.graph.leaves.get(path)
         if leaf is None:
             raise KeepError(f"leaf {path!r} was not among the traced parameters; use compact_like for other trees")
         if tuple(x.shape) != leaf.shape:
             raise KeepError(f"leaf {path!r} has shape {tuple(x.shape)}, but {leaf.shape} was traced")
         seen.add(path)
-    for path in decision.structure.leaves:
+    for path in decision.graph.leaves:
         if path not in seen:
             raise KeepError(f"leaf {path!r} is missing from the parameters")
 
@@ -70,7 +70,7 @@ def uneven_scan(decision: Decision, leaf: Leaf) -> str | None:
     for lay in leaf.layouts:
         for g in L.groups_in(lay):
             if g in decision.keep and decision.uneven(g):
-                return decision.structure.groups[g].scan
+                return decision.graph.groups[g].scan
     return None
 
 
@@ -170,11 +170,11 @@ def expand(decision: Decision, small: Any) -> Any:
     runs = is_run_list if decision.segments else None
     by_path = {path_str(p): x for p, x in jax.tree_util.tree_flatten_with_path(small, is_leaf=runs)[0]}
     out = []
-    for path, leaf in decision.structure.leaves.items():
+    for path, leaf in decision.graph.leaves.items():
         if path not in by_path:
             raise KeepError(f"leaf {path!r} is missing from the compacted parameters")
         out.append(_expand_leaf(decision, leaf, by_path[path]))
-    return jax.tree.unflatten(decision.structure.param_treedef, out)
+    return jax.tree.unflatten(decision.graph.param_treedef, out)
 
 
 def is_run_list(t: Any) -> bool:

@@ -45,9 +45,9 @@ def compact_like(decision: Decision, tree: Any, init: Callable[[Any], Any] | Non
     """
     want = None
     if init is not None:
-        leaves = decision.structure.leaves.values()
+        leaves = decision.graph.leaves.values()
         whole = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-        small = compact(decision, jax.tree.unflatten(decision.structure.param_treedef, whole))
+        small = compact(decision, jax.tree.unflatten(decision.graph.param_treedef, whole))
         want = {path: tuple(x.shape) for path, x in flatten(jax.eval_shape(init, small))}
     task = _Task(decision, want)
     out = task.walk("", tree)
@@ -128,7 +128,7 @@ class _Task:
 
     def _param(self, path: str) -> Leaf | None:
         """The parameter that a state known by its type speaks of."""
-        return _mirror(self.decision, path) or self.decision.structure.leaves.get(".")
+        return _mirror(self.decision, path) or self.decision.graph.leaves.get(".")
 
     def _is_cut(self, leaf: Leaf) -> bool:
         return any(touched(lay, self.decision.keep) for lay in leaf.layouts)
@@ -147,7 +147,7 @@ class _Task:
 
     def _bare(self, shape: tuple[int, ...]) -> Leaf | None:
         """The parameter, where the whole tree is one array and paths end in nothing."""
-        leaf = self.decision.structure.leaves.get(".")
+        leaf = self.decision.graph.leaves.get(".")
         return leaf if leaf is not None and shape[-len(leaf.shape) :] == leaf.shape else None
 
     def _unknown(self, path: str, x: Any, shape: tuple[int, ...]) -> Any:
@@ -162,7 +162,7 @@ class _Task:
                 f"leaf {path!r} of shape {shape} mirrors no parameter by its path, and init makes it "
                 f"{self.want.get(path, 'absent')} for the compacted parameters: {ANEW}, or {REMEDY}"
             )
-        for leaf in self.decision.structure.leaves.values():
+        for leaf in self.decision.graph.leaves.values():
             axes = [n for n, lay in zip(leaf.shape, leaf.layouts, strict=True) if touched(lay, self.decision.keep)]
             if axes and (int(np.prod(shape)) >= int(np.prod(leaf.shape)) or set(axes) & set(shape)):
                 raise KeepError(
@@ -316,7 +316,7 @@ def _mirror(decision: Decision, path: str) -> Leaf | None:
     keys = path.split("/")
     best: list[Leaf] = []
     length = 0
-    for leaf in decision.structure.leaves.values():
+    for leaf in decision.graph.leaves.values():
         own = leaf.path.split("/")
         n = 0
         while n < min(len(own), len(keys)) and own[-1 - n] == keys[-1 - n]:

@@ -8,7 +8,7 @@ has made constant, and for statistics-driven pruning in general.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,10 @@ from jprune.tracing import operand as moves
 from jprune.tracing.flow import Flow
 from jprune.tracing.paths import flatten, path_str
 from jprune.tracing.primitives import DENSE_CONTRACTIONS
-from jprune.tracing.structure import Structure, Tap
+from jprune.tracing.structure import Tap
+
+if TYPE_CHECKING:
+    from jprune.graph import Graph
 
 
 class Compensated(NamedTuple):
@@ -29,11 +32,11 @@ class Compensated(NamedTuple):
     skipped: dict[str, str]
 
 
-def compensate(structure: Structure, params: Any, keep: Keep, means: Mapping[str, Any]) -> Compensated:
+def compensate(graph: Graph, params: Any, keep: Keep, means: Mapping[str, Any]) -> Compensated:
     """Add the mean contribution of the channels to be removed to the biases behind their consumers.
 
     Args:
-      structure: the graph.
+      graph: the traced function.
       params: the dense parameters.
       keep: the decision; apply it to the returned parameters afterwards.
       means: {tap id: mean of each input feature}, as `graph.calibrate(params, batches, {"mean": taps.mean()})` gives
@@ -42,10 +45,10 @@ def compensate(structure: Structure, params: Any, keep: Keep, means: Mapping[str
     Returns:
       The edited dense parameters, and the consumers for which there is no bias to edit, with the reason.
     """
-    decision = decide(structure, keep, True, True)
-    values, flow = dict(flatten(params)), Flow(structure)
+    decision = decide(graph, keep, True, True)
+    values, flow = dict(flatten(params)), Flow(graph)
     skipped: dict[str, str] = {}
-    for tap in structure.taps.values():
+    for tap in graph.taps.values():
         if tap.primitive not in DENSE_CONTRACTIONS:
             continue
         gone = {
@@ -53,16 +56,14 @@ def compensate(structure: Structure, params: Any, keep: Keep, means: Mapping[str
         }
         if not gone:
             continue
-        reason = _move(structure, flow, tap, gone, values, means)
+        reason = _move(graph, flow, tap, gone, values, means)
         if reason:
             skipped[tap.id] = reason
     new = jax.tree_util.tree_map_with_path(lambda p, x: values[path_str(p)], params)
     return Compensated(new, skipped)
 
 
-def _move(
-    structure: Structure, flow: Flow, tap: Tap, kept: Mapping[int, Any], values: dict[str, Any], means: Any
-) -> str:
+def _move(graph: Graph, flow: Flow, tap: Tap, kept: Mapping[int, Any], values: dict[str, Any], means: Any) -> str:
     """Move what one consumer loses into the bias behind it; why that cannot be done, or ""."""
     if tap.id not in means:
         return "no mean was given for it"
@@ -73,14 +74,14 @@ def _move(
     readers = {s.path: s for s in flow.read_by(result) if not s.is_call}
     biases = [
         u
-        for u in structure.analysis.uses.values()
+        for u in graph.analysis.uses.values()
         if u.path in readers and readers[u.path].ins[u.data_operand] is result
         if u.primitive == "add" or (u.primitive == "sub" and u.leaf_operand == 1)
     ]
     if len(biases) != 1 or len(readers) != 1:
         return "no bias or running mean follows it directly"
     (bias,) = biases
-    layer_axis = structure.leaves[bias.leaf].layer_axis
+    layer_axis = graph.leaves[bias.leaf].layer_axis
     if (layer_axis is None) != (tap.layers is None):
         return f"{bias.leaf} is shared by layers whose weights are not, or the other way round"
     operand = product.ins[tap.use.data_operand]

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.core import Tracer
@@ -14,7 +14,9 @@ from jax.core import Tracer
 from jprune.tracing import layout as L
 from jprune.tracing.errors import KeepError, NotPrunable, suggest
 from jprune.tracing.layout import Concat, Fixed, Layout, Reordered, Unit
-from jprune.tracing.structure import Structure
+
+if TYPE_CHECKING:
+    from jprune.graph import Graph
 
 Keep = Mapping[str, Any]
 STACKED = ("pad", "bucket", "unstack")
@@ -25,24 +27,24 @@ def is_traced(keep: Keep) -> bool:
     return any(isinstance(v, Tracer) for v in keep.values())
 
 
-def check_names(structure: Structure, keep: Keep) -> None:
+def check_names(graph: Graph, keep: Keep) -> None:
     """Raise for a key that is no group: NotPrunable with its reason if it is a frozen leaf axis, else KeepError."""
     for name in keep:
-        if name in structure.groups:
+        if name in graph.groups:
             continue
         path, _, axis = str(name).rpartition(":")
-        leaf = structure.leaves.get(path)
+        leaf = graph.leaves.get(path)
         if leaf is not None and axis.isdigit() and int(axis) < len(leaf.shape):
             own = sorted(set(L.groups_in(leaf.layouts[int(axis)])))
             if own:
                 raise KeepError(f"{name!r} is cut into groups {own}; give keep sets for those")
             reason = leaf.frozen[int(axis)]
             raise NotPrunable(f"{name!r} may not be pruned: {reason if reason else 'its size is 1'}")
-        raise KeepError(f"no group is called {name!r}{suggest(str(name), structure.groups)}")
+        raise KeepError(f"no group is called {name!r}{suggest(str(name), graph.groups)}")
 
 
 def decide(
-    structure: Structure,
+    graph: Graph,
     keep: Keep | Decision,
     allow_inexact: bool = False,
     allow_empty: bool = False,
@@ -59,13 +61,13 @@ def decide(
     if stacked not in STACKED:
         raise ValueError(f"stacked must be one of {STACKED}, not {stacked!r}")
     if isinstance(keep, Decision):
-        if keep.structure is not structure:
+        if keep.graph is not graph:
             raise KeepError("this decision was made for another graph; make it with graph.decide(decision.keep)")
         return keep
-    check_names(structure, keep)
+    check_names(graph, keep)
     out: dict[str, np.ndarray] = {}
     for gid, value in keep.items():
-        group = structure.groups[gid]
+        group = graph.groups[gid]
         k = np.asarray(value)
         if k.dtype != np.bool_:
             if not np.isin(k, (0, 1)).all():
@@ -81,14 +83,16 @@ def decide(
             continue
         if not allow_empty and not k.any(axis=-1).all():
             raise KeepError(
-                f"keep[{gid!r}] removes every unit of group {gid!r}; keep at least one, or pass graph.decide(keep, allow_empty=True)"
+                f"keep[{gid!r}] removes every unit of group {gid!r}; keep at least one, or pass "
+                "graph.decide(keep, allow_empty=True)"
             )
         if not group.exact and not allow_inexact:
             raise NotPrunable(
-                f"group {gid!r} is inexact: {'; '.join(group.notes)}. Pass graph.decide(keep, allow_inexact=True) to prune it anyway"
+                f"group {gid!r} is inexact: {'; '.join(group.notes)}. Pass graph.decide(keep, "
+                "allow_inexact=True) to prune it anyway"
             )
         out[gid] = k
-    return Decision(structure, out, stacked)
+    return Decision(graph, out, stacked)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,14 +100,14 @@ class Decision:
     """Keep sets that fit a graph, with what else was decided; every method that takes a keep set takes it instead.
 
     Attributes:
-      structure: the graph.
+      graph: the traced function.
       keep: the keep sets of the groups from which something is removed.
       stacked: what becomes of scan layers that keep different numbers of units: "pad" fills the narrower ones with
         zeros up to the widest, "bucket" makes a list with one array per run of equally wide layers, "unstack" a list with
         one array (of one layer) per layer.
     """
 
-    structure: Structure
+    graph: Graph
     keep: Mapping[str, np.ndarray]
     stacked: str = "pad"
 
@@ -133,8 +137,8 @@ class Decision:
         out: dict[str, list[tuple[int, int, dict[str, int]]]] = {}
         if self.stacked == "pad":
             return out
-        for symbol in {str(self.structure.groups[g].scan) for g in self.keep if self.uneven(g)}:
-            mine = sorted(g for g in self.keep if self.structure.groups[g].scan == symbol)
+        for symbol in {str(self.graph.groups[g].scan) for g in self.keep if self.uneven(g)}:
+            mine = sorted(g for g in self.keep if self.graph.groups[g].scan == symbol)
             rows = np.stack([self.keep[g].sum(axis=-1) for g in mine], axis=1)
             new = (rows[1:] != rows[:-1]).any(axis=1) | (self.stacked == "unstack")
             cuts = [0, *(np.flatnonzero(new) + 1), len(rows)]

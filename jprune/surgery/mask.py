@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,10 @@ from jprune.surgery.decision import Keep, check_names, touched
 from jprune.tracing import layout as L
 from jprune.tracing.errors import KeepError
 from jprune.tracing.paths import path_str
-from jprune.tracing.structure import Leaf, Structure
+from jprune.tracing.structure import Leaf
+
+if TYPE_CHECKING:
+    from jprune.graph import Graph
 
 
 def leaf_mask(leaf: Leaf, keep: Keep, dtype: Any) -> Any:
@@ -62,7 +65,7 @@ def gated(x: Any, gates: Any) -> Any:
     return jnp.where(gone, jnp.zeros((), x.dtype), x) * gates
 
 
-def mask(structure: Structure, params: Any, keep: Keep) -> Any:
+def mask(graph: Graph, params: Any, keep: Keep) -> Any:
     """Multiply every member slice by its unit's keep value (bool, 0/1, or a soft gate in [0, 1]); shapes and dtypes
     unchanged.
 
@@ -74,14 +77,14 @@ def mask(structure: Structure, params: Any, keep: Keep) -> Any:
     Raises:
       KeepError: unknown group, or a keep set or leaf of the wrong shape.
     """
-    check_names(structure, keep)
+    check_names(graph, keep)
     for g, v in keep.items():
-        group = structure.groups[g]
+        group = graph.groups[g]
         if np.shape(v) not in (group.shape, (group.size,)):
             raise KeepError(f"keep[{g!r}] has shape {np.shape(v)}; group {g!r} wants {group.shape}")
 
     def one(path: Any, x: Any) -> Any:
-        leaf = structure.leaves.get(path_str(path))
+        leaf = graph.leaves.get(path_str(path))
         if leaf is None:
             raise KeepError(f"leaf {path_str(path)!r} was not among the traced parameters")
         if np.shape(x) != leaf.shape:  # it could broadcast

@@ -237,7 +237,7 @@ def _axes(indices: Indices, layer_axis: int | None) -> dict[str, list[Any]]:
 def plan_of(decision: Decision) -> Plan:
     """The plan of a checked decision."""
     leaves = {}
-    for leaf in decision.structure.leaves.values():
+    for leaf in decision.graph.leaves.values():
         indices = indices_of(leaf.layouts, decision.slots, leaf.layer_axis)
         if not indices:
             continue

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,10 @@ from jprune.tracing import layout as L
 from jprune.tracing import operand as moves
 from jprune.tracing.errors import suggest
 from jprune.tracing.primitives import DENSE_CONTRACTIONS
-from jprune.tracing.structure import Structure, Tap
+from jprune.tracing.structure import Tap
+
+if TYPE_CHECKING:
+    from jprune.graph import Graph
 
 Join = Callable[[Tap, Any, Any, Callable[[Any], Any], Any], Any]
 
@@ -35,7 +38,7 @@ class TapError(ValueError):
     """A tap that cannot be adapted; names it, why, and the user's source line."""
 
 
-def adapt(graph: Structure, taps: Iterable[str], join: Join) -> Callable[..., Any]:
+def adapt(graph: Graph, taps: Iterable[str], join: Join) -> Callable[..., Any]:
     """fn(params, extras, *inputs) -> outputs: the traced function with these products' results replaced.
 
     Jit-able, differentiable in params and extras, and as the traced function is scanned or rematerialised, so is it.
@@ -84,7 +87,7 @@ def adapt(graph: Structure, taps: Iterable[str], join: Join) -> Callable[..., An
     return adapted
 
 
-def _tap(graph: Structure, name: str) -> Tap:
+def _tap(graph: Graph, name: str) -> Tap:
     tap = graph.taps.get(name)
     if tap is None:
         raise TapError(f"there is no tap {name!r}{suggest(name, graph.taps)}")
@@ -99,7 +102,7 @@ def _tap(graph: Structure, name: str) -> Tap:
 # -- gates ---------------------------------------------------------------------------------------------------------
 
 
-def consumers(graph: Structure, groups: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def consumers(graph: Graph, groups: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """{tap id: those of these groups that its input's features are made of}: where gating removes their units.
 
     Raises:
@@ -269,7 +272,7 @@ def _over(depth: int, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return fn if not depth else functools.partial(lax.map, _over(depth - 1, fn))
 
 
-def product(graph: Structure, name: str) -> Product:
+def product(graph: Graph, name: str) -> Product:
     """A tap as a matrix.
 
     Raises:

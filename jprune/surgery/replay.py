@@ -23,7 +23,7 @@ class Replay:
 
     def __init__(self, decision: Decision):
         self.decision = decision
-        s = decision.structure
+        s = decision.graph
         widths = decision.widths("pad")
         self._widths = widths
         folded = {
@@ -48,13 +48,13 @@ class Replay:
     @property
     def free_dimensions(self) -> list[tuple[str, int]]:
         """Input dimensions that may change from call to call."""
-        return self.decision.structure.free_dimensions()
+        return self.decision.graph.inputs.free_dimensions()
 
     def __call__(self, small: Any, *inputs: Any) -> Any:
         """Evaluate on compacted parameters and inputs of the traced shapes (but for free dimensions)."""
-        s = self.decision.structure
+        s = self.decision.graph
         leaves = self._check_params(small)
-        flat, symbols = s.bind_inputs(inputs)
+        flat, symbols = s.inputs.bind(inputs)
         ev = Evaluator(
             s.rules,
             s.layouts_at,
@@ -96,7 +96,7 @@ class Replay:
                     f"leaf {path!r} has shape {got}, but this decision makes {shapes}; "
                     f"compact with the same keep and stacked={self.decision.stacked!r}"
                 )
-            leaf = self.decision.structure.leaves[path]
+            leaf = self.decision.graph.leaves[path]
             symbol = uneven_scan(self.decision, leaf) if isinstance(x, list) else None
             out.append(Segments(symbol, x) if symbol else x)
         return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -14,14 +14,16 @@ from jprune.surgery.decision import Decision, check_names
 from jprune.tracing import layout as L
 from jprune.tracing.errors import KeepError
 from jprune.tracing.paths import path_str
-from jprune.tracing.structure import Structure
+
+if TYPE_CHECKING:
+    from jprune.graph import Graph
 
 
-def resize(structure: Structure, shapes: Any, widths: Mapping[str, Any]) -> Any:
+def resize(graph: Graph, shapes: Any, widths: Mapping[str, Any]) -> Any:
     """The tree as `ShapeDtypeStruct`s whose groups have these widths; nothing says which units stay, so no values.
 
     Args:
-      structure: the graph.
+      graph: the traced function.
       shapes: the traced tree, as arrays or `ShapeDtypeStruct`s; its dtypes are taken over.
       widths: {group id: units}, smaller or larger than traced; absent groups stay as they are. All layers of a group
         that lives in a scan get the same width. Inexact groups are allowed: there are no values to be inexact about.
@@ -30,12 +32,12 @@ def resize(structure: Structure, shapes: Any, widths: Mapping[str, Any]) -> Any:
       KeepError: an unknown group, a width that is no integer above 0, or one width per layer.
       NotPrunable: a frozen axis in place of a group.
     """
-    check_names(structure, widths)
+    check_names(graph, widths)
     whole = {g: _checked(g, w) for g, w in widths.items()}
-    check_shapes(Decision(structure, {}), shapes)
+    check_shapes(Decision(graph, {}), shapes)
 
     def one(path: Any, x: Any) -> Any:
-        leaf = structure.leaves[path_str(path)]
+        leaf = graph.leaves[path_str(path)]
         return jax.ShapeDtypeStruct(tuple(int(L.width(axis, whole)) for axis in leaf.layouts), x.dtype)
 
     return jax.tree_util.tree_map_with_path(one, shapes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,10 @@ from jprune.tracing.evaluate import Evaluator
 from jprune.tracing.flow import Flow, Step
 from jprune.tracing.paths import flatten
 from jprune.tracing.primitives import SUMS
-from jprune.tracing.structure import Structure
 from jprune.tracing.walk import Path, Val
+
+if TYPE_CHECKING:
+    from jprune.graph import Graph
 
 AFFINE = ("add", "sub", "mul", "div", "add_any")
 CARRIED = ("convert_element_type", "copy", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "reduce_precision")
@@ -87,7 +89,7 @@ class Site:
         return tuple(self.kernel_shape[i] for i in self.eqn.params["dimension_numbers"].rhs_spec[2:])
 
 
-def sites(graph: Structure) -> tuple[dict[str, Site], dict[str, str]]:
+def sites(graph: Graph) -> tuple[dict[str, Site], dict[str, str]]:
     """({kernel path: site} in program order, {kernel path: why nothing can be grafted there}).
 
     Works on the trace of either mode: batch statistics are recognised as reductions to one number a channel.
@@ -138,7 +140,7 @@ def sites(graph: Structure) -> tuple[dict[str, Site], dict[str, str]]:
     return found, refused
 
 
-def select(graph: Structure, leaves: Iterable[str]) -> dict[str, Site]:
+def select(graph: Graph, leaves: Iterable[str]) -> dict[str, Site]:
     """The sites of these kernels.
 
     Raises:
@@ -164,7 +166,7 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
 
 
-def graft(graph: Structure, chosen: Mapping[str, Site], join: Join) -> Callable[..., tuple[Any, dict[str, Any]]]:
+def graft(graph: Graph, chosen: Mapping[str, Site], join: Join) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """fn(variables, extras, *inputs) -> (outputs, {kernel path: new state}): the traced function with joins.
 
     Args:
@@ -202,7 +204,7 @@ def graft(graph: Structure, chosen: Mapping[str, Site], join: Join) -> Callable[
     return grafted
 
 
-def folded(graph: Structure, chosen: Mapping[str, Site], variables: Any, *inputs: Any) -> dict[str, tuple[Any, Any]]:
+def folded(graph: Graph, chosen: Mapping[str, Site], variables: Any, *inputs: Any) -> dict[str, tuple[Any, Any]]:
     """{kernel path: (factor (n,), shift (n,))}: in evaluation mode y = factor * convolution + shift at each site.
 
     Read off the function itself, run with constants in place of the convolutions' results.
@@ -232,14 +234,14 @@ def folded(graph: Structure, chosen: Mapping[str, Site], variables: Any, *inputs
 
 
 def evaluated(
-    graph: Structure, variables: Any, inputs: Sequence[Any], observe: Any, watched: Any, states: dict[str, Any]
+    graph: Graph, variables: Any, inputs: Sequence[Any], observe: Any, watched: Any, states: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """(outputs, states) of the traced function with an observer at the watched equations (see `Evaluator`).
 
     Raises:
       ValueError: the variables lack a leaf that was traced.
     """
-    flat, symbols = graph.bind_inputs(inputs)
+    flat, symbols = graph.inputs.bind(inputs)
     by_path = dict(flatten(variables))
     if missing := [p for p in graph.leaves if p not in by_path]:
         raise ValueError(f"leaf {missing[0]!r} is missing from the variables: give those that were traced")

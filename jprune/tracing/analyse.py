@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -23,6 +23,9 @@ from jprune.tracing.structure import Group, Layouts, Leaf, Member
 from jprune.tracing.tags import Frozen
 from jprune.tracing.walk import DIVISOR, Analysis, Path, Rule, Val
 
+if TYPE_CHECKING:
+    pass
+
 
 def analyse(
     fn: Callable[..., Any],
@@ -33,7 +36,7 @@ def analyse(
     fold_constants: bool = False,
     is_param: Callable[[str], bool] | None = None,
 ) -> dict[str, Any]:
-    """Trace `fn(params, *inputs)` and return the constructor arguments of `Structure`."""
+    """Trace `fn(params, *inputs)` and return the constructor arguments of `Graph`."""
     flat = flatten(params)
     if not flat:
         raise TraceError("the parameters have no leaves; pass the variables the function is to be pruned in")

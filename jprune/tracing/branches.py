@@ -8,11 +8,15 @@ side by side) are understood too: x may be a summand of the other operand. Names
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from jprune.tracing.flow import Flow
 from jprune.tracing.primitives import CONTRACTIONS, SUMS
-from jprune.tracing.structure import Structure, Tap
+from jprune.tracing.structure import Tap
 from jprune.tracing.walk import Path, Val
+
+if TYPE_CHECKING:
+    from jprune.graph import Graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Branch:
     order: int
 
 
-def branches(graph: Structure, flow: Flow) -> tuple[Branch, ...]:
+def branches(graph: Graph, flow: Flow) -> tuple[Branch, ...]:
     """The products with parameters that close residual branches, in the order of the sums they end in."""
     analysis, needs = graph.analysis, _Needs(flow)
     taps = {t.use.path: t for t in graph.taps.values() if t.primitive == "dot_general"}

@@ -8,12 +8,15 @@ seen in the traced equations; names and shapes of blocks are not needed.
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from jprune.tracing import layout as L
 from jprune.tracing.flow import Flow
 from jprune.tracing.primitives import CONTRACTIONS, SAME, SUMS
-from jprune.tracing.structure import Structure
 from jprune.tracing.walk import Eqn, Path, Val
+
+if TYPE_CHECKING:
+    from jprune.graph import Graph
 
 SIGNED_SUMS = (*SUMS, "sub")
 LINEAR = {
@@ -41,11 +44,11 @@ class Connections:
     gates: frozenset[str]
 
 
-def connections(structure: Structure) -> Connections:
+def connections(graph: Graph) -> Connections:
     """What the equations of a traced function (in evaluation mode) do to its groups."""
     summed, concatenated, nonlinear, gates = set[str](), set[str](), set[str](), set[str]()
     origin: dict[int, frozenset[tuple[str | None, Path, int]]] = {}  # contractions a value was made from: leaf, size
-    macs, flow = structure.analysis.macs, Flow(structure)
+    macs, flow = graph.analysis.macs, Flow(graph)
     for path, step in flow.steps.items():
         ins, outs, name = step.ins, step.outs, step.name
         data = [k for k, v in enumerate(ins) if not flow.is_static(v)]
@@ -59,7 +62,7 @@ def connections(structure: Structure) -> Connections:
                 origin[id(v)] = frozenset().union(*(origin.get(id(ins[k]), ()) for k in data))
         if step.is_call or _holds_equations(step.eqn):
             continue
-        layouts = structure.layouts_at(path)
+        layouts = graph.layouts_at(path)
         groups = [{g for lay in axes for g in L.groups_in(lay)} for axes in layouts[0]]
         shared = set[str]().union(*(groups[a] & groups[b] for a in data for b in data if a < b))
         if name in SIGNED_SUMS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -17,7 +17,11 @@ from jax.core import Tracer
 
 from jprune.tracing import layout as L
 from jprune.tracing.layout import Fixed, Layout
-from jprune.tracing.structure import Structure
+from jprune.tracing.structure import loops_around
+from jprune.tracing.walk import Path
+
+if TYPE_CHECKING:
+    from jprune.graph import Graph
 
 Widths = Mapping[str, Any]
 
@@ -67,20 +71,20 @@ def _summed(x: Any) -> Any:
     return x.sum() if getattr(x, "ndim", 0) else x
 
 
-def total_of(structure: Structure, values: Mapping[str, Sequence[Any]], by: str) -> dict[str, Any]:
+def total_of(graph: Graph, values: Mapping[str, Sequence[Any]], by: str) -> dict[str, Any]:
     """Sums over the contractions of numbers of each (or of vectors over layers); of a cond's branches one counts.
 
     That is the dearest by the sum of `values[by]` at these very numbers: where all layers of a scan choose for
     themselves, each layer's own dearest.
 
     Args:
-      structure: whose contractions these are.
+      graph: whose contractions these are.
       values: {name: one value per contraction}.
       by: the name of those that say which branch is the dearest.
     """
-    if not any(c.branches for c in structure.contractions):
+    if not any(c.branches for c in graph.contractions):
         return {k: sum((_summed(x) for x in v), 0) for k, v in values.items()}
-    rows = [({k: v[i] for k, v in values.items()}, c.branches) for i, c in enumerate(structure.contractions)]
+    rows = [({k: v[i] for k, v in values.items()}, c.branches) for i, c in enumerate(graph.contractions)]
 
     def add(rows: list[Any], depth: int, layers: int | None) -> dict[str, Any]:
         out: dict[str, Any] = dict.fromkeys(values, 0)
@@ -93,7 +97,7 @@ def total_of(structure: Structure, values: Mapping[str, Sequence[Any]], by: str)
             for k, v in row.items():
                 out[k] = _shared(v, layers) + out[k]
         for path, by_branch in conds.items():
-            inside = structure.loop_around(path)
+            inside = _layers_around(graph, path)
             best: dict[str, Any] | None = None
             for i in sorted(by_branch):
                 found = add(by_branch[i], depth + 1, inside)
@@ -107,6 +111,12 @@ def total_of(structure: Structure, values: Mapping[str, Sequence[Any]], by: str)
         return out
 
     return {k: _summed(v) for k, v in add(rows, 0, None).items()}
+
+
+def _layers_around(graph: Graph, path: Path) -> int | None:
+    """Number of layers of the innermost scan whose body holds the equation at a call path."""
+    around = loops_around(path, graph.analysis, graph.scan_symbols)
+    return L.full_size(around[-1]) if around else None
 
 
 def _shared(v: Any, layers: int | None) -> Any:
@@ -126,24 +136,24 @@ def _where(better: Any, a: Any, b: Any) -> Any:
     return np.where(better, a, b) if np.ndim(better) else (a if better else b)
 
 
-def evaluate(structure: Structure, widths: Widths) -> Cost:
+def evaluate(graph: Graph, widths: Widths) -> Cost:
     """Cost at these widths: {group id: number, or (layers,) vector}; absent groups are whole."""
-    return Cost(**quantities(structure, widths, [f.name for f in dataclasses.fields(Cost)]))
+    return Cost(**quantities(graph, widths, [f.name for f in dataclasses.fields(Cost)]))
 
 
-def quantities(structure: Structure, widths: Widths, names: Sequence[str]) -> dict[str, Any]:
+def quantities(graph: Graph, widths: Widths, names: Sequence[str]) -> dict[str, Any]:
     """Some of the fields of `Cost`: allocation prices one quantity hundreds of times."""
     widths = {k: _exact(v) for k, v in widths.items()}
     one: float = 1.0 if any(isinstance(w, jax.Array) for w in widths.values()) else 1
     out: dict[str, Any] = dict.fromkeys(names, 0)
-    terms = structure.contractions
+    terms = graph.contractions
     if {"macs", "activation_bytes"} & set(out):
         values = {"macs": [one * t.coefficient * _per_layer(t.factors, widths, one) for t in terms]}
         if "activation_bytes" in out:
             values["activation_bytes"] = [t.itemsize * _per_layer(t.out, widths, one) for t in terms]
-        found = total_of(structure, values, "macs")
+        found = total_of(graph, values, "macs")
         out.update({k: found[k] for k in out if k in found})
-    for leaf in structure.leaves.values() if {"params", "state", "bytes"} & set(out) else ():
+    for leaf in graph.leaves.values() if {"params", "state", "bytes"} & set(out) else ():
         n = product(leaf.layouts, widths, one)
         if "bytes" in out:
             out["bytes"] = leaf.dtype.itemsize * n + out["bytes"]
@@ -153,22 +163,22 @@ def quantities(structure: Structure, widths: Widths, names: Sequence[str]) -> di
     return {name: _plain(x) for name, x in out.items()}
 
 
-def entries(structure: Structure, widths: Widths, paths: Iterable[str]) -> Any:
+def entries(graph: Graph, widths: Widths, paths: Iterable[str]) -> Any:
     """Entries of these leaves together, at these widths: the part of `Cost.params` (or `state`) that is theirs."""
     widths = {k: _exact(v) for k, v in widths.items()}
     one: float = 1.0 if any(isinstance(w, jax.Array) for w in widths.values()) else 1
-    return _plain(sum(product(structure.leaves[p].layouts, widths, one) for p in paths))
+    return _plain(sum(product(graph.leaves[p].layouts, widths, one) for p in paths))
 
 
-def fraction(structure: Structure, widths: Widths, total: float) -> Any:
+def fraction(graph: Graph, widths: Widths, total: float) -> Any:
     """MACs at these (traced, real) widths over `total`, exact to rounding in float32.
 
     Each term is divided before it is added: sums of whole MACs would lose integers above 2^24. This is
     the differentiable constraint of a loss term.
     """
-    terms = structure.contractions
+    terms = graph.contractions
     values = {"macs": [t.coefficient / total * _per_layer(t.factors, widths, 1.0) for t in terms]}
-    return total_of(structure, values, "macs")["macs"] + 0.0
+    return total_of(graph, values, "macs")["macs"] + 0.0
 
 
 def _exact(w: Any) -> Any:
@@ -201,15 +211,15 @@ class LayerCost:
     out_widths: tuple[int, ...]
 
 
-def per_layer(structure: Structure, widths: Widths) -> list[LayerCost]:
+def per_layer(graph: Graph, widths: Widths) -> list[LayerCost]:
     """Cost of every contraction, in program order; nothing for those in a branch of a cond that is not the dearest."""
     widths = {k: _exact(v) for k, v in widths.items()}
-    terms = structure.contractions
+    terms = graph.contractions
     macs = [t.coefficient * _per_layer(t.factors, widths, 1) for t in terms]
     paid = {"macs": macs}
     if any(t.branches for t in terms):  # what each term adds to the whole
         paid |= {str(i): [m if i == k else 0 for k, m in enumerate(macs)] for i in range(len(terms))}
-        total = total_of(structure, paid, "macs")
+        total = total_of(graph, paid, "macs")
         macs = [total[str(i)] for i in range(len(terms))]
     rows = []
     for term, m in zip(terms, macs, strict=True):
@@ -218,12 +228,12 @@ def per_layer(structure: Structure, widths: Widths) -> list[LayerCost]:
     return rows
 
 
-def marginal(structure: Structure, widths: Widths) -> dict[str, dict[str, Any]]:
+def marginal(graph: Graph, widths: Widths) -> dict[str, dict[str, Any]]:
     """Per group, what its last unit costs (for a stacked group: one more unit in every layer)."""
-    base = {g: widths.get(g, info.size) for g, info in structure.groups.items()}
-    here = evaluate(structure, base)
+    base = {g: widths.get(g, info.size) for g, info in graph.groups.items()}
+    here = evaluate(graph, base)
     out = {}
-    for g in structure.groups:
-        less = evaluate(structure, {**base, g: base[g] - 1})
+    for g in graph.groups:
+        less = evaluate(graph, {**base, g: base[g] - 1})
         out[g] = {f.name: getattr(here, f.name) - getattr(less, f.name) for f in dataclasses.fields(Cost)}
     return out

@@ -5,17 +5,20 @@ from __future__ import annotations
 import collections
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from jprune.tracing import layout as L
 from jprune.tracing.cost import LayerCost
 from jprune.tracing.errors import TraceError, suggest
-from jprune.tracing.structure import Leaf, Structure
+from jprune.tracing.structure import Leaf
+
+if TYPE_CHECKING:
+    from jprune.graph import Graph
 
 
-def explain(s: Structure, path: str | None = None, axis: int | None = None) -> str:
+def explain(s: Graph, path: str | None = None, axis: int | None = None) -> str:
     """Everything, one leaf, or one axis of one leaf."""
     if path is not None:
         if path not in s.leaves:
@@ -58,7 +61,7 @@ def explain(s: Structure, path: str | None = None, axis: int | None = None) -> s
     return "\n".join(lines)
 
 
-def describe_axis(s: Structure, leaf: Leaf, axis: int) -> str:
+def describe_axis(s: Graph, leaf: Leaf, axis: int) -> str:
     """Which groups an axis belongs to, and why the rest of it is unprunable."""
     if leaf.shape[axis] == 1:
         return "size 1"
@@ -69,7 +72,7 @@ def describe_axis(s: Structure, leaf: Leaf, axis: int) -> str:
     return "; ".join(parts)
 
 
-def summary(s: Structure) -> str:
+def summary(s: Graph) -> str:
     """Counts of groups and units, and of unprunable axes with the parameters that lie on them."""
     units = sum(math.prod(g.shape) for g in s.groups.values())
     inexact = sum(not g.exact for g in s.groups.values())
@@ -87,7 +90,7 @@ def summary(s: Structure) -> str:
     return "\n".join(lines)
 
 
-def cost_table(s: Structure, before: Sequence[LayerCost], after: Sequence[LayerCost] | None) -> Any:
+def cost_table(s: Graph, before: Sequence[LayerCost], after: Sequence[LayerCost] | None) -> Any:
     """MACs and output widths per layer."""
     table = Table(title="cost per layer")
     table.add_column("layer")

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from jprune.tracing.primitives import CALLS, REMAT, SAME
 from jprune.tracing.probes import Point
-from jprune.tracing.structure import Structure
 from jprune.tracing.walk import Eqn, Path, Val
+
+if TYPE_CHECKING:
+    from jprune.graph import Graph
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -55,9 +58,9 @@ class Flow:
       inputs, outputs: values of the inputs that are no leaves, and of what the function returns.
     """
 
-    def __init__(self, graph: Structure):
+    def __init__(self, graph: Graph):
         analysis = graph.analysis
-        self.inputs, self.outputs = graph.input_vals, graph.output_vals
+        self.inputs, self.outputs = graph.inputs.values, graph.output_vals
         self.steps: dict[Path, Step] = {}
         self._makers: dict[int, list[Step]] = {}
         self._readers: dict[int, list[Step]] = {}

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from jprune.tracing.evaluate import Evaluator
 from jprune.tracing.paths import flatten
-from jprune.tracing.structure import Structure
 from jprune.tracing.walk import Path
+
+if TYPE_CHECKING:
+    from jprune.graph import Graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Probe:
 
 
 def probed(
-    structure: Structure, probes: Mapping[str, Probe]
+    graph: Graph, probes: Mapping[str, Probe]
 ) -> tuple[Callable[..., tuple[Any, dict[str, Any]]], dict[str, Any]]:
     """(fn(states, params, *inputs) -> (outputs, states), states): the traced function, which feeds the probes.
 
@@ -69,7 +71,7 @@ def probed(
             last = k == len(probe.points) - 1
             tap_paths[name if last else f"{name} {k}"] = (point.path, probe.scan)
             at.setdefault(point.path, []).append((name, k))
-    folded = {path: [v.const for v in vals] for path, vals in structure.analysis.folded.items()}
+    folded = {path: [v.const for v in vals] for path, vals in graph.analysis.folded.items()}
 
     def start(probe: Probe) -> Any:
         if probe.layers is None:
@@ -77,7 +79,7 @@ def probed(
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (probe.layers, *jnp.shape(x))), probe.init)
 
     def run(states: Mapping[str, Any], params: Any, *inputs: Any) -> tuple[Any, dict[str, Any]]:
-        flat, symbols = structure.bind_inputs(inputs)
+        flat, symbols = graph.inputs.bind(inputs)
         held: dict[tuple[str, int], Any] = {}
 
         def observe(path: Path, eqn: Any, ins: list[Any], outs: list[Any], states: dict[str, Any]) -> None:
@@ -91,19 +93,19 @@ def probed(
                     states[name] = probe.update(states[name], *(held.pop((name, j)) for j in range(k)), value)
 
         ev = Evaluator(
-            structure.rules,
-            structure.layouts_at,
+            graph.rules,
+            graph.layouts_at,
             folded,
-            structure.analysis.jaxprs,
+            graph.analysis.jaxprs,
             symbols,
             None,
-            structure.scan_symbols,
+            graph.scan_symbols,
             observe,
             tap_paths,
             dict(states),
         )
         leaves = [x for _, x in flatten(params)]
-        outs = ev.run(structure.jaxpr.jaxpr, structure.jaxpr.consts, structure.select_used(leaves, flat), ())
-        return jax.tree.unflatten(structure.out_tree, outs), ev.states
+        outs = ev.run(graph.jaxpr.jaxpr, graph.jaxpr.consts, graph.select_used(leaves, flat), ())
+        return jax.tree.unflatten(graph.out_tree, outs), ev.states
 
     return run, {name: start(probe) for name, probe in probes.items()}

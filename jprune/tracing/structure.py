@@ -1,24 +1,20 @@
-"""What one trace of a function knows: leaves, dependency groups, layouts per call path, cost terms, uses."""
+"""What a graph is made of: leaves, dependency groups, places to read activations, terms of the cost, layouts of axes."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jprune.tracing import layout as L
 from jprune.tracing import tags as T
-from jprune.tracing.errors import TraceError
 from jprune.tracing.layout import Concat, Fixed, Layout, Reordered, Unit
-from jprune.tracing.paths import path_str
-from jprune.tracing.polymorphism import difference
 from jprune.tracing.tags import Frozen
-from jprune.tracing.walk import Analysis, Path, Use, Val, user_line
+from jprune.tracing.walk import Analysis, Path, Use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,228 +193,65 @@ class Layouts:
         return Fixed(d.n, self._symbols.get(id(d))) if name is None else Unit(name, d.n)
 
 
-def _symbol(layout: Layout) -> str | None:
-    return layout[0].symbol if len(layout) == 1 and isinstance(layout[0], Fixed) else None
+def loops_around(path: Path, analysis: Analysis, scan_symbols: Mapping[Path, str]) -> list[Layout]:
+    """Lengths of the scans around an equation, as factors."""
+    return [
+        (Fixed(analysis.scan_of[path[:i]].n, scan_symbols[path[:i]]),)
+        for i in range(1, len(path))
+        if path[:i] in analysis.scan_of and path[i] == "body"
+    ]
 
 
-class Structure:
-    """The static result of a trace; hashable by identity, no arrays but folded constants.
-
-    Attributes:
-      groups: prunable groups by id.
-      leaves: every leaf of the variables by path.
-      contractions: terms of the cost polynomial.
-      output_layouts: layouts of each output's axes.
-      unsupported: primitives without a rule -> source lines.
-      loops_counted_once: lines of while loops (their trip count is unknown, so their cost is counted once).
-    """
-
-    def __init__(
-        self,
-        closed: Any,
-        analysis: Analysis,
-        leaves: Mapping[str, Leaf],
-        groups: Mapping[str, Group],
-        layout: Layouts,
-        scan_symbols: Mapping[Path, str],
-        in_tree: Any,
-        out_tree: Any,
-        param_treedef: Any,
-        used_invars: Sequence[bool],
-        outputs: Sequence[Val],
-        const_vals: Sequence[Val],
-        inputs: Sequence[tuple[str, Val]],
-        again: Callable[[Sequence[Any]], Any],
-    ):
-        self.groups = dict(groups)
-        self.leaves = dict(leaves)
-        self.unsupported = {k: tuple(sorted(set(v))) for k, v in analysis.unsupported.items()}
-        self.jaxpr = closed
-        self.analysis = analysis
-        self.scan_symbols = dict(scan_symbols)
-        self.in_tree, self.out_tree, self.param_treedef = in_tree, out_tree, param_treedef
-        self.used_invars = tuple(used_invars)
-        self.layout = layout
-        self._layout_cache: dict[Path, Any] = {}
-        self.const_vals = tuple(const_vals)
-        self.input_vals = tuple(v for _, v in inputs)
-        self.output_vals = tuple(outputs)
-        self.rules = analysis.rules
-        self.input_dims = [(path, [_symbol(layout(t)) for t in v.tags]) for path, v in inputs]
-        self.input_shapes = [v.shape for _, v in inputs]
-        self._input_dtypes = [jax.dtypes.result_type(jax.ShapeDtypeStruct((), v.dtype)) for _, v in inputs]
-        self._again = again
-        self._differences: dict[tuple[tuple[str, int], ...], str | None] = {}
-        self.output_layouts = tuple(tuple([self.layout(t) for t in v.tags]) for v in outputs)
-        self.loops_counted_once = tuple(
-            sorted({user_line(e) for e in analysis.eqns.values() if e.primitive.name == "while"})
+def contractions_of(analysis: Analysis, layout: Layouts, scan_symbols: Mapping[Path, str]) -> Iterator[Contraction]:
+    """The terms of the cost polynomial, in program order."""
+    for path, term in analysis.macs.items():
+        loops = loops_around(path, analysis, scan_symbols)
+        yield Contraction(
+            term.leaf or f"{term.primitive} at {term.where}",
+            term.primitive,
+            term.coefficient,
+            (*loops, *[layout(t) for t in term.factors]),
+            (*loops, *[layout(t) for t in term.out_tags]),
+            tuple([layout(t) for t in term.contracted]),
+            term.itemsize,
+            path,
+            term.eqn,
+            tuple(
+                (path[:i], int(str(key).removeprefix("branch")))
+                for i, key in enumerate(path)
+                if str(key).startswith("branch")
+            ),
         )
-        self.contractions = tuple(self._contractions())
 
-    __hash__ = object.__hash__
 
-    def _axes(self, values: Sequence[Val]) -> list[tuple[Layout, ...]]:
-        return [tuple([self.layout(t) for t in v.tags]) for v in values]
-
-    def layouts_at(self, path: Path) -> tuple[list[tuple[Layout, ...]], list[tuple[Layout, ...]]]:
-        """Axis layouts of the operands and results of the equation at a call path."""
-        found = self._layout_cache.get(path)
-        if found is None:
-            ins, outs = self.analysis.records[path]
-            found = (self._axes(ins), self._axes(outs))
-            self._layout_cache[path] = found
-        return found
-
-    def bind_inputs(self, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, int]]:
-        """Flattened inputs and the sizes of their free dimensions; TraceError where they do not fit the trace."""
-        flat = jax.tree_util.tree_flatten_with_path(tuple(inputs))[0]
-        symbols: dict[str, int] = {}
-        if len(flat) != len(self.input_dims):
-            raise TraceError(f"{len(flat)} input arrays given, {len(self.input_dims)} were traced")
-        given, traced_paths = [path_str(p) for p, _ in flat], [p for p, _ in self.input_dims]
-        if given != traced_paths:
-            odd = next(p for p, q in zip(given, traced_paths, strict=True) if p != q)
-            raise TraceError(f"input {odd} was not traced: the inputs traced with are {', '.join(traced_paths)}")
-        for path, dtype, (_, x) in zip(traced_paths, self._input_dtypes, flat, strict=True):
-            now = jax.dtypes.result_type(x)
-            if now != dtype and not all(jax.numpy.issubdtype(t, np.inexact) for t in (now, dtype)):
-                raise TraceError(
-                    f"input {path} is {now}, but {dtype} was traced: a cast that did nothing then is not in the trace; "
-                    "cast it, or trace again with this type"
-                )
-        for (path, dims), traced, (_, x) in zip(self.input_dims, self.input_shapes, flat, strict=True):
-            if len(np.shape(x)) != len(traced):
-                raise TraceError(f"input {path} has {len(np.shape(x))} axes, {len(traced)} were traced")
-            for axis, (symbol, n, m) in enumerate(zip(dims, traced, np.shape(x), strict=True)):
-                if symbol is None and n != m:
-                    raise TraceError(
-                        f"axis {axis} of input {path} has size {m}, but {n} was traced and the function "
-                        "depends on it; trace again with the new size"
-                    )
-                if symbol is not None and symbols.setdefault(symbol, m) != m:
-                    raise TraceError(f"axis {axis} of input {path} has size {m}; another input has {symbols[symbol]}")
-        changed = self.difference_at(symbols)
-        if changed is not None:
-            sizes = ", ".join(f"axis {a} of input {p}: {n} instead of {m}" for p, a, n, m in self._changes(symbols))
-            raise TraceError(
-                f"the function was traced at other input sizes ({sizes}) and is another function at these: {changed}; "
-                "trace again with the new sizes"
+def taps_of(
+    analysis: Analysis, leaves: Mapping[str, Leaf], layouts_at: Callable[[Path], Any], scan_symbols: Mapping[Path, str]
+) -> dict[str, Tap]:
+    """Every place a leaf meets data, by tap id."""
+    by_leaf = collections.defaultdict(list)
+    for use in analysis.uses.values():
+        by_leaf[use.leaf].append(use)
+    out = {}
+    for leaf, uses in by_leaf.items():
+        for k, use in enumerate(uses):
+            ins, outs = layouts_at(use.path)
+            scan_path = layers = None
+            info = leaves[leaf]
+            if info.layer_axis is not None:
+                symbol = info.layouts[info.layer_axis][0].symbol  # pyright: ignore[reportAttributeAccessIssue]
+                for i in range(len(use.path), 0, -1):
+                    if scan_symbols.get(use.path[:i]) == symbol and use.path[:i] != use.path:
+                        scan_path, layers = use.path[:i], info.shape[info.layer_axis]
+                        break
+            key = leaf if len(uses) == 1 else f"{leaf}#{k}"
+            out[key] = Tap(
+                key,
+                leaf,
+                use.primitive,
+                layers,
+                tuple(ins[use.data_operand][i] for i in use.data_features),
+                tuple(outs[0][i] for i in use.out_features),
+                use,
+                scan_path,
             )
-        return [x if hasattr(x, "dtype") else jax.numpy.asarray(x) for _, x in flat], symbols
-
-    def difference_at(self, symbols: Mapping[str, int]) -> str | None:
-        """What the function does otherwise at these sizes of its inputs than the trace says; None: nothing.
-
-        Python code can make a number of a size (a mean written by hand), which the trace then holds. The function is
-        traced once more at each new set of sizes; of an empty batch there is nothing that could be wrong.
-        """
-        if not any(self._changes(symbols)) or 0 in symbols.values():
-            return None
-        key = tuple(sorted(symbols.items()))
-        if key not in self._differences:
-            leaves = iter(
-                tuple(symbols.get(str(s), n) if s else n for s, n in zip(dims, shape, strict=True))
-                for (_, dims), shape in zip(self.input_dims, self.input_shapes, strict=True)
-            )
-            second = self._again(list(leaves))
-            self._differences[key] = difference(self.analysis, second, self.layouts_at, symbols)
-        return self._differences[key]
-
-    def _changes(self, symbols: Mapping[str, int]) -> Iterator[tuple[str, int, int, int]]:
-        for (path, dims), shape in zip(self.input_dims, self.input_shapes, strict=True):
-            for axis, (symbol, n) in enumerate(zip(dims, shape, strict=True)):
-                if symbol is not None and symbols.get(symbol, n) != n:
-                    yield path, axis, symbols[symbol], n
-
-    def free_dimensions(self) -> list[tuple[str, int]]:
-        """Input axes, as (input path, axis), at whose other sizes the function is the traced one; tried with twice it."""
-        free = []
-        tried: dict[str, bool] = {}
-        for (path, dims), shape in zip(self.input_dims, self.input_shapes, strict=True):
-            for axis, (symbol, n) in enumerate(zip(dims, shape, strict=True)):
-                if symbol is None:
-                    continue
-                if symbol not in tried:
-                    try:
-                        tried[symbol] = self.difference_at({symbol: 2 * n}) is None
-                    except Exception:  # whatever the function raises, it does not take this size
-                        tried[symbol] = False
-                if tried[symbol]:
-                    free.append((path, axis))
-        return free
-
-    def select_used(self, leaves: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-        """The arguments of the traced jaxpr: those leaves and inputs that an output depends on."""
-        return [x for x, used in zip([*leaves, *inputs], self.used_invars, strict=True) if used]
-
-    def _loops(self, path: Path) -> list[Layout]:
-        """Lengths of the scans around an equation, as factors."""
-        out = []
-        for i in range(1, len(path)):
-            if path[:i] in self.analysis.scan_of and path[i] == "body":
-                out.append((Fixed(self.analysis.scan_of[path[:i]].n, self.scan_symbols[path[:i]]),))
-        return out
-
-    def _contractions(self) -> list[Contraction]:
-        out = []
-        for path, term in self.analysis.macs.items():
-            loops = self._loops(path)
-            name = term.leaf or f"{term.primitive} at {term.where}"
-            factors = [*loops, *(self.layout(t) for t in term.factors)]
-            results = [*loops, *(self.layout(t) for t in term.out_tags)]
-            summed = tuple(self.layout(t) for t in term.contracted)
-            out.append(
-                Contraction(
-                    name,
-                    term.primitive,
-                    term.coefficient,
-                    tuple(factors),
-                    tuple(results),
-                    summed,
-                    term.itemsize,
-                    path,
-                    term.eqn,
-                    tuple(
-                        (path[:i], int(str(key).removeprefix("branch")))
-                        for i, key in enumerate(path)
-                        if str(key).startswith("branch")
-                    ),
-                )
-            )
-        return out
-
-    def loop_around(self, path: Path) -> int | None:
-        """Number of layers of the innermost scan whose body holds the equation at a call path."""
-        around = self._loops(path)
-        return L.full_size(around[-1]) if around else None
-
-    @functools.cached_property
-    def taps(self) -> dict[str, Tap]:
-        """Every place a leaf meets data, by tap id."""
-        by_leaf = collections.defaultdict(list)
-        for use in self.analysis.uses.values():
-            by_leaf[use.leaf].append(use)
-        out = {}
-        for leaf, uses in by_leaf.items():
-            for k, use in enumerate(uses):
-                ins, outs = self.layouts_at(use.path)
-                scan_path = layers = None
-                info = self.leaves[leaf]
-                if info.layer_axis is not None:
-                    symbol = info.layouts[info.layer_axis][0].symbol  # pyright: ignore[reportAttributeAccessIssue]
-                    for i in range(len(use.path), 0, -1):
-                        if self.scan_symbols.get(use.path[:i]) == symbol and use.path[:i] != use.path:
-                            scan_path, layers = use.path[:i], info.shape[info.layer_axis]
-                            break
-                key = leaf if len(uses) == 1 else f"{leaf}#{k}"
-                out[key] = Tap(
-                    key,
-                    leaf,
-                    use.primitive,
-                    layers,
-                    tuple(ins[use.data_operand][i] for i in use.data_features),
-                    tuple(outs[0][i] for i in use.out_features),
-                    use,
-                    scan_path,
-                )
-        return out
+    return out

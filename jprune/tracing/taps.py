@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,10 @@ from jprune.tracing import layout as L
 from jprune.tracing.errors import TraceError, suggest
 from jprune.tracing.primitives import DENSE_CONTRACTIONS
 from jprune.tracing.probes import Point, Probe, probed
-from jprune.tracing.structure import Structure, Tap
+from jprune.tracing.structure import Tap
+
+if TYPE_CHECKING:
+    from jprune.graph import Graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,7 @@ def quantiles(at: tuple[float, ...], accuracy: float = 0.02, smallest: float = 1
 
 
 def calibrate(
-    structure: Structure,
+    graph: Graph,
     params: Any,
     batches: Iterable[Any],
     reducers: Mapping[str, Reducer],
@@ -132,7 +135,7 @@ def calibrate(
     NaN activations are not skipped: the statistics of the features they meet become NaN. Empty batches are skipped.
 
     Args:
-      structure: the graph.
+      graph: the traced function.
       params: the (unpruned) parameters.
       batches: of inputs, each a tuple like the traced inputs, or the one array where there is one input.
       reducers: name -> reducer.
@@ -146,11 +149,11 @@ def calibrate(
     Raises:
       TraceError: unknown taps, no batches or only empty ones, or batches that do not fit.
     """
-    step, states = step_of(structure, reducers, taps, side)
+    step, states = step_of(graph, reducers, taps, side)
     seen = skipped = 0
     for batch in track(batches, "calibrating", disable=not progress):
         inputs = batch if isinstance(batch, tuple) else (batch,)
-        if is_empty(structure, inputs):
+        if is_empty(graph, inputs):
             skipped += 1
             continue
         states = step(states, params, inputs)
@@ -161,16 +164,16 @@ def calibrate(
     return {t: {r: reducers[r].finish(s[r]) for r in s} for t, s in states.items()}
 
 
-def is_empty(structure: Structure, inputs: tuple[Any, ...]) -> bool:
+def is_empty(graph: Graph, inputs: tuple[Any, ...]) -> bool:
     """Whether an input has no entries that had some when it was traced."""
     given = [np.shape(x) for x in jax.tree.leaves(inputs)]
-    if len(given) != len(structure.input_shapes):
+    if len(given) != len(graph.inputs.shapes):
         return False  # the step says what does not fit
-    return any(0 in new and 0 not in old for new, old in zip(given, structure.input_shapes, strict=True))
+    return any(0 in new and 0 not in old for new, old in zip(given, graph.inputs.shapes, strict=True))
 
 
 def step_of(
-    structure: Structure, reducers: Mapping[str, Reducer], taps: Iterable[str] | None = None, side: str = "in"
+    graph: Graph, reducers: Mapping[str, Reducer], taps: Iterable[str] | None = None, side: str = "in"
 ) -> tuple[Callable[[Any, Any, Any], Any], dict[str, dict[str, Any]]]:
     """One calibration step and its initial state, to jit, shard or compile ahead of time oneself.
 
@@ -179,8 +182,8 @@ def step_of(
     Returns:
       (step, states): step(states, params, tuple of inputs) -> states, jitted; states are {tap id: {reducer: state}}.
     """
-    chosen = _choose(structure, taps, side)
-    run, states = probed(structure, {t.id: _probe(t, reducers, side) for t in chosen})
+    chosen = _choose(graph, taps, side)
+    run, states = probed(graph, {t.id: _probe(t, reducers, side) for t in chosen})
 
     @jax.jit
     def step(states: Any, params: Any, inputs: Any) -> Any:
@@ -205,17 +208,17 @@ def _probe(tap: Tap, reducers: Mapping[str, Reducer], side: str) -> Probe:
     return Probe((point,), init, update, tap.scan_path, tap.layers)
 
 
-def _choose(structure: Structure, taps: Iterable[str] | None, side: str) -> list[Tap]:
+def _choose(graph: Graph, taps: Iterable[str] | None, side: str) -> list[Tap]:
     if side not in ("in", "out"):
         raise TraceError(f"side must be 'in' or 'out', not {side!r}")
     if taps is None:
-        names = [t for t, tap in structure.taps.items() if tap.primitive in DENSE_CONTRACTIONS]
+        names = [t for t, tap in graph.taps.items() if tap.primitive in DENSE_CONTRACTIONS]
     else:
         names = list(taps)
         for t in names:
-            if t not in structure.taps:
-                raise TraceError(f"there is no tap {t!r}{suggest(t, structure.taps)}")
-    chosen = [structure.taps[t] for t in names]
+            if t not in graph.taps:
+                raise TraceError(f"there is no tap {t!r}{suggest(t, graph.taps)}")
+    chosen = [graph.taps[t] for t in names]
     for tap in chosen:
         if not (tap.in_layouts if side == "in" else tap.out_layouts):
             raise TraceError(f"tap {tap.id!r} ({tap.primitive}) has no feature axes on its {side!r} side")

@@ -18,7 +18,7 @@ import numpy as np
 from jprune.files.atomic import whole_folder, write_json
 from jprune.files.json_files import Fields, read_json, said_of
 from jprune.files.npz import read_npz
-from jprune.tracing.structure import Structure
+from jprune.graph import Graph
 
 ARRAYS, NOTES = "keep.npz", "notes.json"
 
@@ -40,7 +40,7 @@ class Decided:
     warnings: tuple[str, ...] = ()
 
 
-def remembered(folder: Path | None, graph: Structure, make: Callable[[], Decided]) -> Decided:
+def remembered(folder: Path | None, graph: Graph, make: Callable[[], Decided]) -> Decided:
     """The decision that an interrupted run left in `folder`, else the one that `make` makes now, which is saved there.
 
     Raises:

@@ -26,10 +26,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jprune.budget.rounding import channel_counts, proportional_ranks
+from jprune.graph import Graph
 from jprune.language.blocks import Block, blocks, layers
 from jprune.language.statistics import METRICS, BlockStats, block_stats
 from jprune.methods.channels.decoder_channels import FINE, channel_scores, removed, select
-from jprune.tracing.structure import Structure
 
 KAPPA = 131072 / 1e4  # the authors' sum over 128 x 1024 tokens divided by 1e4, as a mean over tokens
 COARSE = (*METRICS, "uniform")
@@ -156,7 +156,7 @@ def _check_sparsity(sparsity: float) -> None:
 
 
 def cfsp(
-    graph: Structure, params: Any, batches: Iterable[Any], sparsity: float, options: CFSPConfig = CFSPConfig()
+    graph: Graph, params: Any, batches: Iterable[Any], sparsity: float, options: CFSPConfig = CFSPConfig()
 ) -> tuple[dict[str, np.ndarray], PruneReport]:
     """Calibrate and decide: (keep set, report).
 
@@ -172,7 +172,7 @@ def cfsp(
 
 
 def cfsp_keep(
-    graph: Structure,
+    graph: Graph,
     params: Any,
     stats: BlockStats,
     sparsity: float,

@@ -23,6 +23,7 @@ from jaxtyping import Float
 
 from jprune import budget, importance
 from jprune.budget.rounding import channel_counts
+from jprune.graph import Graph
 from jprune.importance.reduce import WEIGHTS, counted_members, leaf_values, traced_leaf
 from jprune.language.blocks import Block, blocks, layers
 from jprune.language.statistics import BlockStats, layerwise_stats
@@ -33,24 +34,23 @@ from jprune.surgery.mask import mask
 from jprune.surgery.products import product
 from jprune.tracing import cost
 from jprune.tracing.paths import flatten, with_leaves
-from jprune.tracing.structure import Structure
 from jprune.tracing.taps import in_weight_order
 
 Keeps = dict[str, np.ndarray]
 
 
-def random(graph: Structure, key: jax.Array, sparsity: float, *, multiple_of: int | None = None) -> Keeps:
+def random(graph: Graph, key: jax.Array, sparsity: float, *, multiple_of: int | None = None) -> Keeps:
     """Any channels, the same count in every layer."""
     return _even(graph, channel_scores(graph, None, None, kind="random", key=key), sparsity, multiple_of)
 
 
-def magnitude(graph: Structure, params: Any, sparsity: float, *, multiple_of: int | None = None) -> Keeps:
+def magnitude(graph: Graph, params: Any, sparsity: float, *, multiple_of: int | None = None) -> Keeps:
     """The channels whose columns of the last product have the largest norm, the same count in every layer."""
     return _even(graph, channel_scores(graph, params, None, kind="magnitude"), sparsity, multiple_of)
 
 
 def wanda_sp(
-    graph: Structure,
+    graph: Graph,
     params: Any,
     stats: BlockStats,
     sparsity: float,
@@ -84,7 +84,7 @@ def wanda_sp(
 
 
 def wanda_sp_in_turn(
-    graph: Structure,
+    graph: Graph,
     embed: Callable[[Any], Any],
     block: Callable[..., Any] | Sequence[Callable[..., Any]],
     params: Iterable[Any],
@@ -101,7 +101,7 @@ def wanda_sp_in_turn(
     """
     chosen: list[np.ndarray] = []
 
-    def revise(i: int, part: Structure, own: Any, stats: BlockStats) -> Any:
+    def revise(i: int, part: Graph, own: Any, stats: BlockStats) -> Any:
         keep = _even(part, channel_scores(part, own, stats, kind="wanda"), sparsity, multiple_of)
         chosen.extend(keep.values())
         return mask(part, own, keep)
@@ -118,7 +118,7 @@ def wanda_sp_in_turn(
 
 
 def flap(
-    graph: Structure, params: Any, stats: BlockStats, sparsity: float, *, heads: bool = True, multiple_of: int = 1
+    graph: Graph, params: Any, stats: BlockStats, sparsity: float, *, heads: bool = True, multiple_of: int = 1
 ) -> Keeps:
     """Channels and key-value heads (with their queries) that fluctuate least, by one threshold (An et al., section 3.2).
 
@@ -148,7 +148,7 @@ def flap(
     return budget.ranked(graph, scores, target, per_layer="free", multiple_of=multiples).keep
 
 
-def flap_biases(graph: Structure, params: Any, stats: BlockStats, keep: Keep) -> Compensated:
+def flap_biases(graph: Graph, params: Any, stats: BlockStats, keep: Keep) -> Compensated:
     """Parameters whose biases take up the mean contribution of what `keep` removes (An et al., section 3.3).
 
     The decoder needs biases behind both products (`jprune.models.llama.with_biases` adds them); what has none is named.
@@ -163,7 +163,7 @@ def flap_biases(graph: Structure, params: Any, stats: BlockStats, keep: Keep) ->
 
 
 def taylor_gradients(
-    graph: Structure,
+    graph: Graph,
     loss: Callable[[Any, Any], Any],
     params: Any,
     batches: Iterable[Any],
@@ -201,18 +201,18 @@ def taylor_step(loss: Callable[[Any, Any], Any]) -> Callable[[dict[str, Any], An
     return step
 
 
-def _taylor_leaves(graph: Structure, heads: bool) -> list[str]:
+def _taylor_leaves(graph: Graph, heads: bool) -> list[str]:
     members = [m for g in _taylor_groups(graph, heads) for m in counted_members(graph, graph.groups[g], WEIGHTS)]
     return sorted({m.path for m in members})
 
 
-def _taylor_groups(graph: Structure, heads: bool) -> list[str]:
+def _taylor_groups(graph: Graph, heads: bool) -> list[str]:
     found = blocks(graph)
     return [*ffn_groups(found), *(b.kv for b in found if heads and b.kv is not None)]
 
 
 def taylor(
-    graph: Structure, params: Any, grads: Any, sparsity: float, *, heads: bool = False, multiple_of: int = 1
+    graph: Graph, params: Any, grads: Any, sparsity: float, *, heads: bool = False, multiple_of: int = 1
 ) -> Keeps:
     """Units with the largest sum of |w dL/dw|, the same fraction of every layer (LLM-Pruner's first-order score).
 
@@ -242,7 +242,7 @@ def standardised(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return (x - x.mean()) / (spread or 1.0)
 
 
-def _even(graph: Structure, scores: Mapping[str, Any], sparsity: float, multiple_of: int | None) -> Keeps:
+def _even(graph: Graph, scores: Mapping[str, Any], sparsity: float, multiple_of: int | None) -> Keeps:
     found = blocks(graph)
     widths = [graph.groups[layer.block.ffn].size for layer in layers(found)]
     counts = channel_counts(np.full(len(widths), 1.0 - sparsity), widths, multiple_of=multiple_of)
@@ -253,17 +253,17 @@ def _rows(scores: Mapping[str, Any], found: Sequence[Block]) -> list[np.ndarray]
     return [np.asarray(scores[x.block.ffn][... if x.row is None else x.row]) for x in layers(found)]
 
 
-def _put(scores: dict[str, Any], graph: Structure, group: str, row: int | None, value: np.ndarray) -> None:
+def _put(scores: dict[str, Any], graph: Graph, group: str, row: int | None, value: np.ndarray) -> None:
     scores.setdefault(group, np.zeros(graph.groups[group].shape))[... if row is None else row] = value
 
 
-def _squares(graph: Structure, values: Mapping[str, Any], tap: str) -> Float[np.ndarray, "*layers features"]:
+def _squares(graph: Graph, values: Mapping[str, Any], tap: str) -> Float[np.ndarray, "*layers features"]:
     """|W_:i|^2 per input feature of a product, in the order of its weights."""
     leaf = traced_leaf(graph, values, graph.taps[tap].leaf, "parameters")
     return np.asarray(product(graph, tap).map(lambda w: jnp.sum(w[0].astype(jnp.float32) ** 2, axis=0), [leaf]))
 
 
-def _left(graph: Structure, found: Sequence[Block], sparsity: float) -> int:
+def _left(graph: Graph, found: Sequence[Block], sparsity: float) -> int:
     """Parameters when a fraction of the FFN channels is gone."""
     paths = [p for p, leaf in graph.leaves.items() if leaf.is_param]
     dense = cost.entries(graph, {}, paths)

@@ -16,18 +16,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jprune import importance
+from jprune.graph import Graph
 from jprune.importance.reduce import counted_members, leaf_values, traced_leaf, unit_matrices
 from jprune.language.blocks import Block, blocks, layers
 from jprune.language.statistics import BlockStats
 from jprune.surgery.decision import Keep
 from jprune.tracing import cost
-from jprune.tracing.structure import Structure
 
 FINE = ("official", "eq8", "relative3", "wanda", "magnitude", "random")
 
 
 def channel_scores(
-    graph: Structure,
+    graph: Graph,
     params: Any,
     stats: BlockStats | None,
     found: Sequence[Block] | None = None,
@@ -126,7 +126,7 @@ def ffn_groups(found: Sequence[Block]) -> list[str]:
 
 
 def select(
-    graph: Structure, scores: Mapping[str, Any], counts: Sequence[int], found: Sequence[Block] | None = None
+    graph: Graph, scores: Mapping[str, Any], counts: Sequence[int], found: Sequence[Block] | None = None
 ) -> dict[str, np.ndarray]:
     """The keep set with the `counts` largest scores of every layer, ties to the lowest index (host-side).
 
@@ -145,7 +145,7 @@ def select(
     return keep
 
 
-def removed(graph: Structure, keep: Keep, found: Sequence[Block] | None = None) -> dict[str, float]:
+def removed(graph: Graph, keep: Keep, found: Sequence[Block] | None = None) -> dict[str, float]:
     """Sparsity counted three ways: FFN channels, weights of the blocks' products, all parameters."""
     found = blocks(graph) if found is None else found
     widths = {g: np.asarray(k).sum(-1) for g, k in keep.items()}

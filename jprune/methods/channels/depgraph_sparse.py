@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jprune.graph import Graph
 from jprune.importance.magnitude import magnitude
 from jprune.importance.reduce import WEIGHTS, counted_members
 from jprune.tracing.paths import path_str
-from jprune.tracing.structure import Structure
 
 
 class GroupSparsityState(NamedTuple):
@@ -36,7 +36,7 @@ def shrinkage(scores: Float[Array, "*layers units"], alpha: float = 4.0) -> Floa
 
 
 @functools.lru_cache(maxsize=16)
-def group_sparsity(graph: Structure, strength: float, alpha: float = 4.0) -> optax.GradientTransformation:
+def group_sparsity(graph: Graph, strength: float, alpha: float = 4.0) -> optax.GradientTransformation:
     """Optimiser link that adds the group shrinkage; put it before the momentum, with no weight decay beside it.
 
     Args:

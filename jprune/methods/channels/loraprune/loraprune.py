@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
+from jprune.graph import Graph
 from jprune.language.lora import Lora, own_scales, products
 from jprune.tracing import layout as L
 from jprune.tracing.paths import flatten
-from jprune.tracing.structure import Structure, Tap
+from jprune.tracing.structure import Tap
 
 Criterion: TypeAlias = Literal["lora", "grad", "magnitude", "random"]
 Side: TypeAlias = Literal["out", "in"]
@@ -117,7 +118,7 @@ def _dot(x: Any, y: Any) -> Any:
 
 
 def group_importance(
-    graph: Structure,
+    graph: Graph,
     params: Any,
     lora: Lora,
     grads: Lora,

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
+from jprune.graph import Graph
 from jprune.language.blocks import Block, blocks
 from jprune.methods.channels.loraprune.loraprune import Scores
-from jprune.tracing.structure import Structure
 
 Unit: TypeAlias = Literal["auto", "kv_group", "head", "q_head_balanced"]
 
@@ -63,7 +63,7 @@ def pruned_units(size: int, sparsity: float, multiple_of: int = 1) -> int:
 
 
 def prunable(
-    graph: Structure,
+    graph: Graph,
     *,
     unit: Unit = "auto",
     parts: Sequence[str] = ("attention", "mlp"),

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Bool
 from rich.progress import Progress
 
+from jprune.graph import Graph
 from jprune.language.blocks import blocks
 from jprune.language.finetune import Loss, next_token
 from jprune.language.lora import Lora, LoraConfig, init, merge, products
@@ -32,7 +33,6 @@ from jprune.methods.channels.loraprune.loraprune import CRITERIA, Criterion, Sco
 from jprune.methods.channels.loraprune.masks import Unit, cubic_sparsity, prunable, pruned_units, update_masks
 from jprune.surgery.decision import decide
 from jprune.tracing.paths import flatten, with_leaves
-from jprune.tracing.structure import Structure
 from jprune.training.checkpoints import fingerprint
 from jprune.training.config import TuningConfig, check_settings
 from jprune.training.gradients import accumulated, clipped
@@ -123,9 +123,7 @@ def pruning_steps(options: LoraPruneConfig, steps: int) -> dict[int, float]:
     return out
 
 
-def unit_counts(
-    graph: Structure, options: LoraPruneConfig, groups: Iterable[str], sparsity: float
-) -> dict[str, np.int32]:
+def unit_counts(graph: Graph, options: LoraPruneConfig, groups: Iterable[str], sparsity: float) -> dict[str, np.int32]:
     """{group: units to be gone per layer} at a share: rounded down, and never more than in the end."""
     channels = {b.ffn for b in blocks(graph)}
     out = {}
@@ -136,7 +134,7 @@ def unit_counts(
     return out
 
 
-def gradient(graph: Structure, options: LoraPruneConfig, lora: Lora, loss: Loss) -> Callable[..., Any]:
+def gradient(graph: Graph, options: LoraPruneConfig, lora: Lora, loss: Loss) -> Callable[..., Any]:
     """of(params, lora, masks, batch, key) -> (loss, (adapters' gradients, {leaf path: gradient})).
 
     The second is empty but for criterion "grad", which needs the gradients of the frozen matrices as well.
@@ -155,7 +153,7 @@ def gradient(graph: Structure, options: LoraPruneConfig, lora: Lora, loss: Loss)
 
 
 def step_of(
-    graph: Structure,
+    graph: Graph,
     options: LoraPruneConfig,
     tuning: TuningConfig,
     lora: Lora,
@@ -197,7 +195,7 @@ def _as_they_are(params: Any) -> Any:
 
 
 def loraprune(
-    graph: Structure,
+    graph: Graph,
     params: Any,
     batches: Callable[[int], Any],
     options: LoraPruneConfig,
@@ -273,7 +271,7 @@ def loraprune(
     return Result(done.state.params, done.state.rest["masks"], done.state.rest["ema"], done.losses)
 
 
-def finalize(graph: Structure, params: Any, lora: Lora, masks: Scores) -> tuple[Any, dict[str, Bool[np.ndarray, ...]]]:
+def finalize(graph: Graph, params: Any, lora: Lora, masks: Scores) -> tuple[Any, dict[str, Bool[np.ndarray, ...]]]:
     """(dense parameters with the adapters merged in float32, keep set), for `graph.compact(params, keep)`; host-side.
 
     Raises:

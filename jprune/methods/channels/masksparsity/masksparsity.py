@@ -27,10 +27,10 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float
 
+from jprune.graph import Graph
 from jprune.importance.batchnorm import scale_leaves
 from jprune.tracing.errors import suggest
 from jprune.tracing.paths import flatten, path_str
-from jprune.tracing.structure import Structure
 
 KINDS = ("l1", "l2", "smooth_l1")
 METHODS = ("threshold", "optimal", "sparsity")
@@ -113,7 +113,7 @@ def _as_in(path: str, paths: Sequence[str]) -> str:
     raise ValueError(f"a mask is given for {path!r}, which is no parameter{suggest(path, paths)}")
 
 
-def listed_scales(graph: Structure, coupled: bool = True, only: Sequence[str] = ("*",)) -> dict[str, tuple[str, ...]]:
+def listed_scales(graph: Graph, coupled: bool = True, only: Sequence[str] = ("*",)) -> dict[str, tuple[str, ...]]:
     """{group: its BatchNorm scales}, in program order: the layers that the method decides about.
 
     Args:
@@ -276,7 +276,7 @@ def leaf_masks(listed: Mapping[str, Sequence[str]], keep: Mapping[str, Any]) -> 
     return {p: 1.0 - np.asarray(keep[g], np.float32) for g, paths in listed.items() for p in paths}
 
 
-def all_masked(graph: Structure, listed: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+def all_masked(graph: Graph, listed: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
     """Masks of step 1 and of network slimming: every listed scale."""
     return {p: np.ones(graph.groups[g].size, np.float32) for g, paths in listed.items() for p in paths}
 

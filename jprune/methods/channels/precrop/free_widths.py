@@ -12,11 +12,11 @@ import dataclasses
 import functools
 import math
 
+from jprune.graph import Graph
 from jprune.importance.at_init import weight_leaves
 from jprune.tracing import layout as L
 from jprune.tracing.connections import connections
 from jprune.tracing.layout import Fixed, Unit
-from jprune.tracing.structure import Structure
 
 SPATIAL = ("KERNEL_SPATIAL", "CONV_SPATIAL")  # axes other than channels
 
@@ -75,7 +75,7 @@ class WidthVariables:
 
 
 @functools.lru_cache(maxsize=64)
-def width_variables(graph: Structure, stage_width: str | None = None) -> WidthVariables:
+def width_variables(graph: Graph, stage_width: str | None = None) -> WidthVariables:
     """The free widths; `stage_width` None means "keep" where anything is summed or concatenated, else "scale".
 
     Raises:
@@ -146,7 +146,7 @@ def _connected(free: list[str], weights: list[str], own: dict[str, set[str]]) ->
     return out
 
 
-def _contracted(graph: Structure, weights: set[str]) -> tuple[dict[str, set[str]], set[str], set[str]]:
+def _contracted(graph: Graph, weights: set[str]) -> tuple[dict[str, set[str]], set[str], set[str]]:
     """Per weight the groups summed over in its uses; the depthwise kernels; the cardinalities of grouped ones."""
     summed_over: dict[str, set[str]] = {p: set() for p in weights}
     depthwise, cardinality = set[str](), set[str]()

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jprune.budget.target import Target
-from jprune.graph import trace
+from jprune.graph import Graph, trace
 from jprune.importance import at_init, density
 from jprune.importance.density import Densities
 from jprune.importance.expected_flow import synexp_of_paths
@@ -31,7 +31,6 @@ from jprune.methods.channels.precrop.widths import fit as fit
 from jprune.methods.channels.precrop.widths import ratios as ratios
 from jprune.methods.channels.precrop.widths import widths as widths
 from jprune.tracing import cost
-from jprune.tracing.structure import Structure
 from jprune.training.forward import as_forward
 
 METHODS = ("synflow", "snip", "grasp", "magnitude", "random", "erk", "synexp", "reverse")
@@ -121,7 +120,7 @@ def preconfig(model: Any, variables: Any, x: Any, budget: Target | Sequence[Targ
 
 
 def layer_densities(
-    model: Any, graph: Structure, variables: Any, x: Any, method: str, budgets: Sequence[Target],
+    model: Any, graph: Graph, variables: Any, x: Any, method: str, budgets: Sequence[Target],
     batches: at_init.Batches = (), loss: at_init.OutputLoss = at_init.classification, key: Any = None,
     rule: WidthRule = SQRT, scoring: Scoring = PLAIN,
 ) -> Densities:  # fmt: skip

@@ -18,7 +18,6 @@ from jprune.graph import Graph
 from jprune.importance.density import Densities
 from jprune.methods.channels.precrop.free_widths import Block, WidthVariables, width_variables
 from jprune.tracing import cost
-from jprune.tracing.structure import Structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ def widths(graph: Graph, densities: Densities, budget: Target | Sequence[Target]
     return fit(graph, ratios(graph, densities, rule), budgets, rule, densities)
 
 
-def ratios(graph: Structure, densities: Densities, rule: WidthRule = SQRT) -> dict[str, float]:
+def ratios(graph: Graph, densities: Densities, rule: WidthRule = SQRT) -> dict[str, float]:
     """{group: new over original width}, real-valued, before any budget; ours.
 
     A weight of density d between k groups that may change asks d^(1/k) of each; a group gets the geometric mean of what
@@ -144,7 +143,7 @@ def _asked(block: Block, free: WidthVariables, densities: Densities, rule: Width
 
 
 def _matched(
-    graph: Structure, block: Block, log_rho: dict[str, float], densities: Densities, rule: WidthRule
+    graph: Graph, block: Block, log_rho: dict[str, float], densities: Densities, rule: WidthRule
 ) -> dict[str, float]:
     """The log ratios plus one offset (and below the cap), so that the block has sum(d n) weights."""
     paths = [p for p in block.weights if p in densities]
@@ -179,7 +178,7 @@ class Meter:
     limit: float
 
 
-def meters_of(graph: Structure, budgets: Sequence[Target], rule: WidthRule, weights: Sequence[str]) -> list[Meter]:
+def meters_of(graph: Graph, budgets: Sequence[Target], rule: WidthRule, weights: Sequence[str]) -> list[Meter]:
     """The budgets as numbers; `weights` are those counted without `count_bn`."""
     if not budgets:
         raise ValueError("give at least one budget, such as Target.params(0.2)")
