@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +20,9 @@ from rich.progress import Progress
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from experiments.stdlib_lm import cache_folder
-from jprune.checkpoint import load, save
+from experiments.trained_once import cache_folder, descend, trained_once
 from jprune.methods.tokens.cost import Dims, dims_of
 from jprune.models.vit import ViT, vit
-from jprune.training.progress import bar
 
 CANVAS, DIGIT, WINDOW, STEP = 16, 8, 4, 2
 SIDE = CANVAS // STEP  # tokens in a row
@@ -104,14 +101,10 @@ def trained(
     seed: int, recipe: Recipe = Recipe(), cache: str | Path | None = None, progress: bool | Progress = True
 ) -> tuple[ViT, Any]:
     """(module, variables), trained once and then read from the cache."""
-    said = {"recipe": dataclasses.asdict(recipe), "seed": seed, "version": VERSION}
-    key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_folder(cache).parent / "digit_canvas" / f"seed{seed}-{key}"
+    said = {"recipe": dataclasses.asdict(recipe), "version": VERSION}
     module = model()
-    if not folder.exists():
-        save(folder, _train(module, recipe, seed, progress), said, overwrite=True)
-    variables, _ = load(folder)
-    return module, variables
+    train = functools.partial(_train, module, recipe, seed, progress)
+    return module, trained_once(cache_folder("digit_canvas", cache), seed, said, lambda: (train(), {}))[0]
 
 
 def _train(module: ViT, recipe: Recipe, seed: int, progress: bool | Progress) -> Any:
@@ -124,23 +117,15 @@ def _train(module: ViT, recipe: Recipe, seed: int, progress: bool | Progress) ->
     rates = optax.cosine_onecycle_schedule(steps, recipe.learning_rate, recipe.warmup)
     optimizer = optax.adamw(rates, weight_decay=recipe.weight_decay)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(variables: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any, Any]:
-        def loss(v: Any) -> Any:
-            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(module.apply(v, x), y))  # pyright: ignore[reportArgumentType]
+    def loss(variables: Any, batch: Any) -> Any:
+        x, y = batch
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(module.apply(variables, x)), y))
 
-        value, gradients = jax.value_and_grad(loss)(variables)
-        updates, state = optimizer.update(gradients, state, variables)
-        return optax.apply_updates(variables, updates), state, value
-
-    state = optimizer.init(variables)
-    with bar(progress, recipe.epochs, f"vision transformer, seed {seed}") as update:
-        for epoch in range(recipe.epochs):
+    def batches() -> Iterator[Any]:
+        for _ in range(recipe.epochs):
             order = rng.permutation(len(images))[: per_epoch * recipe.batch]
-            values = []
             for chosen in order.reshape(per_epoch, recipe.batch):
                 canvases = place(images[chosen], labels[chosen], rng)
-                variables, state, value = step(variables, state, canvases.images, canvases.labels)
-                values.append(value)
-            update(epoch + 1, f"loss {np.mean(jax.device_get(values)):.3f}")
-    return variables
+                yield canvases.images, canvases.labels
+
+    return descend(loss, variables, batches(), steps, optimizer, progress, f"vision transformer, seed {seed}")[0]

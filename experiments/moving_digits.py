@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,8 @@ import optax
 from rich.progress import Progress
 from sklearn.datasets import load_digits
 
-from experiments.stdlib_lm import cache_folder
-from jprune.checkpoint import load, save
+from experiments.trained_once import cache_folder, descend, trained_once
 from jprune.models.dit import DiTBlock, DiTConfig, VideoDiT, dense_attention
-from jprune.training.progress import bar
 
 FRAMES, SIDE, DIGIT, WORDS, WORD = 8, 12, 8, 8, 32
 MODEL = DiTConfig(
@@ -88,45 +84,30 @@ def trained(
     seed: int, recipe: Recipe = Recipe(), cache: str | Path | None = None, progress: bool | Progress = True
 ) -> tuple[Conditioned, Any, float]:
     """(module, variables, mean loss of the last hundred steps), trained once and then read from the cache."""
-    said = {"recipe": dataclasses.asdict(recipe), "config": dataclasses.asdict(MODEL), "seed": seed, "version": VERSION}
-    key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_folder(cache).parent / "moving_digits" / f"seed{seed}-{key}"
+    said = {"recipe": dataclasses.asdict(recipe), "config": dataclasses.asdict(MODEL), "version": VERSION}
     module = Conditioned()
-    if not folder.exists():
-        variables, loss = _train(module, recipe, seed, progress)
-        save(folder, variables, said | {"loss": loss}, overwrite=True)
-    variables, metadata = load(folder)
+    train = functools.partial(_train, module, recipe, seed, progress)
+    variables, metadata = trained_once(cache_folder("moving_digits", cache), seed, said, train)
     return module, variables, metadata["loss"]
 
 
-def _train(module: Conditioned, recipe: Recipe, seed: int, progress: bool | Progress) -> tuple[Any, float]:
+def _train(module: Conditioned, recipe: Recipe, seed: int, progress: bool | Progress) -> tuple[Any, dict[str, float]]:
     rng = np.random.default_rng(seed)
     x, label, motion = videos(rng, recipe.batch)
     variables = jax.jit(module.init)(jax.random.key(seed), x, np.ones(len(x), np.float32), label, motion)
     rates = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, recipe.warmup, recipe.steps, recipe.last_rate)
     optimizer = optax.chain(optax.clip_by_global_norm(recipe.clip), optax.adam(rates))
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(variables: Any, state: Any, key: Any, x: Any, label: Any, motion: Any) -> tuple[Any, Any, Any]:
-        one, two = jax.random.split(key)
-        t = jax.nn.sigmoid(jax.random.normal(one, (len(x),)))
-        noise = jax.random.normal(two, x.shape)
+    def loss(variables: Any, batch: Any) -> Any:
+        keys, x, label, motion = batch
+        one, two = jax.random.split(jax.random.wrap_key_data(keys[0]))
+        t, noise = jax.nn.sigmoid(jax.random.normal(one, (len(x),))), jax.random.normal(two, x.shape)
+        at = t[:, None, None, None, None]
+        said = jnp.asarray(module.apply(variables, (1 - at) * x + at * noise, t, label, motion))
+        return jnp.mean((said - (noise - x)) ** 2)
 
-        def loss(v: Any) -> Any:
-            at = t[:, None, None, None, None]
-            said = module.apply(v, (1 - at) * x + at * noise, t, label, motion)
-            return jnp.mean((said - (noise - x)) ** 2)  # pyright: ignore[reportOperatorIssue]
-
-        value, gradients = jax.value_and_grad(loss)(variables)
-        updates, state = optimizer.update(gradients, state, variables)
-        return optax.apply_updates(variables, updates), state, value
-
-    state, losses = optimizer.init(variables), []
-    with bar(progress, recipe.steps, f"video model, seed {seed}") as update:
-        for k in range(recipe.steps):
-            key = jax.random.fold_in(jax.random.key(seed + 1), k)
-            variables, state, value = step(variables, state, key, *videos(rng, recipe.batch))
-            losses.append(value)
-            if k % 10 == 9:
-                update(k + 1, f"loss {float(value):.3f}")
-    return variables, float(np.mean(jax.device_get(losses[-100:])))
+    keys = (jax.random.key_data(jax.random.fold_in(jax.random.key(seed + 1), k))[None] for k in range(recipe.steps))
+    batches = ((key, *videos(rng, recipe.batch)) for key in keys)
+    title = f"video model, seed {seed}"
+    variables, losses = descend(loss, variables, batches, recipe.steps, optimizer, progress, title)
+    return variables, {"loss": float(np.mean(losses[-100:]))}

@@ -14,8 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
-import os
 import platform
 import sysconfig
 from pathlib import Path
@@ -31,11 +29,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from jprune.checkpoint import load, save
+from experiments.trained_once import cache_folder, descend, trained_once
 from jprune.data.text import sample_windows, windows
 from jprune.language.perplexity import next_token_loss, perplexity
 from jprune.models.llama import Llama, LlamaConfig, llama_config, stack_layers
-from jprune.training.progress import bar
 
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "site-packages"}
 MODEL = llama_config(vocab=256, stream=160, ffn=448, depth=6, q_heads=5, head_dim=32, tied=True)
@@ -105,14 +102,6 @@ def read_corpus(cap: int = 9_000_000) -> Corpus:
     return Corpus(*streams, platform.python_version(), digest)
 
 
-def cache_folder(cache: str | Path | None = None) -> Path:
-    """Where trained models are kept: `cache`, else $JPRUNE_CACHE/stdlib_lm, else ~/.cache/jprune/stdlib_lm."""
-    if cache is not None:
-        return Path(cache)
-    root = os.environ.get("JPRUNE_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "jprune") / "stdlib_lm"
-
-
 def base_model(
     seed: int,
     scanned: bool = False,
@@ -135,15 +124,12 @@ def base_model(
       progress: show a bar, or put it onto this one.
     """
     corpus = corpus or read_corpus()
-    said = {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe), "seed": seed,
-            "corpus": corpus.digest, "version": VERSION}  # fmt: skip
-    key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_folder(cache) / f"seed{seed}-{key}"
-    if folder.exists():
-        variables = load(folder)[0]
-    else:
-        variables = train(config, recipe, seed, corpus, progress)
-        save(folder, variables, said | {"python": corpus.python}, overwrite=True)  # another process may have been first
+    said = {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe), "corpus": corpus.digest,
+            "version": VERSION}  # fmt: skip
+    folder = cache_folder("stdlib_lm", cache)
+    variables, _ = trained_once(
+        folder, seed, said, lambda: (train(config, recipe, seed, corpus, progress), {}), {"python": corpus.python}
+    )
     return config, stack_layers(variables) if scanned else variables, corpus
 
 
@@ -173,27 +159,13 @@ def train(config: LlamaConfig, recipe: Recipe, seed: int, corpus: Corpus, progre
         optax.clip_by_global_norm(recipe.clip), optax.adamw(rates, weight_decay=recipe.weight_decay)
     )
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(variables: Any, state: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
-        def loss(v: Any) -> jax.Array:
-            return next_token_loss(jnp.asarray(module.apply(v, ids)), ids).mean()
+    def loss(variables: Any, ids: Any) -> Any:
+        return next_token_loss(jnp.asarray(module.apply(variables, ids)), ids).mean()
 
-        value, gradients = jax.value_and_grad(loss)(variables)
-        updates, state = optimizer.update(gradients, state, variables)
-        return optax.apply_updates(variables, updates), state, value
-
-    variables = initial(config, seed)
-    state = optimizer.init(variables)
     order = sample_windows(corpus.train, recipe.steps * recipe.batch, recipe.tokens, seed)
-    value = None
-    with bar(progress, recipe.steps, f"base model, seed {seed}") as update:
-        for k, batch in enumerate(order.reshape(recipe.steps, recipe.batch, recipe.tokens)):
-            variables, state, value = step(variables, state, batch)
-            if k % 10 == 9 or k == recipe.steps - 1:
-                update(k + 1, f"loss {float(value):.3f}")
-                if not np.isfinite(float(value)):
-                    raise ValueError(f"the loss is {float(value)} at step {k + 1}: lower the learning rate")
-    return variables
+    batches = order.reshape(recipe.steps, recipe.batch, recipe.tokens)
+    title = f"base model, seed {seed}"
+    return descend(loss, initial(config, seed), batches, recipe.steps, optimizer, progress, title)[0]
 
 
 def main(
@@ -213,7 +185,9 @@ def main(
     console.print(table)
     if corpus is not None:
         sizes = f"{len(corpus.train):,} bytes of text, {len(corpus.valid):,} held out"
-        console.print(f"Python {corpus.python}: {sizes}, digest {corpus.digest}; models in {cache_folder(cache)}")
+        console.print(
+            f"Python {corpus.python}: {sizes}, digest {corpus.digest}; models in {cache_folder('stdlib_lm', cache)}"
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import copy
 import dataclasses
 import itertools
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +27,18 @@ def test_every_configuration_has_settings_and_rows(name):
         keys = list(study.rows(setting))
         assert keys and not any(a == b[: len(a)] for a, b in itertools.permutations(keys, 2))  # none lies in another
         assert dataclasses.is_dataclass(setting)
+
+
+def test_the_commands_that_the_pages_name_are_understood():
+    root = Path(__file__).parents[2]
+    text = "\n".join(p.read_text() for p in [*root.glob("docs/*.md"), root / "README.md"])
+    text += "\n".join(s.about or "" for s in STUDIES.values())
+    commands = re.findall(r"python -m experiments\.(\w+)((?: +[^\s`#]+)*)", text)
+    named = {name for name, _ in commands}
+    assert set(STUDIES) <= named and all(find_spec(f"experiments.{name}") for name in named)
+    for name, flags in commands:
+        if name in STUDIES:
+            assert STUDIES[name].options(flags.split() if flags.lstrip().startswith("--") else [])
 
 
 def test_demands_of_masksparsity_can_fail():

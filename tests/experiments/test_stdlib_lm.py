@@ -5,10 +5,13 @@ import sysconfig
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import stdlib_lm
+from experiments.trained_once import cache_folder, descend
 from jprune.language.perplexity import perplexity
 from jprune.models.llama import Llama, llama_config
 
@@ -81,7 +84,23 @@ def test_a_loss_that_bursts_is_named(corpus, cache):
 
 def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
     monkeypatch.setenv("JPRUNE_CACHE", str(tmp_path))
-    assert stdlib_lm.cache_folder() == tmp_path / "stdlib_lm"
-    assert stdlib_lm.cache_folder("here").name == "here"
+    assert cache_folder("some") == tmp_path / "some"
+    assert cache_folder("some", "here").name == "here"
     monkeypatch.delenv("JPRUNE_CACHE")
-    assert stdlib_lm.cache_folder().parts[-3:] == (".cache", "jprune", "stdlib_lm")
+    assert cache_folder("some").parts[-3:] == (".cache", "jprune", "some")
+
+
+def test_batches_come_in_their_order():
+    """Plain descent on a parabola, and every batch is met once."""
+    seen = []
+
+    def batches():
+        for k in range(3):
+            seen.append(k)
+            yield (np.full((1,), float(k), np.float32),)
+
+    found, losses = descend(
+        lambda v, batch: jnp.sum((v - batch[0]) ** 2), jnp.zeros(1), batches(), 3, optax.sgd(0.25), False, ""
+    )
+    assert seen == [0, 1, 2] and found.tolist() == [1.25]  # 0, 0.5, 1.25
+    np.testing.assert_allclose(losses, [0.0, 1.0, 2.25])
