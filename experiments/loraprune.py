@@ -15,7 +15,8 @@ from typing import Any
 
 from experiments.adapted_decoder import AdaptedDecoder, memory
 from experiments.figures import OTHERS, OURS, bars, label, mean, panels, spread, table
-from experiments.study import Demand, Key, Run, Study, at_most, over_seeds
+from experiments.record import over_seeds
+from experiments.study import Demand, Key, Run, Study, at_most
 from jprune.language.lora import LoraConfig
 from jprune.methods.channels.loraprune.run import LoraPruneConfig
 from jprune.training import TuningConfig

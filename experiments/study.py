@@ -19,7 +19,6 @@ import dataclasses
 import json
 import os
 import shutil
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -166,7 +165,7 @@ class Study(Generic[S, C]):
         if unknown := set(only) - {k[-1] for k in rows}:
             raise ValueError(f"no rows {sorted(unknown)}; there are {sorted({k[-1] for k in self.rows(setting)})}")
         folder = work or out.with_name(f"{out.stem}.unfinished")
-        workspace, said = RunFolder(folder), {"config": config, **plain(setting)}
+        workspace, said = RunFolder(folder), {"config": config, **record.plain(setting)}
         with workspace.claim({"study": self.name, "setting": said}, resume=True):
             pass
         try:
@@ -210,7 +209,7 @@ class Study(Generic[S, C]):
 
     def summed(self, stored: Mapping[str, Any], judge: bool) -> dict[str, Any]:
         """The results file with results and verdicts computed anew from what it holds of every seed."""
-        out = {**stored, "results": over_seeds(list(stored["seeds"].values()))}
+        out = {**stored, "results": record.over_seeds(list(stored["seeds"].values()))}
         return {**out, "checks": {what: d.holds for what, d in self.demands(out).items()} if judge else {}}
 
     def report(self, console: Console, stored: Mapping[str, Any], picture: Path) -> None:
@@ -249,39 +248,6 @@ class Options(Generic[S]):
     out: Path | None = None
     work: Path | None = None
     redraw: bool = False
-
-
-def plain(value: Any) -> Any:
-    """A setting as plain data; functions are left out, and of a path only its name is told."""
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {name: plain(x) for name, x in fields.items() if not callable(x)}
-    if isinstance(value, tuple | list):
-        return [plain(x) for x in value]
-    if isinstance(value, Mapping):
-        return {str(k): plain(x) for k, x in value.items()}
-    return value.name if isinstance(value, Path) else value
-
-
-def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
-    """{"mean", "std"}: sample standard deviation, 0 for one value."""
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
-
-
-def over_seeds(parts: Sequence[Any]) -> Any:
-    """Mean and deviation of every number, in the same places; a list of dicts holds repetitions, which are pooled.
-
-    Other lists and texts are not summed up: they are left out.
-    """
-    first = parts[0]
-    if isinstance(first, list) and first and isinstance(first[0], dict):
-        return over_seeds([x for part in parts for x in part])
-    if isinstance(first, dict):
-        found = {k: over_seeds([p[k] for p in parts]) for k in first}
-        return {k: x for k, x in found.items() if x not in (None, {})}
-    if isinstance(first, bool) or not isinstance(first, int | float):
-        return None
-    return mean_and_spread(parts)
 
 
 def _get(tree: Any, keys: Key) -> Any:

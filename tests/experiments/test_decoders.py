@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from experiments import adapted_decoder, cfsp, loraprune, pruned_decoder, stdlib_lm
-from experiments.study import over_seeds
+from experiments.record import over_seeds
 from jprune.models.llama import llama_config
 
 CONFIG = llama_config(vocab=256, stream=16, ffn=24, depth=3, q_heads=2, tied=True)

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import adaspa, cfsp, divprune, grouping, lapp, loraprune, masksparsity, precropping, token_pruning
 from experiments.benchmarks import adaspa_roofline
-from experiments.study import over_seeds
+from experiments.record import over_seeds
 from jprune.files.json_files import read_json
 
 MODULES = (adaspa, cfsp, divprune, grouping, lapp, loraprune, masksparsity, precropping, token_pruning)

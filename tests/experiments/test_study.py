@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.study import Study, at_least, at_most, over_seeds, plain
+from experiments.record import over_seeds, plain
+from experiments.study import Study, at_least, at_most
 
 
 @dataclasses.dataclass(frozen=True)
