@@ -200,7 +200,11 @@ class Study(Generic[S, C]):
         for keys, row in rows.items():
             if (found := _get(done, keys)) is None:
                 shared = shared or [self.begin(setting, turn)]
-                found = json.loads(json.dumps(row(shared[0])))
+                found = row(shared[0])
+                try:
+                    found = json.loads(json.dumps(found, allow_nan=False))
+                except ValueError as error:
+                    raise ValueError(f"row {', '.join(keys)} of seed {turn.seed}: {error} in {found}") from error
                 _put(done, keys, found)
                 record.write(file, done)
             _put(out, keys, found)

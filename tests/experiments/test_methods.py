@@ -126,3 +126,17 @@ def test_what_the_page_says_of_a_large_video_is_what_the_program_counts(tmp_path
     at = read_json(tmp_path / "roofline.json")["results"]["0.8"]
     assert (round(at["flops"] / 1e15), round(at["dense_flops"] / 1e15)) == (195, 523)
     assert round(at["speed_up_of_attention"], 1) == 2.7
+
+
+@pytest.mark.slow
+def test_adaspa_at_its_smallest(tmp_path, monkeypatch):
+    monkeypatch.setenv("JPRUNE_CACHE", str(tmp_path / "cache"))
+    small = "--recipe.steps 8 --recipe.learning-rate 0.02 --recipe.warmup 1 --recipe.batch 1"
+    small += " --sampler.steps 11 --noises 2 --sparsities 0.8"
+    stored = adaspa.STUDY.main(
+        ["--seeds", "0", "--out", str(tmp_path / "a.json"), "--rows", "adaspa", "window", *small.split()]
+    )
+    runs = stored["seeds"]["0"]["0.8"]
+    assert set(runs) == {"adaspa", "window"} and all(len(found) == 2 for found in runs.values())
+    for found in (*runs["adaspa"], *runs["window"]):
+        assert found["psnr"] > 0 and -1 <= found["ssim"] <= 1 and 0 < found["recall"] < 1

@@ -129,6 +129,12 @@ def test_settings_are_flags_and_rows_can_be_chosen(tmp_path):
         toy(calls).main([*out, "--rows", "first", "frist"])
 
 
+def test_numbers_that_are_none_stop_the_run(tmp_path):
+    study = dataclasses.replace(toy([]), rows=lambda setting: {("a", "b"): lambda shared: {"x": float("inf")}})
+    with pytest.raises(ValueError, match=r"row a, b of seed 0: .* in \{'x': inf\}"):
+        study.main(["--out", str(tmp_path / "toy.json")])
+
+
 def test_what_is_no_number_is_not_summed_up():
     parts = [{"a": 1, "b": [1, 2], "c": {"d": "text"}, "e": True}, {"a": 2, "b": [3], "c": {"d": "x"}, "e": False}]
     assert over_seeds(parts) == {"a": {"mean": 1.5, "std": pytest.approx(0.70710678)}}
