@@ -24,6 +24,7 @@ from jprune import checkpoint
 from jprune.data import Dataset, load_cifar, load_digits, load_image_folder, steps_per_epoch
 from jprune.graph import Graph, trace
 from jprune.jobs.outputs import layer_table, write_report
+from jprune.jobs.pruning_run import PruningRun
 from jprune.methods.contract import ClassifierTask, Method, Outcome, checked
 from jprune.methods.names import method
 from jprune.models import build
@@ -31,7 +32,6 @@ from jprune.report import measure, plots
 from jprune.training import TrainConfig, evaluate
 from jprune.training.forward import as_forward
 from jprune.training.loss import cross_entropy
-from jprune.training.run_folder import RunFolder
 
 SAMPLES = 256  # training images that gradient criteria look at
 USUAL = 0.5  # share removed where nothing is asked for
@@ -109,26 +109,17 @@ def load_data(o: ClassifierConfig) -> Dataset:
     return load_cifar(folder, 10 if o.data == "cifar10" else 100)
 
 
-class ClassifierRun(RunFolder):
+class ClassifierRun(PruningRun):
     """One run in its folder; calling it goes through all phases."""
 
-    def __init__(self, options: ClassifierConfig, out: Path, settings: Any = None, resume: bool = False,
-                 quiet: bool = False):  # fmt: skip
-        """Get ready, and refuse what cannot be done.
+    def __init__(self, options: ClassifierConfig, *more: Any, **named: Any):
+        """As `PruningRun`."""
+        self.o = options
+        super().__init__(options, *more, **named)
 
-        Args:
-          options: what is asked for.
-          out: the folder.
-          settings: of the method, an instance of its `config`; None: the usual ones.
-          resume: go on with the run in `out`.
-          quiet: show no progress.
-        """
-        super().__init__(out, quiet)
-        self.o, self.method = options, options.chosen
-        self.settings = self.method.config() if settings is None else settings
-        if not isinstance(self.settings, self.method.config):
-            raise ValueError(f"the settings of {options.method!r} are a {self.method.config.__name__}, not {settings}")
-        self.said = {**dataclasses.asdict(options), **dataclasses.asdict(self.settings)}
+    def prepare(self, resume: bool) -> None:
+        """Read the data, and check; nothing is trained yet."""
+        options = self.o
         with self.claim(self.said, resume):
             self.data = load_data(options)
             self.model: Any = build(options.model, self.data.num_classes)
@@ -156,14 +147,8 @@ class ClassifierRun(RunFolder):
         batch = train.read(np.sort(chosen))
         return jnp.asarray(batch["image"]), jnp.asarray(batch["label"])
 
-    def __call__(self) -> dict[str, Any]:
-        """All phases; returns what summary.json says."""
-        try:
-            return self._run()
-        finally:
-            self.release()
-
-    def _run(self) -> dict[str, Any]:
+    def work(self) -> dict[str, Any]:
+        """Train, remove, measure, write."""
         o = self.o
         x = jnp.zeros((2, *self.data.image_shape), jnp.float32)
         fresh = jax.jit(self.model.init)(jax.random.key(o.seed), x)

@@ -28,6 +28,7 @@ from jprune.data.text import sample_windows
 from jprune.graph import trace
 from jprune.jobs.decoder_text import Texts, load_texts
 from jprune.jobs.outputs import write_report
+from jprune.jobs.pruning_run import PruningRun
 from jprune.language.finetune import recover
 from jprune.language.lora import LoraConfig, layer_ranks, merge
 from jprune.language.perplexity import Speed, next_token_loss, perplexity, speeds
@@ -38,7 +39,6 @@ from jprune.models.llama_config import LlamaConfig
 from jprune.models.llama_placement import placement
 from jprune.report import measure, plots
 from jprune.training import TuningConfig
-from jprune.training.run_folder import RunFolder
 
 USUAL = 0.3  # share removed where nothing is asked for
 
@@ -137,25 +137,17 @@ class MeasuredDecoder:
     decode: float
 
 
-class DecoderRun(RunFolder):
+class DecoderRun(PruningRun):
     """One run in its folder; calling it goes through all phases."""
 
-    def __init__(self, options: DecoderConfig, out: Path, settings: Any = None, resume: bool = False,
-                 quiet: bool = False):  # fmt: skip
-        """Get ready, and refuse what cannot be done.
+    def __init__(self, options: DecoderConfig, *more: Any, **named: Any):
+        """As `PruningRun`."""
+        self.o = options
+        super().__init__(options, *more, **named)
 
-        Args:
-          options: what is asked for.
-          out: the folder.
-          settings: of the method, an instance of its `config`; None: the usual ones.
-          resume: go on with the run in `out`.
-          quiet: show no progress.
-        """
-        super().__init__(out, quiet)
-        self.o, self.method = options, options.chosen
-        self.settings = self.method.config() if settings is None else settings
-        if not isinstance(self.settings, self.method.config):
-            raise ValueError(f"the settings of {options.method!r} are a {self.method.config.__name__}, not {settings}")
+    def prepare(self, resume: bool) -> None:
+        """Check, then read text and weights."""
+        options = self.o
         even = self.method.even or getattr(self.settings, "scope", None) == "uniform"
         if options.form == "uniform" and not even:
             raise ValueError("form 'uniform' needs layers of equal width: give --scope uniform too, or --form padded")
@@ -165,7 +157,6 @@ class DecoderRun(RunFolder):
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), ids)
         self.method.check(self._task(shapes), self.settings)
         self.mesh = _mesh(options.mesh)
-        self.said = {**dataclasses.asdict(options), "mesh": list(options.mesh), **dataclasses.asdict(self.settings)}
         with self.claim(self.said, resume), self.shown():
             with self.phase("reading text"):
                 self.texts: Texts = load_texts(options, self.config)
@@ -187,14 +178,8 @@ class DecoderRun(RunFolder):
             self.model, trace(self.model.apply, params, ids), params, (ids,), o.amount, self._batches, self._batches, loss,
             self, o.seed, self.batch_of_step, o.recover, o.learning_rate, o.rank, self._save_every)  # fmt: skip
 
-    def __call__(self) -> dict[str, Any]:
-        """All phases; returns what summary.json says."""
-        try:
-            return self._run()
-        finally:
-            self.release()
-
-    def _run(self) -> dict[str, Any]:
+    def work(self) -> dict[str, Any]:
+        """Measure, decide, cut, recover, measure, write."""
         o = self.o
         task = self._task(self.params)
         with self.shown(max(o.recover, 1)):
