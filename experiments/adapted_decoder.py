@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,35 @@ from experiments.stdlib_lm import MODEL, base_model
 from experiments.study import Run
 from jprune.data.text import sample_windows
 from jprune.language.finetune import next_token, recover
-from jprune.language.lora import init
+from jprune.language.lora import LoraConfig, init
 from jprune.language.perplexity import perplexity
 from jprune.methods.channels.loraprune.loraprune import group_importance
 from jprune.methods.channels.loraprune.masks import prunable, update_masks
 from jprune.methods.channels.loraprune.run import LoraPruneConfig, finalize, gradient, loraprune, step_of, unit_counts
 from jprune.models import rebuild
 from jprune.models.llama import Llama, unstack_layers
+from jprune.training import TuningConfig
 from jprune.training.state import init_state
 
-if TYPE_CHECKING:
-    from experiments.loraprune import Setting
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One configuration.
+
+    Attributes:
+      options: of LoRAPrune.
+      tuning: of the adapters.
+      batch, tokens: sequences of a step, and how long each is.
+      evaluated: held-out windows.
+      agreement: seeds over which scores are compared with what zeroing a unit does.
+    """
+
+    options: LoraPruneConfig = LoraPruneConfig(every=5, skip_first=1, lora=LoraConfig(8, 16.0))
+    tuning: TuningConfig = TuningConfig(60, 1e-3)
+    batch: int = 4
+    tokens: int = 192
+    evaluated: int = 64
+    agreement: tuple[int, ...] = (0, 1, 2)
 
 
 class AdaptedDecoder:

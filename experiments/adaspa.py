@@ -8,7 +8,6 @@ blocks per row. What is reported is how near it comes to the dense sample, and h
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,33 +15,12 @@ from typing import Any
 import jax
 
 from experiments.figures import bars, label, panels, spread, table
-from experiments.moving_digits import TOKENS, WORDS, Recipe
+from experiments.moving_digits import TOKENS, WORDS
 from experiments.study import Demand, Key, Study, at_least, at_most
-from experiments.video_samples import VideoModel
+from experiments.video_samples import Setting, VideoModel
 from jprune.methods.attention import patterns
 from jprune.methods.attention.adaspa import attention_of
 from jprune.methods.attention.adaspa_select import AdaSpaConfig
-from jprune.models.samplers import RectifiedFlow
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """Model, sampler and sparsity.
-
-    Attributes:
-      recipe: of the video model.
-      sampler: how videos are made.
-      sparsities: shares of video blocks that a row does not read; demands are about the first.
-      noises: samples of every model.
-      block: tokens of a block.
-    """
-
-    recipe: Recipe = Recipe()
-    sampler: RectifiedFlow = RectifiedFlow(50, 7.0)
-    sparsities: tuple[float, ...] = (0.8, 0.6)
-    noises: int = 3
-    block: int = 8
-
 
 OURS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "exact": lambda s: {"search_steps": tuple(range(9, s.sampler.steps))},

@@ -11,14 +11,12 @@ compiled program serves all. Some are then tuned with low-rank adapters, all on 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from experiments.figures import bars, label, logarithmic, panels, spread, table
-from experiments.pruned_decoder import PrunedDecoder
+from experiments.pruned_decoder import PrunedDecoder, Setting
 from experiments.study import Demand, Key, Study, at_most
 from jprune.methods.channels.decoder_channels import FINE
 from jprune.training import TuningConfig
@@ -37,34 +35,6 @@ TUNED = (
 )
 CURVES = ("random uniform", "random coarse", "magnitude uniform", "flap heads", "flap channels", "wanda uniform",
           "official uniform", "official coarse")  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One configuration.
-
-    Attributes:
-      sparsities: fractions of FFN channels; the last is that of the figure's bars.
-      multiple_of: of the counts.
-      slopes: `a` of CFSP's sigmoid, reported beside 1.
-      batch: windows at a time.
-      gradient_windows: how many the Taylor score averages over.
-      tuning: of the adapters; None: no recovery. tuning_rows: windows of a step.
-      source: the standard library's model, or a Hugging Face folder:
-      model, text, eval_text: it, and what it is calibrated and evaluated on, files or folders.
-    """
-
-    sparsities: tuple[float, ...] = (0.2, 0.3, 0.5)
-    multiple_of: int | None = None
-    slopes: tuple[float, ...] = (0.25, 4.0)
-    batch: int = 16
-    gradient_windows: int = 16
-    tuning: TuningConfig | None = None
-    tuning_rows: int = 8
-    source: Literal["library", "folder"] = "library"
-    model: Path | None = None
-    text: Path | None = None
-    eval_text: Path | None = None
 
 
 SETTINGS = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.digit_canvas import sizes
-from experiments.digit_reader import WrongWay
+from experiments.digit_reader import Setting, WrongWay
 from jprune.methods.tokens.before_first_block import AtEntry
 from jprune.methods.tokens.cost import count_macs
 from jprune.methods.tokens.reducers_by_name import reducer_for
@@ -13,9 +13,6 @@ from jprune.methods.tokens.schedules import ats_for, tome_for, topk_for
 from jprune.methods.tokens.topk import TopK
 from jprune.methods.tokens.zero_tprune import PAPER_VARIANCES, PruneSpec, ZeroTPrune
 from jprune.models.token_hook import TokenReducer
-
-if TYPE_CHECKING:
-    from experiments.token_pruning import Setting
 
 SHARE = 0.4  # of what a layer drops, by similarity
 

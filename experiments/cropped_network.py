@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,10 +20,33 @@ from jprune.importance.at_init import weights_of
 from jprune.methods.channels.precrop import controls
 from jprune.methods.channels.precrop import precrop as pc
 from jprune.models import rebuild
+from jprune.training import TrainConfig
 from jprune.training.progress import display
 
-if TYPE_CHECKING:
-    from experiments.precropping import Setting
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One configuration.
+
+    Attributes:
+      model: () -> linen module.
+      data: (data folder or None, seed) -> dataset.
+      recipe: of the training from scratch.
+      keep: fractions of the counted weights kept; the first gets every row, the others the curve.
+      rule: how widths are chosen.
+      exempt: leaves that are neither scored nor counted.
+      curve: the methods of the curve.
+      data_dir: the folder of the data.
+    """
+
+    model: Callable[[], Any]
+    data: Callable[[Path | None, int], Dataset]
+    recipe: TrainConfig
+    keep: tuple[float, ...]
+    rule: pc.WidthRule = pc.WidthRule()
+    exempt: tuple[str, ...] = ()
+    curve: tuple[str, ...] = ("unstructured synflow", "synflow sqrt", "synexp sqrt", "snip sqrt", "uniform_width")
+    data_dir: Path | None = None
 
 
 class CroppedNetwork:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.stats import rankdata
 
-from experiments.digit_canvas import Canvases, calibration_set, model, sizes, test_set, trained
+from experiments.digit_canvas import Canvases, Recipe, calibration_set, model, sizes, test_set, trained
 from experiments.study import Run
 from jprune.methods.tokens.before_first_block import two_pass
 from jprune.methods.tokens.pagerank import aggregate_heads, initial_signal, wpr_scores
@@ -21,8 +21,40 @@ from jprune.methods.tokens.selection import best_places
 from jprune.methods.tokens.zero_tprune import PAPER_VARIANCES
 from jprune.models.token_hook import Seen, TokenReducer, Tokens, take
 
-if TYPE_CHECKING:
-    from experiments.token_pruning import Setting
+REDUCERS = (
+    "zero_tprune",
+    "zero_tprune_uni",
+    "tome",
+    "ats",
+    "evit",
+    "cls_topk",
+    "column_mean",
+    "random",
+)  # of the curves
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Model, numbers of tokens and budgets.
+
+    Attributes:
+      recipe: of the model.
+      kept: tokens before the first block. schedules: tokens after the first blocks.
+      fractions: of the blocks' MACs. searched: those at which a schedule is searched, with so many trials on few images.
+      images: so many canvases; None: all.
+      methods: of the curves.
+    """
+
+    recipe: Recipe = Recipe()
+    kept: tuple[int, ...] = (32, 20, 12, 8)
+    schedules: tuple[tuple[int, ...], ...] = ((44, 32, 24, 16), (24, 12, 8, 6))
+    fractions: tuple[float, ...] = (0.9, 0.75, 0.6, 0.45, 0.3)
+    searched: tuple[float, ...] = (0.3,)
+    trials: int = 60
+    few: int = 256
+    images: int | None = None
+    methods: tuple[str, ...] = REDUCERS
+
 
 BATCH = 250
 SCORES = ("PageRank, 1 vote", "PageRank, 5 votes", "PageRank, 30 votes", "5 votes, boosted", "5 votes, heads filtered",

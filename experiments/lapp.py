@@ -11,48 +11,22 @@ all costs are counted on the final function, bypasses included.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import tyro
 
 from experiments import paper_data
 from experiments.figures import label, line, mean, panels, spread, table
-from experiments.lapp_network import LappNetwork, Way
+from experiments.lapp_network import LappNetwork, Setting, Way
 from experiments.study import Demand, Key, Study, at_least, at_most
-from jprune.data import Dataset
 from jprune.methods.channels.lapp.lapp import LappConfig
 from jprune.models import resnet
 from jprune.training import TrainConfig
 
 COLORS = {"lapp": "#2a6f97", "uniform": "#c8553d", "random": "#e0a458", "narrow": "#5b8c5a", "random widths": "#9b72aa"}
 MARKERS = {"none": "o", "pw": "s", "dw": "^", "lowrank": "D", "": "*"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One configuration.
-
-    Attributes:
-      model: widths of the stages or None for the whole ones -> linen module. widths: of the stages.
-      data: (data folder or None, seed) -> dataset.
-      train, warmup, stop: the recipe, the epochs of warm-up and when the network is sliced.
-      compared: ways to a network.
-      data_dir: the folder of the data.
-    """
-
-    model: Callable[[Sequence[int] | None], Any]
-    widths: tuple[int, ...]
-    data: Callable[[Path | None, int], Dataset]
-    train: TrainConfig
-    warmup: int
-    stop: int
-    compared: tyro.conf.Suppress[tuple[Way, ...]]
-    data_dir: Path | None = None
 
 
 SMALL = (

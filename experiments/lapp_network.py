@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 import jprune
 from experiments.classifier import Classifier
 from experiments.study import Run
+from jprune.data import Dataset
 from jprune.methods.channels.lapp.lapp import LappConfig
 from jprune.methods.channels.lapp.network import Network, finalise, init, prepare, slice_lapp
 from jprune.methods.channels.lapp.run import LappRunConfig, run
-
-if TYPE_CHECKING:
-    from experiments.lapp import Setting
+from jprune.training import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,28 @@ class Way:
         options += [] if c.task_to_threshold else ["constraint alone"]
         options += [c.score] if c.score != standard.score else []
         return f"{self.how} {' '.join(options)} {c.target:g}".replace("  ", " ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One configuration.
+
+    Attributes:
+      model: widths of the stages or None for the whole ones -> linen module. widths: of the stages.
+      data: (data folder or None, seed) -> dataset.
+      train, warmup, stop: the recipe, the epochs of warm-up and when the network is sliced.
+      compared: ways to a network.
+      data_dir: the folder of the data.
+    """
+
+    model: Callable[[Sequence[int] | None], Any]
+    widths: tuple[int, ...]
+    data: Callable[[Path | None, int], Dataset]
+    train: TrainConfig
+    warmup: int
+    stop: int
+    compared: tyro.conf.Suppress[tuple[Way, ...]]
+    data_dir: Path | None = None
 
 
 class LappNetwork:

@@ -13,36 +13,13 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments.adapted_decoder import AdaptedDecoder, memory
+from experiments.adapted_decoder import AdaptedDecoder, Setting, memory
 from experiments.figures import OTHERS, OURS, bars, label, mean, panels, spread, table
 from experiments.record import over_seeds
 from experiments.study import Demand, Key, Run, Study, at_most
-from jprune.language.lora import LoraConfig
-from jprune.methods.channels.loraprune.run import LoraPruneConfig
-from jprune.training import TuningConfig
 from jprune.training.progress import display
 
 PROGRAMS = ("accumulating", "whole step")
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One configuration.
-
-    Attributes:
-      options: of LoRAPrune.
-      tuning: of the adapters.
-      batch, tokens: sequences of a step, and how long each is.
-      evaluated: held-out windows.
-      agreement: seeds over which scores are compared with what zeroing a unit does.
-    """
-
-    options: LoraPruneConfig = LoraPruneConfig(every=5, skip_first=1, lora=LoraConfig(8, 16.0))
-    tuning: TuningConfig = TuningConfig(60, 1e-3)
-    batch: int = 4
-    tokens: int = 192
-    evaluated: int = 64
-    agreement: tuple[int, ...] = (0, 1, 2)
 
 
 def rows(s: Setting) -> dict[Key, Callable[[AdaptedDecoder], Any]]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from experiments.classifier import Classifier
 from experiments.study import Run
-from jprune.data import steps_per_epoch
+from jprune.data import Dataset, steps_per_epoch
 from jprune.importance import batchnorm_scale, magnitude, random
 from jprune.methods.channels.depgraph_sparse import group_sparsity
 from jprune.methods.channels.masksparsity import masksparsity as ms
@@ -20,8 +22,36 @@ from jprune.models import rebuild
 from jprune.tracing.paths import flatten
 from jprune.training import TrainConfig, learning_rates
 
-if TYPE_CHECKING:
-    from experiments.masksparsity import Setting
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The model, the data and the recipe of every phase.
+
+    Attributes:
+      model: () -> linen module.
+      data: (data folder or None, seed) -> dataset.
+      baseline, sparse, finetune: recipes of steps 0, 1 and 3, 5.
+      sparsities: fractions of the listed channels to prune, each rows of its own; the first has the controls too.
+      strength: s of both sparse phases; weak: the control that must fail.
+      group_strength: of DepGraph's group shrinkage.
+      coupled: whether residual streams are pruned too.
+      threshold: th of steps 2 and 4.
+      data_dir: the folder of the data.
+    """
+
+    model: Callable[[], Any]
+    data: Callable[[Path | None, int], Dataset]
+    baseline: TrainConfig
+    sparse: TrainConfig
+    finetune: TrainConfig
+    sparsities: tuple[float, ...]
+    strength: float
+    group_strength: float
+    weak: float | None = None
+    coupled: bool = False
+    threshold: float = 0.01
+    data_dir: Path | None = None
+
 
 Mask = dict[str, np.ndarray]
 

@@ -15,47 +15,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from experiments import paper_data
 from experiments.figures import OTHERS, OURS, panels, spread, table
-from experiments.masked_network import MaskedNetwork
+from experiments.masked_network import MaskedNetwork, Setting
 from experiments.study import Demand, Key, Study, at_least, at_most
-from jprune.data import Dataset
 from jprune.models import resnet
 from jprune.training import TrainConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """The model, the data and the recipe of every phase.
-
-    Attributes:
-      model: () -> linen module.
-      data: (data folder or None, seed) -> dataset.
-      baseline, sparse, finetune: recipes of steps 0, 1 and 3, 5.
-      sparsities: fractions of the listed channels to prune, each rows of its own; the first has the controls too.
-      strength: s of both sparse phases; weak: the control that must fail.
-      group_strength: of DepGraph's group shrinkage.
-      coupled: whether residual streams are pruned too.
-      threshold: th of steps 2 and 4.
-      data_dir: the folder of the data.
-    """
-
-    model: Callable[[], Any]
-    data: Callable[[Path | None, int], Dataset]
-    baseline: TrainConfig
-    sparse: TrainConfig
-    finetune: TrainConfig
-    sparsities: tuple[float, ...]
-    strength: float
-    group_strength: float
-    weak: float | None = None
-    coupled: bool = False
-    threshold: float = 0.01
-    data_dir: Path | None = None
-
 
 _DIGITS = TrainConfig(epochs=15, batch_size=64, learning_rate=0.05, weight_decay=5e-4, eval_every_epochs=0)
 _CIFAR = TrainConfig(200, 128, 0.1, schedule="step", milestones=(100, 150), weight_decay=1e-4)

@@ -10,19 +10,17 @@ row has the same number of weights, or as near below as whole channels allow, an
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from matplotlib.ticker import NullFormatter
 
 from experiments import paper_data
-from experiments.cropped_network import CroppedNetwork, step_times
+from experiments.cropped_network import CroppedNetwork, Setting, step_times
 from experiments.figures import bars, line, mean, panels, spread, table
 from experiments.study import Demand, Key, Study, at_least, at_most
-from jprune.data import Dataset, load_digits
+from jprune.data import load_digits
 from jprune.methods.channels.precrop import precrop as pc
 from jprune.models import build, vgg
 from jprune.training import TrainConfig
@@ -31,31 +29,6 @@ SCORES = ("synflow", "synexp", "snip")
 FULL = ("dense", *(f"{kind} {score}" for score in ("synflow", "snip") for kind in ("unstructured", "shuffled")),
         "reinitialised synflow", *(f"{score} {rule}" for score in SCORES for rule in ("sqrt", "lsq")),
         "first-channels synflow", "uniform_width", "random_width", "reverse")  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One configuration.
-
-    Attributes:
-      model: () -> linen module.
-      data: (data folder or None, seed) -> dataset.
-      recipe: of the training from scratch.
-      keep: fractions of the counted weights kept; the first gets every row, the others the curve.
-      rule: how widths are chosen.
-      exempt: leaves that are neither scored nor counted.
-      curve: the methods of the curve.
-      data_dir: the folder of the data.
-    """
-
-    model: Callable[[], Any]
-    data: Callable[[Path | None, int], Dataset]
-    recipe: TrainConfig
-    keep: tuple[float, ...]
-    rule: pc.WidthRule = pc.WidthRule()
-    exempt: tuple[str, ...] = ()
-    curve: tuple[str, ...] = ("unstructured synflow", "synflow sqrt", "synexp sqrt", "snip sqrt", "uniform_width")
-    data_dir: Path | None = None
 
 
 def _chain() -> Any:

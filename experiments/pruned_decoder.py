@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,36 @@ from jprune.methods.channels.cfsp import CFSPConfig, cfsp_keep, lora_ranks
 from jprune.methods.channels.decoder_channels import removed
 from jprune.models.llama import Llama, LlamaConfig, with_biases
 from jprune.models.llama_blocks import pieces
+from jprune.training import TuningConfig
 
-if TYPE_CHECKING:
-    from experiments.cfsp import Setting
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One configuration.
+
+    Attributes:
+      sparsities: fractions of FFN channels; the last is that of the figure's bars.
+      multiple_of: of the counts.
+      slopes: `a` of CFSP's sigmoid, reported beside 1.
+      batch: windows at a time.
+      gradient_windows: how many the Taylor score averages over.
+      tuning: of the adapters; None: no recovery. tuning_rows: windows of a step.
+      source: the standard library's model, or a Hugging Face folder:
+      model, text, eval_text: it, and what it is calibrated and evaluated on, files or folders.
+    """
+
+    sparsities: tuple[float, ...] = (0.2, 0.3, 0.5)
+    multiple_of: int | None = None
+    slopes: tuple[float, ...] = (0.25, 4.0)
+    batch: int = 16
+    gradient_windows: int = 16
+    tuning: TuningConfig | None = None
+    tuning_rows: int = 8
+    source: Literal["library", "folder"] = "library"
+    model: Path | None = None
+    text: Path | None = None
+    eval_text: Path | None = None
+
 
 RANK, MOST = 8, 16  # of adapters: on average, and of the layer with the most
 LORA = LoraConfig(rank=RANK, alpha=2.0 * RANK)

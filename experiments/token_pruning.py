@@ -9,14 +9,13 @@ reported and not asked for, since small models spread an image over all their to
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.compared_reducers import SHARE, at_entry, by_stages, costs, in_network
-from experiments.digit_canvas import Recipe, sizes
-from experiments.digit_reader import DigitReader
+from experiments.digit_canvas import sizes
+from experiments.digit_reader import DigitReader, Setting
 from experiments.figures import label, line, mean, panels, spread, table
 from experiments.study import Demand, Key, Study, at_least, at_most
 from jprune.methods.tokens.reducers_by_name import reducer_for
@@ -25,29 +24,6 @@ from jprune.models.token_hook import TokenReducer
 # of `jprune.methods.tokens.reducers_by_name`, those that work between blocks
 COLORS = {"zero_tprune": "#c1121f", "zero_tprune_uni": "#e07a5f", "tome": "#2a6f97", "ats": "#61a5c2", "evit": "#588157",
           "cls_topk": "#a3b18a", "column_mean": "#9d4edd", "random": "#8d99a6"}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """Model, numbers of tokens and budgets.
-
-    Attributes:
-      recipe: of the model.
-      kept: tokens before the first block. schedules: tokens after the first blocks.
-      fractions: of the blocks' MACs. searched: those at which a schedule is searched, with so many trials on few images.
-      images: so many canvases; None: all.
-      methods: of the curves.
-    """
-
-    recipe: Recipe = Recipe()
-    kept: tuple[int, ...] = (32, 20, 12, 8)
-    schedules: tuple[tuple[int, ...], ...] = ((44, 32, 24, 16), (24, 12, 8, 6))
-    fractions: tuple[float, ...] = (0.9, 0.75, 0.6, 0.45, 0.3)
-    searched: tuple[float, ...] = (0.3,)
-    trials: int = 60
-    few: int = 256
-    images: int | None = None
-    methods: tuple[str, ...] = tuple(COLORS)
 
 
 def rows(s: Setting) -> dict[Key, Callable[[DigitReader], Any]]:

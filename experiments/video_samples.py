@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.moving_digits import FRAMES, MODEL, SIDE, TOKENS, WORDS, trained, videos
+from experiments.moving_digits import FRAMES, MODEL, SIDE, TOKENS, WORDS, Recipe, trained, videos
 from experiments.study import Run
 from jprune.methods.attention.adaspa import Action, LayerState, attention_of, init_state, sample
 from jprune.methods.attention.adaspa_select import AdaSpaConfig, recall_of
+from jprune.models.samplers import RectifiedFlow
 from jprune.report.similarity import psnr, ssim
 from pallas_kernels.block_score import block_scores
 
-if TYPE_CHECKING:
-    from experiments.adaspa import Setting
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Model, sampler and sparsity.
+
+    Attributes:
+      recipe: of the video model.
+      sampler: how videos are made.
+      sparsities: shares of video blocks that a row does not read; demands are about the first.
+      noises: samples of every model.
+      block: tokens of a block.
+    """
+
+    recipe: Recipe = Recipe()
+    sampler: RectifiedFlow = RectifiedFlow(50, 7.0)
+    sparsities: tuple[float, ...] = (0.8, 0.6)
+    noises: int = 3
+    block: int = 8
+
 
 VIDEOS = 4
 
