@@ -51,7 +51,7 @@ class Found(NamedTuple):
     few: float
     calibration: float
     held_out: float | None
-    flops: dict[str, float]
+    macs: dict[str, float]
 
 
 def draw(space: SearchSpace, dims: Dims, fraction: float, seed: int, trial: int, tolerance: float = 0.01) -> ZeroTPrune:

@@ -108,7 +108,7 @@ def test_search(folder):
     assert best.few == pytest.approx(-kl[:4].mean(), rel=1e-3)  # hidden or dropped, it is the same
     assert best.calibration == pytest.approx(-kl.mean(), rel=1e-3)
     assert best.held_out == pytest.approx(-divergence(held, best.reducer).mean(), rel=1e-3)
-    assert 0.65 < best.flops["fraction"] <= FRACTION
+    assert 0.65 < best.macs["fraction"] <= FRACTION
 
 
 def test_a_stopped_search_goes_on(folder):
