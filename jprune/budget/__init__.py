@@ -1,4 +1,4 @@
-"""Budgets: targets, allocation of units to them, sparsity schedules, measured latency."""
+"""How much goes where: targets, allocation of units to them, schedules, measured latency; scores nothing and cuts nothing."""
 
 from jprune.budget.allocate import Allocation as Allocation
 from jprune.budget.allocate import allocate as allocate

@@ -1,4 +1,4 @@
-"""Data sets as two splits of deterministic, resumable batches."""
+"""Data sets as two splits of deterministic, resumable batches, and text; downloads nothing and knows no model."""
 
 from jprune.data.augment import pad_crop_flip
 from jprune.data.cifar import load_cifar

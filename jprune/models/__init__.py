@@ -1,6 +1,7 @@
 """The model zoo: Flax linen modules whose every width stands in their config, so that a pruned tree can be rebuilt.
 
 `build("resnet20", num_classes=10)` gives a module; `rebuild(module, small)` gives the module of a compacted tree.
+No model knows a method or a file: methods come in through hooks (reducers, attention functions, masks).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One training loop and one evaluation for the whole library."""
+"""One training loop, one evaluation and one run folder for the whole library; what is trained, and why, others decide."""
 
 from jprune.training.config import TrainConfig, TuningConfig, learning_rates, sgd, with_own_updates
 from jprune.training.evaluate import Evaluation, evaluate

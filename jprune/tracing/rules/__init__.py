@@ -1,4 +1,4 @@
-"""One rule per jaxpr primitive: how axes are tied, what stays zero, and which parameters hold sizes."""
+"""One rule per jaxpr primitive: how axes are tied, what stays zero, and which parameters hold sizes; no rule knows a model."""
 
 from __future__ import annotations
 
