@@ -321,5 +321,6 @@ def trace(
     Raises:
       TraceError: the function is not traceable, or the parameters are not arrays.
     """
+    parts = analyse(fn, params, inputs, output_free, rules, fold_constants, is_param)  # which refuses what is no array
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), tuple(inputs))
-    return Graph(**analyse(fn, params, inputs, output_free, rules, fold_constants, is_param), example_inputs=shapes)
+    return Graph(**parts, example_inputs=shapes)
