@@ -1,6 +1,7 @@
 """Importance criteria: pure functions (graph, params, ...) -> {group id: float32 score per unit}.
 
-They decide on nothing: what goes is the budget's matter. The scores of single weights before training (SNIP, GraSP, SynFlow, ...) are {leaf path: score per entry}.
+They decide on nothing: what goes is the budget's matter. The scores of single weights before training (SNIP, GraSP,
+SynFlow, ...) are {leaf path: score per entry}.
 """
 
 from jprune.importance.at_init import class_balanced_batches as class_balanced_batches

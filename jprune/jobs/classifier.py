@@ -203,8 +203,8 @@ class ClassifierRun(PruningRun):
         share["units"] = sum(b for _, b in outcome.widths.values()) / sum(a for a, _ in outcome.widths.values())
         quantity = "macs" if amount is None else amount.quantity
         if amount is not None and quantity == "latency" and share[quantity] > 1.1 * amount.keep:
-            self.warn(f"a batch takes {share[quantity]:.0%} of the time it took, not the {amount.keep:.0%} that its layers, timed "
-                      "one by one, had promised: ask for less, or time on a machine that does nothing else")  # fmt: skip
+            self.warn(f"a batch takes {share[quantity]:.0%} of the time it took, not the {amount.keep:.0%} that its layers, "
+                      "timed one by one, had promised: ask for less, or time on a machine that does nothing else")  # fmt: skip
         got = f"{o.method} pruned {o.model} on {self.data.name} to {share[quantity]:.2%} of its {quantity}"
         if amount is not None:
             got += f" (asked for: {amount.keep:.2%})"
