@@ -214,6 +214,10 @@ def evaluate(asked: Any) -> int:
     given = flags.given(asked, Common)
     if "model" not in given:
         raise ValueError("--model is missing: give the folder of a vision transformer, or of a language model")
+    if not Path(given["model"]).exists():
+        raise ValueError(
+            f"there is no folder {given['model']}: give that of a vision transformer, or of a language model"
+        )
     decoder = is_decoder_folder(given["model"])
     config = perplexity.PerplexityConfig if decoder else vision.VisionEvalConfig
     known = {f.name for f in dataclasses.fields(config)}

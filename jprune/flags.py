@@ -49,6 +49,8 @@ def union(
         said = _defaults(field, by, kinds)
         shown = arg(help=text, metavar=_metavar(_joined(hints)), help_behavior_hint=lambda _, said=said: said)
         if _joined(hints) is bool:
+            if any(f.default for config in by.values() for f in dataclasses.fields(config) if f.name == field):
+                raise ValueError(f"{field} is a switch that is on by default: turn it round, a flag can only switch on")
             fields.append((field, Annotated[bool, arg(help=text)], dataclasses.field(default=False)))
         else:
             fields.append((field, Annotated[_joined(hints) | None, shown], dataclasses.field(default=None)))

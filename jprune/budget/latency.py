@@ -210,7 +210,8 @@ def _measure(graph: Graph, term: Contraction, points: tuple[float, ...], timer: 
         for h in points if free else (1.0,):
             widths = {**sizes(summed, f), **sizes(free, h)}
             a, b = _ratios(term, widths)
-            rows.setdefault(float(a), {})[float(b)] = _time(graph, term, widths, timer, seen)
+            # one width comes out of different products, which differ in their last bits
+            rows.setdefault(round(float(a), 9), {})[round(float(b), 9)] = _time(graph, term, widths, timer, seen)
     contracted = tuple(sorted(rows))
     others = tuple(sorted(rows[contracted[0]]))
     return Grid(term.name, contracted, others, tuple(tuple(rows[a][b] for b in others) for a in contracted))

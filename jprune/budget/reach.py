@@ -21,31 +21,31 @@ def sparsity_for(graph: Graph, decide: Callable[[float], Mapping[str, Any]], tar
       target: what to meet.
 
     Raises:
-      ValueError: no sparsity meets it (with the least that was reached).
+      ValueError: no sparsity meets it (with the least that was reached), or what `decide` says of a sparsity of 0.
     """
     limit = target.limit(target.cost(graph, {}))
 
-    def cost(sparsity: float) -> float | None:
-        try:
-            keep = decide(sparsity)
-        except ValueError:
-            return None
-        return target.cost(graph, checked(graph, keep, True, True).widths("pad"))
+    def cost(sparsity: float) -> float:
+        return target.cost(graph, checked(graph, decide(sparsity), True, True).widths("pad"))
 
-    low, high, least = 0.0, 1.0, None
-    if (whole := cost(0.0)) is not None and whole <= limit:
+    if (least := cost(0.0)) <= limit:
         return 0.0
-    met = None
+    low, high, met, why = 0.0, 1.0, None, None
     for _ in range(STEPS):
         middle = (low + high) / 2
-        found = cost(middle)
-        if found is None:
-            high = middle
-        elif found <= limit:
+        try:
+            found = cost(middle)
+        except ValueError as error:
+            high, why = middle, error
+            continue
+        if found <= limit:
             high = met = middle
         else:
             low, least = middle, found
     if met is None:
-        said = "" if least is None else f"; {least:,.6g} is the least this method reaches"
-        raise ValueError(f"the target of {target} ({limit:,.6g}) is out of reach{said}: raise --keep")
+        beyond = "" if why is None else f" (beyond: {why})"
+        raise ValueError(
+            f"the target of {target} ({limit:,.6g}) is out of reach; {least:,.6g} is the least this method reaches{beyond}: "
+            "raise --keep"
+        ) from why
     return met

@@ -48,13 +48,13 @@ class ClassifierConfig:
     """Everything that decides the outcome of a run, beside the settings of its method.
 
     Attributes:
-      model: a classifier of the zoo
+      model: a classifier of the zoo (see `jprune list`), or the folder of a language model
       data: digits, cifar10, cifar100 or imagenet-folder
       data_dir: where the data lies (all but digits)
       method: what is removed, and how; see `jprune list`
       sparsity: share of --quantity to REMOVE
       keep: share of --quantity to KEEP, in place of --sparsity
-      quantity: what these shares count
+      quantity: what these shares count; macs, and units for language models, unless the method counts otherwise
       epochs: of the baseline, of each sparse phase, and of a network trained from scratch
       learning_rate: of all training but fine-tuning
       batch_size: examples at a time
@@ -122,6 +122,7 @@ class ClassifierRun(PruningRun):
         options = self.o
         with self.claim(self.said, resume):
             self.data = load_data(options)
+            steps_per_epoch(self.data.train, options.batch_size)  # refuses a batch larger than the data
             self.model: Any = build(options.model, self.data.num_classes)
             x = jax.ShapeDtypeStruct((2, *self.data.image_shape), jnp.float32)
             shapes = jax.eval_shape(self.model.init, jax.random.key(0), x)
@@ -201,7 +202,7 @@ class ClassifierRun(PruningRun):
         share = {q: getattr(final.cost(), q) / getattr(task.graph.cost(), q) for q in ("macs", "params", "bytes")}
         share["latency"] = after.latency_ms / before.latency_ms
         share["units"] = sum(b for _, b in outcome.widths.values()) / sum(a for a, _ in outcome.widths.values())
-        quantity = "macs" if amount is None else amount.quantity
+        quantity = (*self.method.quantities, "macs")[0] if amount is None else amount.quantity
         if amount is not None and quantity == "latency" and share[quantity] > 1.1 * amount.keep:
             self.warn(f"a batch takes {share[quantity]:.0%} of the time it took, not the {amount.keep:.0%} that its layers, "
                       "timed one by one, had promised: ask for less, or time on a machine that does nothing else")  # fmt: skip

@@ -53,7 +53,7 @@ class DecoderConfig:
       sparsity: share of --quantity to REMOVE
       keep: share of --quantity to KEEP, in place of --sparsity
       quantity: what these shares count; units are the channels (and heads) that the method removes
-      calibration: text file, or a folder of them, to look at and to recover on
+      calibration: text file, or a folder of them, to look at and to recover on; language models need it
       evaluation: text to measure perplexity on; else a tenth of the calibration text is held back
       text_key: entry of a .jsonl line that holds its text, or its chat messages
       sequences: windows of calibration text
@@ -150,7 +150,8 @@ class DecoderRun(PruningRun):
         options = self.o
         even = self.method.even or getattr(self.settings, "scope", None) == "uniform"
         if options.form == "uniform" and not even:
-            raise ValueError("form 'uniform' needs layers of equal width: give --scope uniform too, or --form padded")
+            way = "give --scope uniform too, or" if hasattr(self.settings, "scope") else "give"
+            raise ValueError(f"form 'uniform' needs layers of equal width: {way} --form padded")
         self.config = read_config(options.model)
         self.model = Llama(self.config)
         ids = jax.ShapeDtypeStruct((2, options.length), jnp.int32)
@@ -189,10 +190,11 @@ class DecoderRun(PruningRun):
                 outcome = self.method.find(task, self.settings)
             for text in outcome.warnings:
                 self.warn(text)
-            assert outcome.keep is not None and outcome.graph is not None
-            if task.wanted.sparsity and all(k.all() for k in outcome.keep.values()):
+            if outcome.keep is None or outcome.graph is None:
+                raise ValueError(f"method {o.method!r} gives no keep set, which a model's folder is made of")
+            if task.amount is not None and task.amount.sparsity and all(k.all() for k in outcome.keep.values()):
                 self.warn(
-                    f"nothing is removed: --sparsity {task.wanted.sparsity:g} is less than one unit of a layer is worth"
+                    f"nothing is removed: --sparsity {task.amount.sparsity:g} is less than one unit of a layer is worth"
                 )
             module, small = outcome.model, outcome.variables
             if (count := _count(small)) != outcome.cost.params:
@@ -255,6 +257,12 @@ class DecoderRun(PruningRun):
         _, peak = measure.compiled(module.apply, params, self._placed(self.texts.calibration[: self.o.batch_size]))
         return MeasuredDecoder(perplexity, _count(params), measure.tree_bytes(params), peak, fast.prefill, fast.decode)
 
+    def _kept(self, task: DecoderTask, outcome: Outcome) -> dict[str, float]:
+        """Shares of everything an amount can count that are left, before anything is recovered."""
+        dense, now = task.graph.cost(), outcome.cost
+        out = {q: getattr(now, q) / getattr(dense, q) for q in ("macs", "params", "bytes")}
+        return out | {"units": sum(b for _, b in outcome.widths.values()) / sum(a for a, _ in outcome.widths.values())}
+
     # -- files ----------------------------------------------------------------------------------------------------
 
     def _write(
@@ -266,7 +274,8 @@ class DecoderRun(PruningRun):
         plan = outcome.graph.plan(outcome.keep)
         plan.save(out / "plan.json")
         text = f"{o.sequences} windows of {o.length} tokens of {o.calibration}"
-        record = PruningRecord(o.method, o.seed, text, task.wanted.sparsity, o.model, self.config,
+        asked = 0.0 if task.amount is None else task.amount.sparsity
+        record = PruningRecord(o.method, o.seed, text, asked, o.model, self.config,
                                kept_of_plan(plan, LINEN, self.config))  # fmt: skip
         save_hf(small, config, out / "model", mode=form, record=record, hf_config=self.source["hf_config"],
                 tokenizer_from=o.model, overwrite=True)  # fmt: skip
@@ -277,6 +286,8 @@ class DecoderRun(PruningRun):
             "before": dataclasses.asdict(before),
             "after": dataclasses.asdict(after),
             "removed": gone,
+            "quantity": None if task.amount is None else task.amount.quantity,
+            "kept": self._kept(task, outcome),
             "widths": {name: list(getattr(config, name)) for name in ("ffn", "q_heads", "kv_heads")},
             **outcome.notes,
         }

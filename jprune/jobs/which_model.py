@@ -83,6 +83,13 @@ def to_explain(
     Raises:
       ValueError: there is no such model.
     """
+    for name, value in (
+        ("num-classes", num_classes),
+        ("length", length),
+        ("image", None if image is None else min(image)),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}: it must be at least 1")
     if not is_language_model(model):
         module: Any = build(model, num_classes)
         x = jax.ShapeDtypeStruct((2, *(image or MODELS[model].image)), jnp.float32)

@@ -9,6 +9,7 @@ smaller model. Whoever asks (the command line, an experiment, your own code) mea
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,16 @@ class Amount:
         """
         if (keep is None) == (sparsity is None):
             raise ValueError("give either --sparsity, the share to remove, or --keep, the share to keep")
+        given = sparsity if keep is None else keep
+        other = math.nan if given is None or isinstance(given, bool) else round(1.0 - given, 12)
         if sparsity is not None:
-            if not 0 <= sparsity < 1:
+            if not (0 <= sparsity < 1 and other > 0):
                 raise ValueError(f"sparsity is {sparsity}: the share to remove is at least 0 and below 1")
-            return Amount(round(1 - sparsity, 12), sparsity, quantity)
+            return Amount(other, float(sparsity), quantity)
         assert keep is not None
-        if not 0 < keep <= 1:
+        if not (0 < keep <= 1 and other < 1):
             raise ValueError(f"keep is {keep}: the share to keep is above 0 and up to 1")
-        return Amount(keep, round(1 - keep, 12), quantity)
+        return Amount(float(keep), other, quantity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +251,8 @@ class Method:
             counted = " or ".join(self.quantities) or "nothing: it finds itself how much goes; leave --quantity out"
             raise ValueError(f"quantity is {quantity!r}: method {self.name!r} counts {counted}")
         if not given and self.optional:
+            if quantity is not None:
+                raise ValueError(f"quantity is {quantity!r}, and no share of it: give --sparsity or --keep too")
             return None
         if given and not self.quantities:
             raise ValueError(f"method {self.name!r} finds itself how much goes: leave --sparsity and --keep out")

@@ -41,6 +41,23 @@ def test_a_clock_that_counts_gives_the_cost_polynomial(resnet):
         assert table(widths) == pytest.approx(graph.cost(widths=widths).macs, rel=1e-9)
 
 
+@pytest.mark.parametrize("widths", [(9, 7), (11, 13), (27, 5), (3, 1)])
+def test_widths_that_no_fraction_divides_are_measured_too(widths):
+    """The share of a width comes out of different products, which differ in their last bits, in every row of the table."""
+
+    def mlp(p, x):
+        return jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]
+
+    a, b = widths
+    params = {"a": jnp.ones((3, a)), "b": jnp.ones((a, b)), "c": jnp.ones((b, 5))}
+    x = jnp.ones((2, 3))
+    graph = jprune.trace(mlp, params, x)
+    table = measure_latency(graph, mlp, (params, x), timer=counting, progress=False)
+    for share in (0.3, 0.6, 1.0):
+        narrow = {g: max(1, round(share * i.size)) for g, i in graph.groups.items()}
+        assert table(narrow) == pytest.approx(graph.cost(widths=narrow).macs, rel=1e-6)
+
+
 def test_equal_shapes_are_timed_once(resnet):
     graph, model, variables, x, _ = resnet
     shapes = []

@@ -108,6 +108,32 @@ def test_the_help_says_the_defaults_of_both_kinds(monkeypatch, capsys):
     assert "(default: 0.01; masksparsity only)" in page
 
 
+def test_shares_are_shares_whatever_they_are_written_as():
+    assert Amount.of("params", keep=1) == Amount(1.0, 0.0, "params") and isinstance(
+        Amount.of("macs", sparsity=0).keep, float
+    )
+    assert Amount.of("macs", sparsity=0.3) == Amount.of("macs", keep=0.7) == Amount(0.7, 0.3, "macs")
+    for wrong in (
+        {"keep": True},
+        {"keep": 0},
+        {"sparsity": 1},
+        {"sparsity": 0.9999999999999},
+        {"keep": 1e-13},
+        {"keep": np.nan},
+    ):
+        with pytest.raises(ValueError, match="the share to"):
+            Amount.of("params", **wrong)
+
+
+def test_a_switch_that_is_on_by_default_is_refused_when_flags_are_made():
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        first: bool = True
+
+    with pytest.raises(ValueError, match="first is a switch that is on by default"):
+        flags.union("x", "", {"": Config}, cli.Nothing)
+
+
 def test_flags_of_another_kind_or_method_are_refused_even_with_their_default(said, folder):
     assert "--length means nothing here: 'resnet20' is a classifier" in said("prune", "--length", 1024)
     line = said("prune", "--model", folder, "--calibration", "x.txt", "--epochs", 20)
@@ -117,6 +143,9 @@ def test_flags_of_another_kind_or_method_are_refused_even_with_their_default(sai
     line = said("prune", "--sparsity", 0.3, "--keep", 0.7)
     assert "either --sparsity, the share to remove, or --keep" in line
     assert "is for decoders, not for classifiers" in said("prune", "--method", "cfsp")
+    assert "give --sparsity or --keep too" in said("prune", "--method", "masksparsity", "--quantity", "units")
+    assert "--num-classes is 0" in said("explain", "resnet_digits", "--num-classes", 0)
+    assert "there is no folder" in said("eval", "--model", "/nowhere", "--evaluation", "x")
 
 
 def test_what_is_neither_a_classifier_nor_a_folder_is_named_with_a_remedy(said, folder, tmp_path, monkeypatch):

@@ -312,6 +312,27 @@ def test_latency_is_a_target_like_any_other(task, monkeypatch):
         method.check(dataclasses.replace(wanted, amount=Amount.of("latency", keep=1e-6)), config)
 
 
+def test_measured_tables_are_kept_so_that_a_run_that_goes_on_decides_alike(task, monkeypatch, tmp_path):
+    measured, real = [], budget.measure_latency
+
+    def timed(graph, fn, args, **_):
+        measured.append(graph)
+        return real(
+            graph, fn, args, timer=lambda fn, args: float(sum(map(np.size, jax.tree.leaves(args)))), progress=False
+        )
+
+    monkeypatch.setattr(budget, "measure_latency", timed)
+    config = AfterTrainingConfig(finetune_epochs=0, steps=2)
+    kept = []
+    for _ in range(2):
+        run = RunFolder(tmp_path / "o")
+        asked = dataclasses.replace(task, amount=Amount.of("latency", keep=0.8), run=run)
+        kept.append(methods.method("magnitude-l1").find(asked, config).keep)
+    assert len(measured) == 2  # one a step; the second run reads both
+    assert (tmp_path / "o" / "phases" / "latency-2" / "table.json").is_file()
+    assert {g: k.tolist() for g, k in kept[0].items()} == {g: k.tolist() for g, k in kept[1].items()}
+
+
 class Linear:
     """A latency table by which every MAC takes equally long."""
 

@@ -168,6 +168,8 @@ def test_the_command(place, whole):
         ),
         ({"method": "loraprune"}, "give --recover STEPS"),
         ({"method": "loraprune", "recover": 1}, "pruning step"),
+        ({"quantity": "params", "keep": 0.05}, "is left when every layer keeps as little as it may"),
+        ({"form": "uniform", "method": "flap-plain"}, "needs layers of equal width: give --form padded"),
         ({"quantity": "latency"}, "counts units or params or macs or bytes"),
         ({"sparsity": 0.3, "keep": 0.7}, "either --sparsity"),
         ({"form": "uniform"}, "needs layers of equal width"),
@@ -199,6 +201,17 @@ def test_a_share_of_the_whole_model_is_met_from_below_by_the_methods_own_decisio
     out_of_reach = dataclasses.replace(task, amount=Amount.of(quantity, keep=0.01), run=RunFolder())
     with pytest.raises(ValueError, match=r"out of reach; .* is the least this method reaches"):
         asked.method.find(out_of_reach, asked.settings)
+    nothing = jax.tree.map(lambda x: x * np.nan, task.variables)
+    with pytest.raises(ValueError, match="not finite"):  # what the method says, not that --keep is too small
+        asked.method.find(dataclasses.replace(task, variables=nothing, run=RunFolder()), asked.settings)
+
+
+def test_biases_that_a_method_adds_count_against_the_share(place):
+    asked = ready(place, "biases", method="flap", keep=0.8, quantity="params")
+    asked.release()
+    task = dataclasses.replace(asked._task(asked.params), run=RunFolder())
+    found = asked.method.find(task, asked.settings)
+    assert sum(x.size for x in jax.tree.leaves(found.variables)) <= 0.8 * task.graph.cost().params
 
 
 def test_a_folder_that_is_taken_is_refused_before_anything_is_loaded(place, whole, monkeypatch):

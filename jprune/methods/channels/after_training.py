@@ -210,6 +210,7 @@ def _prune(
             now = dataclasses.replace(now, graph=graph)
             scores = _exact(now, score)
         wanted = target(now, schedule[k] * dense, f"latency {k + 1}") if k else target(now, keep=schedule[k])
+        keep_tables(now)
         keep = _allocate(now, c, scores, wanted).keep
         small = now.graph.compact(now.variables, keep)
         for g, kept in keep.items():

@@ -45,26 +45,42 @@ class ScopeConfig(WidthConfig):
         checked(self, {"scope": (self.scope in ("global", "uniform"), "global or uniform")})
 
 
-def check(task: DecoderTask, config: WidthConfig, *, family: str | None = None) -> None:
-    """Refuse an amount that this model cannot lose, and a family whose files cannot hold what the method makes."""
+def check(task: DecoderTask, config: WidthConfig, *, family: str | None = None, heads: bool = False) -> None:
+    """Refuse an amount that this model cannot lose, and a family whose files cannot hold what the method makes.
+
+    Args:
+      family: the only one whose files have room for what the method makes; None: all have.
+      heads: the method removes heads too.
+    """
     model = task.model.config
     if family not in (None, model.family):
         raise ValueError(
             f"the method leaves biases, which files of the {model.family} family have no room for: use flap-plain"
         )
-    if task.wanted.quantity != UNITS:
+    unit, amount = config.multiple_of, task.wanted
+    if amount.quantity != UNITS:
+        found = blocks(task.graph)
+        least = {b.ffn: min(unit, task.graph.groups[b.ffn].size) for b in found}
+        least |= {b.kv: 1 for b in found if heads and b.kv is not None}
+        share = getattr(task.graph.cost(widths=least), amount.quantity) / getattr(task.graph.cost(), amount.quantity)
+        if amount.keep < share:
+            raise ValueError(f"keep is {amount.keep} of the {amount.quantity}, but {share:.3g} is left when every layer "
+                             "keeps as little as it may: raise --keep")  # fmt: skip
         return
-    unit = config.multiple_of
     least = float(np.average([min(unit, n) / n for n in model.ffn], weights=model.ffn))
     check_least(task, least, unit)
 
 
-def sparsity_of(task: DecoderTask, decide: Callable[[float], Mapping[str, Any]]) -> float:
-    """The share of units at which `decide` loses the task's amount of whatever it counts."""
+def sparsity_of(task: DecoderTask, decide: Callable[[float], Mapping[str, Any]], dense: Graph | None = None) -> float:
+    """The share of units at which `decide` loses the task's amount of whatever it counts.
+
+    `dense`: the graph of the given model, where the task's has more parameters than that.
+    """
     amount = task.wanted
     if amount.quantity == UNITS:
         return amount.sparsity
-    return sparsity_for(task.graph, decide, Target(amount.quantity, amount.keep))
+    whole = getattr((dense or task.graph).cost(), amount.quantity)
+    return sparsity_for(task.graph, decide, Target(amount.quantity, int(amount.keep * whole)))
 
 
 def _find(task: DecoderTask, config: WidthConfig, *, make: Make) -> Outcome:
@@ -72,8 +88,9 @@ def _find(task: DecoderTask, config: WidthConfig, *, make: Make) -> Outcome:
     return cut(task, remembered(task.run.folder("decision"), task.graph, lambda: make(task, config)))
 
 
-def _method(name: str, about: str, make: Make, config: type = WidthConfig) -> Method:
-    return Method(name, about, "decoders", functools.partial(_find, make=make), config, QUANTITIES, check=check)
+def _method(name: str, about: str, make: Make, config: type = WidthConfig, heads: bool = False) -> Method:
+    checks = functools.partial(check, heads=heads)
+    return Method(name, about, "decoders", functools.partial(_find, make=make), config, QUANTITIES, check=checks)
 
 
 # -- decisions -------------------------------------------------------------------------------------------------------
@@ -133,24 +150,25 @@ def _taylor(task: DecoderTask, config: WidthConfig) -> Decided:
 def _flap(task: DecoderTask, config: WidthConfig, *, biases: bool) -> Outcome:
     """Heads and channels that fluctuate least; with biases for what they were on average."""
     if biases:
+        given = task.graph
         model, params = with_biases(task.variables, task.model.config)
         module = Llama(model)
         task = dataclasses.replace(
             task, model=module, variables=params, graph=trace(module.apply, params, *task.example)
         )
-        stats, decided = _flap_decision(task, config)
+        stats, decided = _flap_decision(task, config, given)
         after = baselines.flap_biases(task.graph, task.variables, stats, decided.keep).params
         return cut(dataclasses.replace(task, variables=after), decided)
     return _find(task, config, make=lambda task, config: _flap_decision(task, config)[1])
 
 
-def _flap_decision(task: DecoderTask, config: WidthConfig) -> tuple[Any, Decided]:
+def _flap_decision(task: DecoderTask, config: WidthConfig, dense: Graph | None = None) -> tuple[Any, Decided]:
     stats = block_stats(task.graph, task.variables, task.inputs())
 
     def decide(sparsity: float) -> Keep:
         return baselines.flap(task.graph, task.variables, stats, sparsity, multiple_of=config.multiple_of)
 
-    sparsity = sparsity_of(task, decide)
+    sparsity = sparsity_of(task, decide, dense)
     keep = decide(sparsity)
     said = _no_head_gone(task.graph, keep, sparsity, decide, "all heads and channels share one threshold, and none of "
                          "the heads lies below it")  # fmt: skip
@@ -202,11 +220,12 @@ METHODS: tuple[Method, ...] = (
                                 _by_statistics("wanda", "uniform")), even=True),
     _method("wanda-sp-global", "the same, standardised, with one threshold for all layers", _wanda),
     Method("flap", "heads and channels that fluctuate least, their means moved into biases (FLAP)", "decoders",
-           functools.partial(_flap, biases=True), WidthConfig, QUANTITIES, check=functools.partial(check, family="llama")),
+           functools.partial(_flap, biases=True), WidthConfig, QUANTITIES,
+           check=functools.partial(check, family="llama", heads=True)),
     Method("flap-plain", "the same without biases", "decoders", functools.partial(_flap, biases=False), WidthConfig, QUANTITIES,
-           check=check),
+           check=functools.partial(check, heads=True)),
     dataclasses.replace(_method("taylor", "|weight x gradient| of heads and channels, all layers alike (LLM-Pruner)",
-                                _taylor), even=True),
+                                _taylor, heads=True), even=True),
     dataclasses.replace(_method("magnitude", "norms of the down projection's columns, all layers alike",
                                 _by_statistics("magnitude", "uniform")), even=True),
     dataclasses.replace(_method("random", "chance, all layers alike: the baseline to beat",

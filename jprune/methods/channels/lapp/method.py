@@ -55,6 +55,7 @@ def find(task: ClassifierTask, config: NoConfig, *, bypass: str) -> Outcome:
         found.model, found.variables, trace(found.model.evaluate, found.variables, x).cost(),
         {layer: (int(k.size), int(k.sum())) for layer, k in found.keep.items()},
         metadata={"lapp": said},
+        warnings=found.warnings,
         notes={
             "lapp": {
                 "offset": found.offset,

@@ -94,8 +94,8 @@ def find(task: ClassifierTask, config: Config) -> Outcome:
               for g, paths in ms.listed_scales(task.graph).items()}  # fmt: skip
     said = ()
     if all(k.all() for k in keep.values()):
-        said = (f"nothing is removed: no scale fell to {config.threshold:g}; train longer, or give --strength or "
-                "--sparsity",)  # fmt: skip
+        more = "a larger --strength" if task.amount is not None else "--strength or --sparsity"
+        said = (f"nothing is removed: no scale fell to {config.threshold:g}; train longer, or give {more}",)
     return Outcome(
         module, found.variables, task.graph.cost(keep), widths(keep), keep, task.graph,
         metadata={"config": dataclasses.asdict(module.config)},  # pyright: ignore[reportAttributeAccessIssue]
