@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ class Asked(Protocol):
     def amount(self) -> Amount | None: ...
 
 
-class PruningRun(RunFolder):
+class PruningRun(RunFolder, abc.ABC):
     """One run in its folder; calling it goes through all phases.
 
     Attributes:
@@ -50,13 +51,13 @@ class PruningRun(RunFolder):
         self.said = {**dataclasses.asdict(options), **dataclasses.asdict(self.settings)}
         self.prepare(resume)
 
+    @abc.abstractmethod
     def prepare(self, resume: bool) -> None:
         """Claim the folder, read what is needed, and have the method check its task."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def work(self) -> dict[str, Any]:
         """All phases; returns what summary.json says."""
-        raise NotImplementedError
 
     def __call__(self) -> dict[str, Any]:
         """All phases; returns what summary.json says."""

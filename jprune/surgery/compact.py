@@ -78,6 +78,7 @@ Indices = dict[int, tuple[np.ndarray, np.ndarray]]  # axis -> (positions, valid)
 
 
 def indices_of(layouts: tuple[Layout, ...], slots: Mapping[str, np.ndarray], layer_axis: int | None) -> Indices:
+    """Which positions of each cut axis stay, and which of those are real; per layer where layers keep different units."""
     out: Indices = {}
     for axis, lay in enumerate(layouts):
         if touched(lay, slots):
@@ -178,6 +179,7 @@ def expand(decision: Decision, small: Any) -> Any:
 
 
 def is_run_list(t: Any) -> bool:
+    """Whether this is a leaf whose layers lie in runs of equal widths: a list of arrays."""
     return isinstance(t, list) and bool(t) and all(hasattr(x, "shape") for x in t)
 
 
