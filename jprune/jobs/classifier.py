@@ -131,10 +131,9 @@ class ClassifierRun(PruningRun):
 
     def _task(self, shapes: Any, x: jax.ShapeDtypeStruct) -> ClassifierTask:
         """What the method sees, with shapes in place of weights."""
-        forward = as_forward(self.model)
 
-        def loss(variables: Any, batch: Any) -> jax.Array:
-            return cross_entropy(forward.evaluate(variables, batch[0]), batch[1]).mean()
+        def loss(model: Any, variables: Any, batch: Any) -> jax.Array:
+            return cross_entropy(as_forward(model).evaluate(variables, batch[0]), batch[1]).mean()
 
         return ClassifierTask(
             self.model, trace(self.model.apply, shapes, x), shapes, (x,), self.o.amount,

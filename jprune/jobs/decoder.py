@@ -172,8 +172,8 @@ class DecoderRun(PruningRun):
         o = self.o
         ids = jax.ShapeDtypeStruct((2, o.length), jnp.int32)
 
-        def loss(params: Any, ids: Any) -> jax.Array:
-            return next_token_loss(jnp.asarray(self.model.apply(params, ids)), ids).mean()
+        def loss(model: Any, params: Any, ids: Any) -> jax.Array:
+            return next_token_loss(jnp.asarray(model.apply(params, ids)), ids).mean()
 
         return DecoderTask(
             self.model, trace(self.model.apply, params, ids), params, (ids,), o.amount, self._batches, self._batches, loss,

@@ -78,7 +78,7 @@ class Task:
       amount: how much is to go; None where the method finds that itself.
       inputs: batches of inputs to look at, anew with every call: what `graph.calibrate` takes.
       examples: batches that `loss` takes, anew with every call.
-      loss: (variables, batch) -> the mean loss of a batch.
+      loss: (model, variables, batch) -> the mean loss of a batch; of any model, as a method may have made a smaller one.
       run: shows and times phases, and has folders for what is to be gone on with.
       seed: of everything that is drawn.
     """
@@ -90,7 +90,7 @@ class Task:
     amount: Amount | None
     inputs: Callable[[], Iterable[Any]]
     examples: Callable[[], Iterable[Any]]
-    loss: Callable[[Any, Any], jax.Array]
+    loss: Callable[[Any, Any, Any], jax.Array]
     run: RunFolder = dataclasses.field(default_factory=RunFolder)
     seed: int = 0
 

@@ -298,6 +298,14 @@ def test_a_method_is_a_function_of_its_task_and_needs_no_folder(task):
     assert all(tuple(w) == (k.size, k.sum()) for w, k in zip(found.widths.values(), found.keep.values(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["taylor", "fisher"])
+def test_later_steps_score_the_smaller_network_by_its_own_loss(name, task):
+    amount = Amount.of("macs", keep=0.5)
+    config = AfterTrainingConfig(finetune_epochs=0, steps=2)
+    found = methods.method(name).find(dataclasses.replace(task, amount=amount), config)
+    assert 0.4 * task.graph.cost().macs < found.cost.macs <= 0.5 * task.graph.cost().macs
+
+
 def test_latency_is_a_target_like_any_other(task, monkeypatch):
     """The table is measured (here: one second a MAC), asked once, and the decision meets it from below."""
     monkeypatch.setattr(budget, "measure_latency", lambda graph, *_, **__: Linear(graph))

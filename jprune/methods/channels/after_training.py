@@ -143,7 +143,7 @@ def find(task: ClassifierTask, config: AfterTrainingConfig, *, score: Score, pen
 def taylor(task: ClassifierTask) -> Scores:
     """|weight x gradient| of the loss of the examples."""
     (batch,) = task.examples()
-    grads = jax.jit(jax.grad(task.loss))(task.variables, batch)
+    grads = jax.jit(jax.grad(functools.partial(task.loss, task.model)))(task.variables, batch)
     return importance.taylor(task.graph, task.variables, grads)
 
 
@@ -152,7 +152,7 @@ def fisher(task: ClassifierTask) -> Scores:
     (batch,) = task.examples()
 
     def loss(variables: Any, sample: Any) -> jax.Array:
-        return task.loss(variables, jax.tree.map(lambda x: x[None], sample))
+        return task.loss(task.model, variables, jax.tree.map(lambda x: x[None], sample))
 
     squares = jax.jit(lambda v, b: importance.mean_squared_gradients(loss, v, b))(task.variables, batch)
     return importance.fisher(task.graph, task.variables, squares)
