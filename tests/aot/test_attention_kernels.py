@@ -57,7 +57,8 @@ def test_forward_and_both_gradients_compile(topology, dtype, spec):
     out = aot.compile_kernel(gradients(spec.features in (64, 128)), topology, *problem(spec.with_blocks(64), dtype))
     assert out.kernels() == 3
     one_head = 4 * spec.tokens**2
-    assert out.temporary < max(one_head, 3 * out.output)  # copies of arrays, nothing as large as tokens x tokens
+    copies = 5 * out.output  # in the kernels' layouts; float32 is laid out once more
+    assert out.temporary < max(one_head, copies) < 4 * spec.heads * spec.tokens**2  # nothing of tokens x tokens
 
 
 def test_a_long_sequence_needs_no_more_than_its_arrays():
