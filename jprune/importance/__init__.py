@@ -29,3 +29,6 @@ from jprune.importance.magnitude import lamp as lamp
 from jprune.importance.magnitude import magnitude as magnitude
 from jprune.importance.reduce import check_scores as check_scores
 from jprune.importance.reduce import normalised as normalised
+from jprune.importance.sample_gradients import block_gradients as block_gradients
+from jprune.importance.sample_gradients import entry_gradients as entry_gradients
+from jprune.importance.sample_gradients import sample_gradients as sample_gradients
