@@ -11,3 +11,5 @@ from jprune.budget.rounding import channel_counts as channel_counts
 from jprune.budget.rounding import proportional_ranks as proportional_ranks
 from jprune.budget.schedules import Schedule as Schedule
 from jprune.budget.target import Target as Target
+from jprune.budget.weights import choose as choose
+from jprune.budget.weights import counts as counts

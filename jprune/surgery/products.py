@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jprune.surgery.decision import check_names
 from jprune.surgery.mask import gated
@@ -186,8 +186,8 @@ class Product:
         new = tuple(i for i in range(rank) if i not in used)
         return tuple(i for i, _ in shared), tuple(i for i, _ in summed), new, shared, tuple(summed)
 
-    def matrix(self, leaf: Any) -> Float[Array, "*lead out in"]:
-        """The matrix in an array of the leaf's shape (weights, or their gradient), in its dtype."""
+    def matrix(self, leaf: Any) -> Shaped[Array, "*lead out in"]:
+        """The matrix in an array of the leaf's shape (weights, their gradient, their mask), in its dtype."""
         x = moves.operand(self.tap.use.moves, leaf)
         return self._laid(x) if self.tap.layers is None else jax.vmap(self._laid)(x)
 
