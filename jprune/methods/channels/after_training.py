@@ -251,7 +251,7 @@ def latency_table(task: ClassifierTask, name: str = "latency") -> budget.Latency
     if file is not None and file.is_file():
         table = budget.LatencyTable.load(file, graph)
     else:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), task.variables)  # times do not depend on values
+        zeros = jax.device_put(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), task.variables))
         table = budget.measure_latency(graph, evaluate_, (zeros, images), progress=not task.run.quiet)
     task.run.kept[name] = table
     return table
