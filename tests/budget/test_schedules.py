@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jprune.budget import Schedule
 
-KINDS = ("one_shot", "linear", "cubic")
+KINDS = ("one_shot", "linear", "cubic", "exponential")
 
 
 def test_closed_forms():
@@ -21,6 +21,7 @@ def test_closed_forms():
     np.testing.assert_allclose(
         list(Schedule("cubic", 4, 0.5)), [1 - 0.5 * (1 - (1 - t / 4) ** 3) for t in (1, 2, 3, 4)]
     )
+    np.testing.assert_allclose(list(Schedule("exponential", 3, 0.125)), [0.5, 0.25, 0.125])
 
 
 @settings(max_examples=100, deadline=None)
@@ -38,7 +39,7 @@ def test_from_everything_down_to_the_target(kind, steps, keep):
 
 def test_what_is_refused():
     for kind, steps, keep, word in (
-        ("exponential", 1, 0.5, "exponential"),
+        ("quadratic", 1, 0.5, "quadratic"),
         ("linear", 0, 0.5, "at least 1 step"),
         ("linear", 1, 0.0, "sparsity is 1 minus it"),
         ("linear", 1, 1.1, "1.1"),

@@ -1,0 +1,39 @@
+"""Single weights: which of them go, by the weights alone, by activations, by curvature, or while the network trains.
+
+tx = jprune.methods.weights.sparsify(optax.adam(1e-3), 0.9)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jprune.methods.weights.sparse_training import ACDC as ACDC
+    from jprune.methods.weights.sparse_training import SET as SET
+    from jprune.methods.weights.sparse_training import Magnitude as Magnitude
+    from jprune.methods.weights.sparse_training import MaskSteps as MaskSteps
+    from jprune.methods.weights.sparse_training import Random as Random
+    from jprune.methods.weights.sparse_training import RigL as RigL
+    from jprune.methods.weights.sparse_training import Saliency as Saliency
+    from jprune.methods.weights.sparse_training import Static as Static
+    from jprune.methods.weights.sparse_training import magnitude_masks as magnitude_masks
+    from jprune.methods.weights.sparse_training import masked as masked
+    from jprune.methods.weights.sparse_training import masks_of as masks_of
+    from jprune.methods.weights.sparse_training import sparsify as sparsify
+
+_NAMES: dict[str, str] = dict.fromkeys(
+    ("ACDC", "SET", "Magnitude", "MaskSteps", "Random", "RigL", "Saliency", "Static", "magnitude_masks", "masked",
+     "masks_of", "sparsify"), "sparse_training"
+)  # fmt: skip
+__all__ = list(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'jprune.methods.weights' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jprune.methods.weights.{_NAMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,31 @@
+"""SET, sparse evolutionary training (Mocanu et al. 2018): the smallest weights are exchanged for random ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from jprune.methods.weights.sparse_training.method import Look
+from jprune.methods.weights.sparse_training.random import uniform
+from jprune.methods.weights.sparse_training.regrowth import check_share, drop_and_grow
+
+
+@dataclasses.dataclass(frozen=True)
+class SET:
+    """Random growth; for use with MaskSteps("constant"), or with another kind if the sparsity is to rise meanwhile.
+
+    Attributes:
+      drop: share of the weights left that is exchanged at first; it falls to 0 by a cosine.
+    """
+
+    drop: float = 0.3
+    regrows: ClassVar[bool] = True
+    pauses: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_share(self.drop)
+
+    def masks(self, look: Look) -> dict[str, Any]:
+        """Random ones before training, then the exchange."""
+        drawn = uniform(look)
+        return look.choose(drawn, look.kept) if look.gradients is None else drop_and_grow(look, self.drop, drawn)
