@@ -23,6 +23,7 @@ from pallas_kernels.block_sparse_attention import (  # noqa: E402
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="libtpu is not installed")]
 TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+FIRST = TOPOLOGIES[0]  # every size and dtype for this chip; for the others what may differ there: layouts and VMEM
 
 
 def named(specs):
@@ -45,15 +46,25 @@ def gradients(rules, **config):
     return run
 
 
+WIDEST = max(arg_specs.COMPILED, key=lambda spec: spec.features)  # in float32 what takes most room
+
+
 @pytest.mark.parametrize("spec", named(arg_specs.COMPILED))
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("topology", "dtype"), [*((topology, "bfloat16") for topology in TOPOLOGIES), (FIRST, "float32")]
+)
 def test_forward_and_both_gradients_compile(topology, dtype, spec):
-    if (topology, dtype) != (
-        TOPOLOGIES[0],
-        "bfloat16",
-    ):  # once at the models' lengths: long arrays take long to lay out
+    if (topology, dtype) != (FIRST, "bfloat16"):  # once at the models' lengths: long arrays take long to lay out
         spec = dataclasses.replace(spec, tokens=4096)
+    forward_and_both_gradients_compile(topology, dtype, spec)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES[1:])
+def test_the_widest_heads_in_float32_compile_for_every_chip(topology):
+    forward_and_both_gradients_compile(topology, "float32", dataclasses.replace(WIDEST, tokens=4096))
+
+
+def forward_and_both_gradients_compile(topology, dtype, spec):
     out = aot.compile_kernel(gradients(spec.features in (64, 128)), topology, *problem(spec.with_blocks(64), dtype))
     assert out.kernels() == 3
     one_head = 4 * spec.tokens**2
@@ -75,8 +86,7 @@ def test_blocks_of_other_sizes_compile(block):
 
 
 @pytest.mark.parametrize("resident", [False, True])
-@pytest.mark.parametrize("features", [64, 128])
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(("topology", "features"), [(FIRST, 64), *((topology, 128) for topology in TOPOLOGIES)])
 def test_several_blocks_together_compile(topology, features, resident):
     (spec,) = (s for s in arg_specs.COMPILED if s.features == features)
     fn = gradients(resident, blocks_together=4, resident=resident)
@@ -97,9 +107,10 @@ def test_a_head_of_a_video_is_kept_in_vmem_where_it_fits():
         assert (max(limits, default=0) > 2 * spec.tokens * spec.features * 2) == fits
 
 
-@pytest.mark.parametrize("rules", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("topology", "dtype", "rules"),
+    [(FIRST, "bfloat16", False), *((t, d, True) for t in TOPOLOGIES for d in ("bfloat16", "float32"))],
+)
 def test_block_masses_compile(topology, dtype, rules):
     q, k, v, _, ids = problem(dataclasses.replace(searched.VIDEO.with_blocks(64), tokens=16384), dtype)
 
@@ -125,8 +136,7 @@ def searching(spec, dtype="bfloat16"):
     return *dataclasses.replace(spec, dtype=dtype).arrays, spec.segments
 
 
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(("topology", "block"), [(FIRST, 128), *((topology, 64) for topology in TOPOLOGIES)])
 def test_a_search_of_a_whole_video_is_one_pass(topology, block):
     out = aot.compile_kernel(search(block), topology, *searching(searched.VIDEO))
     assert out.kernels() == 1 and out.temporary < 2 * out.argument  # copies; tokens x tokens would be 28 GB a head

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from few_digits import few_digits
 
 import jprune
 from jprune import budget, checkpoint, cli, methods
@@ -48,21 +49,11 @@ def finished(*arguments):
     return process.returncode, out, err
 
 
-def few_digits(seed=0):
-    """A tenth of the digits: programs that are not optimised take milliseconds for every image."""
-    digits = load_digits(seed)
-    train, test = (
-        dataclasses.replace(s, images=s.images[:n], labels=s.labels[:n])
-        for s, n in ((digits.train, 128), (digits.test, 48))
-    )
-    return dataclasses.replace(digits, train=train, test=test)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier, "load_digits", few_digits)
+        patch.setattr(classifier, "load_digits", lambda seed: few_digits(128, 48, seed))
         return out, ClassifierRun(OPTIONS, out, SETTINGS, quiet=True)()
 
 
@@ -85,7 +76,7 @@ def test_the_folder_holds_everything(run):
 def test_the_numbers_are_those_of_the_files(run):
     out, summary = run
     module, small, metadata = load_pruned(out)
-    data = few_digits()
+    data = few_digits(128, 48)
     before, after = summary["before"], summary["after"]
     assert evaluate(module, small, data).accuracy == after["accuracy"]
     params = jax.tree.leaves(small["params"])
@@ -281,7 +272,7 @@ def task(tmp_path_factory):
     """What a method sees of a small network with BatchNorm that nobody has trained."""
     run = ClassifierRun(OPTIONS, tmp_path_factory.mktemp("task") / "o", SETTINGS, quiet=True)
     run.release()
-    model, data = resnet.small((1, 1), widths=(8, 16)), few_digits()
+    model, data = resnet.small((1, 1), widths=(8, 16)), few_digits(128, 48)
     fresh = jax.jit(model.init)(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
     return dataclasses.replace(
         run.task, model=model, graph=jprune.trace(model.apply, fresh, *run.task.example), variables=fresh, fresh=fresh,

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from few_digits import few_digits
 
 import jprune
-from jprune.data import load_digits
 from jprune.methods.channels.masksparsity import masksparsity as ms
 from jprune.methods.channels.masksparsity.run import MaskSparsityConfig, run
 from jprune.models import rebuild, resnet
 from jprune.training import TrainConfig, evaluate
 
-QUICK = TrainConfig(epochs=2, batch_size=64, eval_every_epochs=0)
+QUICK = TrainConfig(epochs=2, batch_size=16, eval_every_epochs=0)
 CONFIG = MaskSparsityConfig(
     baseline=dataclasses.replace(QUICK, epochs=4),
     sparse=QUICK,
@@ -30,7 +30,7 @@ CONFIG = MaskSparsityConfig(
 @pytest.fixture(scope="module")
 def ingredients():
     model = resnet.small((1, 1, 1), widths=(8, 16, 16))
-    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1))), load_digits()
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1))), few_digits(320, 96)
 
 
 def test_the_pipeline_prunes_what_it_masked_and_resumes(ingredients, tmp_path):
