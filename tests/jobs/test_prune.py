@@ -29,6 +29,7 @@ from jprune.training.run_folder import RunFolder
 
 OPTIONS = ClassifierConfig(model="resnet_digits", epochs=1)
 SETTINGS = AfterTrainingConfig(finetune_epochs=1)
+FEW = dataclasses.replace(OPTIONS, batch_size=16)
 ARGUMENTS = ["prune", "--model", "resnet_digits", "--epochs", "1", "--finetune-epochs", "1"]
 
 
@@ -53,8 +54,8 @@ def finished(*arguments):
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier, "load_digits", lambda seed: few_digits(128, 48, seed))
-        return out, ClassifierRun(OPTIONS, out, SETTINGS, quiet=True)()
+        patch.setattr(classifier, "load_digits", lambda seed: few_digits(32, 48, seed))
+        return out, ClassifierRun(FEW, out, SETTINGS, quiet=True)()
 
 
 def test_the_folder_holds_everything(run):
@@ -76,7 +77,7 @@ def test_the_folder_holds_everything(run):
 def test_the_numbers_are_those_of_the_files(run):
     out, summary = run
     module, small, metadata = load_pruned(out)
-    data = few_digits(128, 48)
+    data = few_digits(32, 48)
     before, after = summary["before"], summary["after"]
     assert evaluate(module, small, data).accuracy == after["accuracy"]
     params = jax.tree.leaves(small["params"])
@@ -87,7 +88,7 @@ def test_the_numbers_are_those_of_the_files(run):
     assert after["macs"] == graph.cost().macs // 2 <= before["macs"] / 2
     assert summary["kept"]["macs"] == pytest.approx(after["macs"] / before["macs"])
     assert after["latency_ms"] > 0 and after["peak_bytes"] < before["peak_bytes"]
-    assert metadata["options"] == {**dataclasses.asdict(OPTIONS), **dataclasses.asdict(SETTINGS)}
+    assert metadata["options"] == {**dataclasses.asdict(FEW), **dataclasses.asdict(SETTINGS)}
     dense = build("resnet_digits", 10)
     shapes = jax.eval_shape(dense.init, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
