@@ -1,7 +1,9 @@
 """Runs a script in a process of its own with four simulated devices: how many there are is fixed when jax starts."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -22,3 +24,14 @@ def run_script(script, *folders):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def most_moved(compiled):
+    """The most entries that one collective of a compiled program takes from other devices, but for sums over devices."""
+    sizes = [0]
+    for line in compiled.as_text().splitlines():
+        if re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", line):
+            results = line.split("(", 1)[0] if "= (" not in line else line.split(") ", 1)[0]
+            for found in re.findall(r"\w+\[([\d,]*)\]", results):
+                sizes.append(math.prod(int(n) for n in found.split(",") if n))
+    return max(sizes)

@@ -190,6 +190,11 @@ def test_the_last_choice_is_the_target_and_none_brings_weights_back(kind):
         assert np.abs(table.kept.sum(1) - 144 * keep).max() < 3
 
 
+def test_masks_made_before_training_are_not_chosen_again_at_once():
+    assert [t for t in range(9) if MaskSteps("constant", 0, 6, 3).due(t)] == [3, 6]
+    assert not any(MaskSteps("constant").due(t) for t in range(3)) and MaskSteps().due(0)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"kind": "cube"}, {"every": 0}, {"start": -1}, {"start": 5, "end": 4}, {"end": 2.5}, {"start": True}]
 )

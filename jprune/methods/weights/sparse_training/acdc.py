@@ -19,7 +19,6 @@ class ACDC:
     """
 
     regrows: ClassVar[bool] = True
-    pauses: ClassVar[bool] = False
 
     def masks(self, look: Look) -> dict[str, Any]:
         """The largest weights, or all."""

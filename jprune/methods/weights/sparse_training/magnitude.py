@@ -21,7 +21,6 @@ class Magnitude:
     normalise: bool = False
 
     regrows: ClassVar[bool] = False
-    pauses: ClassVar[bool] = False
 
     def masks(self, look: Look) -> dict[str, Any]:
         """The largest weights."""

@@ -27,7 +27,7 @@ class MaskSteps:
     Attributes:
       kind: how the sparsity grows over these steps, from none before the first to the target at the last: "one_shot" (at
         once), "linear", "cubic" (fast at first), "exponential" (the same share of what is left each time); or
-        "constant": the target from the beginning, so that the steps only change which weights stay.
+        "constant": masks of the target are made before training, and the steps (but for step 0) only change them.
       start: the first such step; training counts its steps from 0.
       end: the last one; None: `start`.
       every: steps from one to the next.
@@ -61,7 +61,7 @@ class MaskSteps:
 
     def due(self, step: Any) -> Any:
         """Whether masks are chosen at a step (a traced integer)."""
-        inside = (step >= self.start) & (step <= self.last)
+        inside = (step >= max(self.start, int(self.kind == "constant"))) & (step <= self.last)
         return inside & (((step - self.start) % self.every == 0) | (step == self.last))
 
     def index(self, step: Any) -> Any:

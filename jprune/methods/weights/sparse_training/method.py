@@ -42,12 +42,11 @@ class Method(Protocol):
     """Which weights stay. One frozen dataclass per algorithm.
 
     Attributes:
-      regrows: whether a weight that went may come back: it starts from zero, with the optimizer's state anew.
-      pauses: whether weights are not trained at the steps at which masks are chosen.
+      regrows: whether a weight that went may come back: it starts from zero, with the optimizer's state anew. At a
+        step at which masks are chosen the others then keep their values, though the optimizer sees their gradients.
     """
 
     regrows: ClassVar[bool]
-    pauses: ClassVar[bool]
 
     def masks(self, look: Look) -> dict[str, Any]:
         """The masks from this step on."""

@@ -16,7 +16,6 @@ class Random:
     """Uniform scores for the weights that are left; none comes back."""
 
     regrows: ClassVar[bool] = False
-    pauses: ClassVar[bool] = False
 
     def masks(self, look: Look) -> dict[str, Any]:
         """Random ones of those that are left."""

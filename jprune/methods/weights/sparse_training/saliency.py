@@ -21,7 +21,6 @@ class Saliency:
     normalise: bool = False
 
     regrows: ClassVar[bool] = False
-    pauses: ClassVar[bool] = False
 
     def masks(self, look: Look) -> dict[str, Any]:
         """The largest scores. Raises ValueError before training, when there are no gradients."""

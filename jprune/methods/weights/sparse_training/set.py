@@ -20,7 +20,6 @@ class SET:
 
     drop: float = 0.3
     regrows: ClassVar[bool] = True
-    pauses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share(self.drop)

@@ -14,7 +14,6 @@ class Static:
     """Random masks of the target's density from the beginning; for use with MaskSteps("constant")."""
 
     regrows: ClassVar[bool] = False
-    pauses: ClassVar[bool] = False
 
     def masks(self, look: Look) -> dict[str, Any]:
         """Drawn before training; later as they are."""

@@ -104,20 +104,22 @@ def sparsify(
         if odd := sorted(plan.weights.keys() ^ old.keys()) or sorted(old.keys() - gradients.keys()):
             raise ValueError(f"masks, parameters and gradients are not of the same leaves: look at {odd[0]!r}")
         due = steps.due(state.step)
-        masks = lax.cond(due, lambda: task.masks(plan, gradients, old, state.key, state.step), lambda: old)
-        regrown = {p: m & ~old[p] for p, m in masks.items()} if method.regrows else {}
-        before = restarted(inner, state.inner, params, regrown) if method.regrows else state.inner
+
+        def renewed() -> tuple[dict[str, Any], Any]:
+            masks = task.masks(plan, gradients, old, state.key, state.step)
+            if not method.regrows:
+                return masks, ()
+            return masks, restarted(inner, state.inner, params, {p: m & ~old[p] for p, m in masks.items()})
+
+        masks, before = lax.cond(due, renewed, lambda: (old, state.inner if method.regrows else ()))
         hidden = _like(updates, {p: _where(m, gradients[p], 0) for p, m in masks.items()})
-        found, after = inner.update(hidden, before, params, **extra)
-        if method.pauses:
+        found, after = inner.update(hidden, before if method.regrows else state.inner, params, **extra)
+        if method.regrows:
             found = jax.tree.map(lambda u: _where(~due, u, 0), found)
-            after = jax.tree.map(lambda a, b: jnp.where(due, a, b), before, after)
         steered = named(found)
         for p, mask in masks.items():
             w = plan.weights[p]
             u = steered[p].astype(jnp.promote_types(w.dtype, steered[p].dtype))
-            if method.regrows:
-                u = jnp.where(regrown[p], u - w, u)  # a weight that regrows is zero before this update
             steered[p] = jnp.where(mask, u, -w.astype(u.dtype))
         masks = _like(params, masks, optax.MaskedNode())
         return _like(found, steered), SparseState(optax.safe_increment(state.step), state.key, masks, after)
