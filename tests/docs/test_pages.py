@@ -22,7 +22,7 @@ def run_page(text):
     return out
 
 
-LONG = {"adaspa.md", "algebra.md", "loraprune.md", "models.md", "zero_tprune.md", "divprune.md"}
+LONG = {"adaspa.md", "algebra.md", "loraprune.md", "models.md", "sparse_training.md", "zero_tprune.md", "divprune.md"}
 NAMES = sorted(p.name for p in PAGES.glob("*.md") if "```python" in p.read_text())
 
 
