@@ -158,7 +158,7 @@ def test_n_falls_step_by_step_to_its_target():
 @pytest.mark.parametrize("gradients", [jnp.float32, jnp.bfloat16])
 def test_zeros_are_exact_in_every_dtype(dtype, gradients):
     params = {"w": normal(0, 16, 16).astype(dtype)}
-    tx = sparsify(optax.adam(1e-2), 0.75, steps=MaskSteps("constant"))
+    tx = sparsify(optax.sgd(1e-2), 0.75, steps=MaskSteps("constant"))
     updates, state = tx.update({"w": normal(1, 16, 16).astype(gradients)}, tx.init(params), params)
     new = optax.apply_updates(params, updates)["w"]
     assert new.dtype == dtype and np.array_equal(np.asarray(new != 0), np.asarray(state.masks["w"]))
@@ -185,8 +185,13 @@ def test_the_last_choice_is_the_target_and_none_brings_weights_back(kind):
     assert dict(zip(table.paths, table.kept[-1].tolist(), strict=True)) == counts(SHAPES, 0.9, "erk")
     assert (np.diff(table.kept.astype(int), axis=0) <= 0).all() and (np.diff(table.groups["n"]) <= 0).all()
     assert table.groups["n"][-1] == 1
+    # where the largest remainders of a sparsity alone would bring one back
+    sizes = (("a", (4, 3)), ("b", (7, 8)), ("c", (2, 2)))
+    table = amounts(MaskSteps(kind, 0, 19), sizes, (), 0.9, "uniform").kept
+    assert (np.diff(table.astype(int), axis=0) <= 0).all()
     if kind == "cubic":
         keep = 1 - 0.9 * (1 - (1 - np.arange(1, 12) / 11) ** 3)
+        table = amounts(steps, tuple(SHAPES.items()), (), 0.9, "erk")
         assert np.abs(table.kept.sum(1) - 144 * keep).max() < 3
 
 
