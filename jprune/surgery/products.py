@@ -225,17 +225,30 @@ class Product:
         of = dict(zip(self.tap.use.data_features, self.tap.in_layouts, strict=True))
         return tuple(of[d] for _, d in self._axes[4])
 
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """Axes of the weight operand in the order of `batch`, `outputs`, `inputs`."""
+        shared, summed, new, _, _ = self._axes
+        return (*shared, *new, *summed)
+
     def _laid(self, x: Any) -> Any:
         """A weight operand of one layer, as (*batch, out, in)."""
-        shared, summed, new, _, _ = self._axes
-        return jnp.transpose(x, (*shared, *new, *summed)).reshape(*self.batch, *self.shape)
+        return jnp.transpose(x, self._order).reshape(*self.batch, *self.shape)
+
+    def samples(self, x: Any) -> Float[Array, "*batch samples in"]:
+        """The data that meets the weights as one row per sample, float32, in the order of the matrix's columns."""
+        _, _, _, shared, summed = self._axes
+        first, last = tuple(d for _, d in shared), tuple(d for _, d in summed)
+        rest = tuple(i for i in range(x.ndim) if i not in (*first, *last))
+        x = jnp.transpose(x, (*first, *rest, *last)).astype(jnp.float32)
+        return x.reshape(*self.batch, -1, self.shape[1])
 
     def leaf_like(self, matrix: Float[Array, "*lead out in"], shape: tuple[int, ...]) -> Any:
         """The array of the leaf's shape whose matrix this is."""
-        shared, summed, new, _, _ = self._axes
-        order = (*shared, *new, *summed)
+        order = self._order
         layers = () if self.tap.layers is None else (self.tap.layers,)
-        x = matrix.reshape(*layers, *self.batch, *self.outputs, *self.inputs)
+        sizes = self.tap.use.eqn.invars[self.tap.use.leaf_operand].aval.shape
+        x = matrix.reshape(*layers, *(sizes[i] for i in order))
         back = sorted(range(len(order)), key=order.__getitem__)
         x = jnp.transpose(x, (*range(len(layers)), *(len(layers) + i for i in back)))
         return moves.leaf_like(self.tap.use.moves, x, shape)
