@@ -1,0 +1,247 @@
+"""Weights removed in one shot: by size, by chance, by Wanda's score, or by SparseGPT, which moves what stays.
+
+    leaves = prunable(graph)
+    pruned = wanda(graph, params, batches, leaves, 0.5)
+
+One signature for all. Of a decoder that is larger than memory, `layer_by_layer` runs any of them one layer at a time, each
+on inputs that have passed the pruned layers before it, as the authors of both papers do.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from jprune.budget.weights import choose, counts
+from jprune.graph import Graph, trace
+from jprune.importance.at_init import weight_chance, weight_leaves, weight_magnitude, weights_of
+from jprune.importance.weight_inputs import gram, input_sums, squares
+from jprune.methods.weights.sparsegpt import SparseGPTConfig, eliminate
+from jprune.surgery.kernels import weight_matrices
+from jprune.surgery.patterns import NM, Pattern, Unstructured, apply, pattern
+from jprune.surgery.products import Product
+from jprune.tracing.paths import with_leaves
+
+Batches: TypeAlias = Iterable[Any]
+
+
+class Pruned(NamedTuple):
+    """Parameters with zeros.
+
+    Attributes:
+      params: of the given shapes, with zeros outside the masks.
+      masks: {leaf path: True where a weight stays}; leaves that are absent are dense.
+      notes: what else there is to say, as plain data.
+    """
+
+    params: Any
+    masks: dict[str, Any]
+    notes: dict[str, Any]
+
+
+Prune: TypeAlias = Callable[..., Pruned]  # (graph, params, batches, leaves, sparsity, pattern) -> Pruned
+
+
+def prunable(graph: Graph) -> tuple[str, ...]:
+    """Paths of the kernels and matrices but for the last one, which makes the outputs (a head); in program order."""
+    used = weight_leaves(graph)
+    last = [c.name for c in graph.contractions if c.name in used][-1:]
+    return tuple(p for p in used if p not in last)
+
+
+def own_pattern(asked: Pattern | str, usual: str) -> Pattern:
+    """The pattern asked for; "unstructured" compares what the method usually compares."""
+    found = pattern(asked) if isinstance(asked, str) else asked
+    return pattern(usual) if found == Unstructured() else found
+
+
+def magnitude(
+    graph: Graph,
+    params: Any,
+    batches: Batches,
+    leaves: Sequence[str],
+    sparsity: float | None,
+    pattern: Pattern | str = "unstructured",
+) -> Pruned:
+    """The largest |w| stay, each leaf's own share.
+
+    Args:
+      graph: of the function, traced with `params`.
+      params: trained.
+      batches: of inputs; not looked at.
+      leaves: paths of what is pruned, from `prunable`.
+      sparsity: share of these weights to remove, in [0, 1); None for an N:M pattern.
+      pattern: which zeros are allowed.
+
+    Raises:
+      ValueError: what `jprune.budget.weights.choose` refuses.
+    """
+    views = weight_matrices(graph, leaves) if own_pattern(pattern, "unstructured") != Unstructured() else None
+    masks = choose(weight_magnitude(params, leaves), pattern, sparsity, views)
+    return Pruned(apply(params, masks), masks, {})
+
+
+def random(
+    graph: Graph,
+    params: Any,
+    batches: Batches,
+    leaves: Sequence[str],
+    sparsity: float | None,
+    pattern: Pattern | str = "unstructured",
+    *,
+    seed: int = 0,
+) -> Pruned:
+    """Chance decides: the baseline to beat; arguments as `magnitude` has them."""
+    views = weight_matrices(graph, leaves) if own_pattern(pattern, "unstructured") != Unstructured() else None
+    masks = choose(weight_chance(params, leaves, jax.random.key(seed)), pattern, sparsity, views)
+    return Pruned(apply(params, masks), masks, {})
+
+
+def wanda_scores(params: Any, matrices: Mapping[str, Product], x2: Mapping[str, Any]) -> dict[str, Any]:
+    """|W_oi| times the norm of input i over the calibration samples (Sun et al. 2024, equation 1), leaf by leaf.
+
+    Args:
+      params: trained.
+      matrices: of the leaves to score.
+      x2: {leaf path: sums of squares of the inputs}, from `input_sums(.., squares)`; a common factor changes nothing.
+    """
+    out = {}
+    for p, w in weights_of(params, list(matrices)).items():
+        m = matrices[p]
+        score = jnp.abs(m.matrix(w.astype(jnp.float32))) * jnp.sqrt(x2[p])[..., None, :]
+        out[p] = m.leaf_like(score, w.shape)
+    return out
+
+
+def wanda(
+    graph: Graph,
+    params: Any,
+    batches: Batches,
+    leaves: Sequence[str],
+    sparsity: float | None,
+    pattern: Pattern | str = "unstructured",
+    *,
+    progress: bool = False,
+) -> Pruned:
+    """|weight| times the norm of its input, compared within each output's weights (Wanda); weights are not changed.
+
+    Arguments as `magnitude` has them; "unstructured" compares within each row.
+
+    Raises:
+      ValueError: inputs that are not finite, a leaf that is used more than once, and what `choose` refuses.
+    """
+    matrices = weight_matrices(graph, leaves)
+    x2 = input_sums(graph, params, batches, matrices, squares, progress)
+    masks = choose(wanda_scores(params, matrices, x2), own_pattern(pattern, "row"), sparsity, matrices)
+    return Pruned(apply(params, masks), masks, {})
+
+
+def sparsegpt(
+    graph: Graph,
+    params: Any,
+    batches: Batches,
+    leaves: Sequence[str],
+    sparsity: float | None,
+    pattern: Pattern | str = "unstructured",
+    *,
+    config: SparseGPTConfig = SparseGPTConfig(),  # noqa: B008
+    progress: bool = False,
+) -> Pruned:
+    """Column by column; the columns behind make up for what went (SparseGPT). Kept weights change.
+
+    Arguments as `magnitude` has them. `notes` has the damping of the leaves where it had to be raised.
+
+    Raises:
+      ValueError: inputs that are not finite, a leaf that is used more than once, a pattern that it cannot follow.
+    """
+    matrices = weight_matrices(graph, leaves)
+    asked = own_pattern(pattern, "unstructured")
+    shapes = {p: np.shape(w) for p, w in weights_of(params, leaves).items()}
+    if isinstance(asked, NM):
+        choose({p: jnp.zeros(s) for p, s in shapes.items()}, asked, sparsity, matrices)  # refuses what does not fit
+        kept = {p: math.prod(s) * asked.keep // asked.of for p, s in shapes.items()}
+    else:
+        kept = counts(shapes, 0.5 if sparsity is None else sparsity)
+    hessians = input_sums(graph, params, batches, matrices, gram, progress)
+    new, masks, raised = {}, {}, {}
+    for p, w in track(weights_of(params, leaves).items(), "eliminating", disable=not progress):
+        m = matrices[p]
+        own, lead = m.matrix(w), math.prod(m.lead)
+        h = hessians[p].reshape(lead, m.shape[1], m.shape[1])
+        parts = np.diff(np.round(np.arange(lead + 1) * kept[p] / lead).astype(int))
+        found = [eliminate(x, h[i], int(parts[i]), asked, config) for i, x in enumerate(own.reshape(lead, *m.shape))]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *found)
+        new[p] = m.leaf_like(stacked.matrix.reshape(own.shape), w.shape)
+        masks[p] = m.leaf_like(stacked.mask.reshape(own.shape).astype(jnp.float32), w.shape) != 0
+        if (used := float(jnp.max(stacked.damping))) > config.damping * 1.5:
+            raised[p] = used
+        if not bool(jnp.isfinite(stacked.matrix).all()):
+            raise ValueError(f"SparseGPT of {p!r} is not finite even with a damping of {used:g}: look at its inputs")
+    return Pruned(with_leaves(params, new), masks, {"raised_damping": raised} if raised else {})
+
+
+# -- one layer at a time -----------------------------------------------------------------------------------------------
+
+
+def layer_by_layer(
+    prune: Prune,
+    pieces: tuple[Callable[[Any], Any], Sequence[Callable[..., Any]], Sequence[Any]],
+    batches: Batches,
+    sparsity: float | None,
+    pattern: Pattern | str = "unstructured",
+    *,
+    hold: str = "device",
+    progress: bool = False,
+) -> list[Pruned]:
+    """`prune` of every layer of a decoder in turn, on what the pruned layers before it make of the batches; host-side.
+
+    One layer's weights and the streams of all batches are held at a time. A layer's matrices see the inputs of the dense
+    layer; the next layer sees the pruned one's outputs.
+
+    Args:
+      prune: `magnitude`, `wanda` or `sparsegpt`.
+      pieces: (embed, blocks, params), as `jprune.models.llama_blocks.pieces` cuts a decoder.
+      batches: of token ids.
+      sparsity, pattern: as for `prune`; all matrices of a layer are pruned.
+      hold: where the streams wait, "device" or "host".
+      progress: show a bar.
+
+    Returns:
+      One result per layer, with paths within the layer's own parameters.
+
+    Raises:
+      ValueError: no batches, another place to hold, and what `prune` refuses.
+    """
+    if hold not in ("device", "host"):
+        raise ValueError(f"hold is 'device' or 'host', not {hold!r}")
+    embed, blocks, params = pieces
+    keep: Any = np.asarray if hold == "host" else jnp.asarray
+    streams = [keep(embed(b)) for b in batches if 0 not in np.shape(b)]
+    if not streams:
+        raise ValueError("calibration got no batches, or only empty ones: pass at least one with tokens")
+    out = []
+    for fn, own in track(zip(blocks, params), "layers", total=len(params), disable=not progress):
+        own = jax.device_put(own)
+        graph, run = _layer(fn, jax.tree.structure(own), _shapes(own), _shapes(streams[0]))
+        found = prune(graph, own, streams, weight_leaves(graph), sparsity, pattern)
+        streams = [keep(run(found.params, h)) for h in streams]
+        out.append(found)
+    return out
+
+
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    return tuple((np.shape(x), jax.dtypes.result_type(x)) for x in jax.tree.leaves(tree))
+
+
+@functools.lru_cache(maxsize=4)
+def _layer(fn: Any, structure: Any, shapes: Any, stream: Any) -> tuple[Graph, Any]:
+    """(graph, compiled function) of a layer; layers of the same function and shapes share them."""
+    params = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*s) for s in shapes])
+    return trace(fn, params, jax.ShapeDtypeStruct(*stream[0])), jax.jit(fn)
