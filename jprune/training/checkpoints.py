@@ -59,7 +59,7 @@ class Checkpoints:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _stored(like))
         state = self._read(step, state=ocp.args.StandardRestore(target))["state"]
         state = jax.tree.map(lambda x, old: x if old.size else old, state, like._asdict())
-        return TrainState(**state), run["sums"]
+        return type(like)(**state), run["sums"]
 
     def close(self) -> None:
         """Wait for the last checkpoint to be complete."""
