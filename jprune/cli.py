@@ -63,6 +63,12 @@ With no options: ResNet-20 on scikit-learn's digits to half its MACs, in a few m
 A language model (LLaMA, Mistral, Qwen2, Qwen3) is pruned in its Hugging Face folder, and leaves such a folder:
 
     jprune prune --model ./Llama-3.2-1B --method cfsp --sparsity 0.3 --calibration wiki.txt --recover 500
+
+Single weights instead of channels, anywhere or two of every four:
+
+    jprune prune --model ./Llama-3.2-1B --method sparsegpt --pattern 2:4 --calibration wiki.txt
+
+    jprune prune --method icbs --sparsity 0.9
 """
 
 
@@ -112,7 +118,10 @@ def _show_pruned(folder: bool, name: str, options: Any, out: Path, summary: Mapp
     if folder:
         from jprune.jobs.decoder import MeasuredDecoder, rows
 
-        title = f"{name}, {options.method}: {summary['removed']['parameters']:.1%} of the parameters removed"
+        gone = f"{summary['removed']['parameters']:.1%} of the parameters removed"
+        if "weights" in summary["kept"]:
+            gone = f"{1 - summary['kept']['weights']:.1%} of {summary['weights']['of']:,} weights are zero"
+        title = f"{name}, {options.method}: {gone}"
         _show(title, rows(*(MeasuredDecoder(**summary[side]) for side in ("before", "after"))))
         _say(f"model: {out / 'model'} ({summary['form']})\nreport: {out / 'report.html'}")
         return

@@ -13,6 +13,7 @@ Every phase is a pure function of the options, so an interrupted run that is res
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jprune import checkpoint
+from jprune.checkpoint.masks import save_masks
 from jprune.data import Dataset, load_cifar, load_digits, load_image_folder, steps_per_epoch
 from jprune.graph import Graph, trace
 from jprune.jobs.outputs import layer_table, write_report
@@ -29,6 +31,7 @@ from jprune.methods.contract import ClassifierTask, Method, Outcome, checked
 from jprune.methods.names import method
 from jprune.models import build
 from jprune.report import measure, plots
+from jprune.surgery.patterns import density
 from jprune.training import TrainConfig, evaluate
 from jprune.training.forward import as_forward
 from jprune.training.loss import cross_entropy
@@ -54,7 +57,7 @@ class ClassifierConfig:
       method: what is removed, and how; see `jprune list`
       sparsity: share of --quantity to REMOVE
       keep: share of --quantity to KEEP, in place of --sparsity
-      quantity: what these shares count; macs, and units for language models, unless the method counts otherwise
+      quantity: what these shares count; macs, units for language models, or weights, as the method counts
       epochs: of the baseline, of each sparse phase, and of a network trained from scratch
       learning_rate: of all training but fine-tuning
       batch_size: examples at a time
@@ -68,7 +71,7 @@ class ClassifierConfig:
     method: str = "magnitude-l2"
     sparsity: float | None = None
     keep: float | None = None
-    quantity: Literal["macs", "params", "bytes", "latency", "units"] | None = None
+    quantity: Literal["macs", "params", "bytes", "latency", "units", "weights"] | None = None
     epochs: int = 20
     learning_rate: float = 0.05
     batch_size: int = 64
@@ -200,7 +203,11 @@ class ClassifierRun(PruningRun):
             "options": self.said, **outcome.metadata})  # fmt: skip
         share = {q: getattr(final.cost(), q) / getattr(task.graph.cost(), q) for q in ("macs", "params", "bytes")}
         share["latency"] = after.latency_ms / before.latency_ms
-        share["units"] = sum(b for _, b in outcome.widths.values()) / sum(a for a, _ in outcome.widths.values())
+        if outcome.widths:
+            share["units"] = sum(b for _, b in outcome.widths.values()) / sum(a for a, _ in outcome.widths.values())
+        if outcome.masks is not None:
+            share["weights"] = density(outcome.masks).total
+            save_masks(out / "masks.safetensors", outcome.masks)
         quantity = (*self.method.quantities, "macs")[0] if amount is None else amount.quantity
         if amount is not None and quantity == "latency" and share[quantity] > 1.1 * amount.keep:
             self.warn(f"a batch takes {share[quantity]:.0%} of the time it took, not the {amount.keep:.0%} that its layers, "
@@ -218,16 +225,24 @@ class ClassifierRun(PruningRun):
             "widths": {g: list(w) for g, w in outcome.widths.items()},
             **outcome.notes,
         }
-        w = outcome.widths
+        w = outcome.widths if outcome.masks is None else weights_kept(outcome.masks)
+        title = (
+            ("Widths before and after", "widths") if outcome.masks is None else ("Weights before and after", "weights")
+        )
         figures = [
-            ("Widths before and after", "widths",
-             lambda p: plots.widths(p, list(w), [a for a, _ in w.values()], [b for _, b in w.values()])),
+            (*title, lambda p: plots.widths(p, list(w), [a for a, _ in w.values()], [b for _, b in w.values()])),
             *outcome.figures,
             ("Timeline", "timeline", lambda p: plots.timeline(p, self.histories())),
         ]  # fmt: skip
         notes = [f"{got}; timed on batches of {o.batch_size} on {jax.devices()[0].device_kind}."]
         return write_report(self, f"{o.model}: before and after", rows(before, after), self.said, figures, notes,
                             layer_table(task.graph, final), summary)  # fmt: skip
+
+
+def weights_kept(masks: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """{leaf path: (weights, those that stay)}."""
+    found = density(masks)
+    return {p: (n, found.kept[p]) for p, n in found.size.items()}
 
 
 def rows(before: measure.Measured, after: measure.Measured) -> list[tuple[str, str, str, str]]:

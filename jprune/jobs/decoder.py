@@ -11,7 +11,7 @@ report.html, widths.png
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from jprune.checkpoint import PruningRecord, load_hf, save_hf
 from jprune.checkpoint.hf_export import removed
 from jprune.checkpoint.huggingface import read_config
 from jprune.checkpoint.layouts import LINEN, kept_of_plan
+from jprune.checkpoint.masks import save_masks
 from jprune.data.text import sample_windows
 from jprune.graph import trace
 from jprune.jobs.decoder_text import Texts, load_texts
@@ -38,6 +39,7 @@ from jprune.models.llama import Llama
 from jprune.models.llama_config import LlamaConfig
 from jprune.models.llama_placement import placement
 from jprune.report import measure, plots
+from jprune.surgery.patterns import density
 from jprune.training import TuningConfig
 
 USUAL = 0.3  # share removed where nothing is asked for
@@ -52,7 +54,7 @@ class DecoderConfig:
       method: what is removed, and how; see `jprune list`
       sparsity: share of --quantity to REMOVE
       keep: share of --quantity to KEEP, in place of --sparsity
-      quantity: what these shares count; units are the channels (and heads) that the method removes
+      quantity: what these shares count; units are the channels (and heads), weights the single weights that the method may remove
       calibration: text file, or a folder of them, to look at and to recover on; language models need it
       evaluation: text to measure perplexity on; else a tenth of the calibration text is held back
       text_key: entry of a .jsonl line that holds its text, or its chat messages
@@ -72,7 +74,7 @@ class DecoderConfig:
     method: str = "cfsp"
     sparsity: float | None = None
     keep: float | None = None
-    quantity: Literal["macs", "params", "bytes", "latency", "units"] | None = None
+    quantity: Literal["macs", "params", "bytes", "latency", "units", "weights"] | None = None
     calibration: str | None = None
     evaluation: str | None = None
     text_key: str | None = None
@@ -152,6 +154,9 @@ class DecoderRun(PruningRun):
         if options.form == "uniform" and not even:
             way = "give --scope uniform too, or" if hasattr(self.settings, "scope") else "give"
             raise ValueError(f"form 'uniform' needs layers of equal width: {way} --form padded")
+        if options.recover and not self.method.widths:
+            raise ValueError("recover merges low-rank updates into all weights, which fills the zeros again: leave it out, or "
+                             "give --refit-kept, which moves the kept weights alone")  # fmt: skip
         self.config = read_config(options.model)
         self.model = Llama(self.config)
         ids = jax.ShapeDtypeStruct((2, options.length), jnp.int32)
@@ -190,9 +195,10 @@ class DecoderRun(PruningRun):
                 outcome = self.method.find(task, self.settings)
             for text in outcome.warnings:
                 self.warn(text)
-            if outcome.keep is None or outcome.graph is None:
+            if outcome.masks is None and (outcome.keep is None or outcome.graph is None):
                 raise ValueError(f"method {o.method!r} gives no keep set, which a model's folder is made of")
-            if task.amount is not None and task.amount.sparsity and all(k.all() for k in outcome.keep.values()):
+            gone = outcome.keep if outcome.masks is None else outcome.masks
+            if task.amount is not None and task.amount.sparsity and gone and all(k.all() for k in gone.values()):
                 self.warn(
                     f"nothing is removed: --sparsity {task.amount.sparsity:g} is less than one unit of a layer is worth"
                 )
@@ -261,6 +267,8 @@ class DecoderRun(PruningRun):
         """Shares of everything an amount can count that are left, before anything is recovered."""
         dense, now = task.graph.cost(), outcome.cost
         out = {q: getattr(now, q) / getattr(dense, q) for q in ("macs", "params", "bytes")}
+        if outcome.masks is not None:
+            return out | {"weights": density(outcome.masks).total}
         return out | {"units": sum(b for _, b in outcome.widths.values()) / sum(a for a, _ in outcome.widths.values())}
 
     # -- files ----------------------------------------------------------------------------------------------------
@@ -269,14 +277,18 @@ class DecoderRun(PruningRun):
         self, task: DecoderTask, outcome: Outcome, small: Any, before: MeasuredDecoder, after: MeasuredDecoder
     ) -> dict[str, Any]:
         o, config, out = self.o, outcome.model.config, self.out
-        assert out is not None and outcome.keep is not None and outcome.graph is not None
+        assert out is not None
         form = ("uniform" if config.uniform else "hetero") if o.form == "auto" else o.form
-        plan = outcome.graph.plan(outcome.keep)
-        plan.save(out / "plan.json")
+        kept = None
+        if outcome.keep is not None and outcome.graph is not None:
+            plan = outcome.graph.plan(outcome.keep)
+            plan.save(out / "plan.json")
+            kept = kept_of_plan(plan, LINEN, self.config)
+        if outcome.masks is not None:
+            save_masks(out / "masks.safetensors", outcome.masks)
         text = f"{o.sequences} windows of {o.length} tokens of {o.calibration}"
         asked = 0.0 if task.amount is None else task.amount.sparsity
-        record = PruningRecord(o.method, o.seed, text, asked, o.model, self.config,
-                               kept_of_plan(plan, LINEN, self.config))  # fmt: skip
+        record = PruningRecord(o.method, o.seed, text, asked, o.model, self.config, kept)
         save_hf(small, config, out / "model", mode=form, record=record, hf_config=self.source["hf_config"],
                 tokenizer_from=o.model, overwrite=True)  # fmt: skip
         gone = removed(self.config, config)
@@ -293,11 +305,15 @@ class DecoderRun(PruningRun):
         }
         names, one, two = _widths(self.config, config)
         said = ", ".join(f"{share:.1%} of {name.replace('_', ' ')}" for name, share in gone.items())
+        if outcome.masks is not None:
+            names, one, two = _weights(outcome.masks)
+            said = f"{1 - sum(two) / sum(one):.1%} of the weights of {len(names)} matrices"
         notes = [
             f"{o.method} removed {said}. Written as {form}; timed on {jax.devices()[0].device_kind}.",
             f"Perplexity on {len(self.texts.evaluation)} windows of {o.length} tokens.",
         ]
-        figures = [("Widths before and after", "widths", lambda p: plots.widths(p, names, one, two))]
+        what = "weights" if outcome.masks is not None else "widths"
+        figures = [(f"{what.capitalize()} before and after", what, lambda p: plots.widths(p, names, one, two))]
         return write_report(self, f"{Path(o.model).name}: before and after", rows(before, after), self.said, figures,
                             notes, _layers(self.config, config), summary)  # fmt: skip
 
@@ -321,6 +337,12 @@ def _widths(dense: LlamaConfig, small: LlamaConfig) -> tuple[list[str], list[int
     names = [f"{i} {k}" for k in kinds for i in range(dense.depth)]
     one, two = ([n for k in kinds for n in getattr(c, k)] for c in (dense, small))
     return names, one, two
+
+
+def _weights(masks: Mapping[str, Any]) -> tuple[list[str], list[int], list[int]]:
+    """Names of the pruned matrices, their weights, and those that stay, for the figure."""
+    found = density(masks)
+    return list(found.size), list(found.size.values()), [found.kept[p] for p in found.size]
 
 
 def _layers(dense: LlamaConfig, small: LlamaConfig) -> list[tuple[str, ...]]:

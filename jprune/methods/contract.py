@@ -165,6 +165,7 @@ class Outcome:
       notes: entries of summary.json.
       figures: (caption, file name without ending, draw(path)).
       warnings: what a user would not expect.
+      masks: {leaf path: True where a weight stays}, where single weights went and all widths stay.
     """
 
     model: Any
@@ -178,6 +179,7 @@ class Outcome:
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     figures: tuple[tuple[str, str, Callable[[Path], None]], ...] = ()
     warnings: tuple[str, ...] = ()
+    masks: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +228,7 @@ class Method:
       training: (task, config) -> steps of training that `find` will take.
       trains: it prunes while it trains; nothing is left to recover afterwards.
       even: it keeps equally much in every layer.
+      widths: it changes widths; a method for single weights does not.
     """
 
     name: str
@@ -239,6 +242,7 @@ class Method:
     training: Callable[[Any, Any], int] = lambda task, config: 0
     trains: bool = False
     even: bool = False
+    widths: bool = True
 
     def amount(self, quantity: str | None, keep: float | None, sparsity: float | None, usual: float) -> Amount | None:
         """How much is to go, from what a user gave; `usual` is the share to remove where nothing was given.

@@ -8,16 +8,25 @@ from collections.abc import Mapping
 from jprune.methods.channels import for_classifiers, for_decoders
 from jprune.methods.contract import Method
 from jprune.methods.tokens import llava_answer, reducers_by_name
+from jprune.methods.weights import methods as weights
 
 METHODS: Mapping[str, Mapping[str, Method]] = {
     kind: {m.name: m for m in methods}
-    for kind, methods in (("classifiers", for_classifiers.METHODS), ("decoders", for_decoders.METHODS))
+    for kind, methods in (
+        ("classifiers", (*for_classifiers.METHODS, *weights.FOR_CLASSIFIERS)),
+        ("decoders", (*for_decoders.METHODS, *weights.FOR_DECODERS)),
+    )
 }
+
+
+def _listed(models: str, widths: bool) -> dict[str, str]:
+    return {n: m.about for n, m in METHODS[models].items() if m.widths == widths}
+
+
 TABLE: Mapping[str, Mapping[str, str]] = {
-    "channels of a classifier (jprune prune)": {n: m.about for n, m in METHODS["classifiers"].items()},
-    "channels and heads of a language model (jprune prune --model FOLDER)": {
-        n: m.about for n, m in METHODS["decoders"].items()
-    },
+    "channels of a classifier (jprune prune)": _listed("classifiers", True),
+    "channels and heads of a language model (jprune prune --model FOLDER)": _listed("decoders", True),
+    "single weights of a classifier or a language model (jprune prune)": _listed("decoders", False),
     "tokens of a vision transformer (jprune eval)": reducers_by_name.ABOUT,
     "visual tokens of a LLaVA (jprune chat)": llava_answer.ABOUT,
 }

@@ -24,6 +24,7 @@ from jprune.methods.channels.masksparsity import run as masksparsity_run
 from jprune.methods.contract import Amount, ClassifierTask, NoConfig
 from jprune.methods.names import METHODS, TABLE
 from jprune.models import build, resnet
+from jprune.tracing.paths import flatten
 from jprune.training import evaluate
 from jprune.training.run_folder import RunFolder
 
@@ -311,6 +312,29 @@ def test_later_steps_score_the_smaller_network_by_its_own_loss(name, task):
     config = AfterTrainingConfig(finetune_epochs=0, steps=2)
     found = methods.method(name).find(dataclasses.replace(task, amount=amount), config)
     assert 0.4 * task.graph.cost().macs < found.cost.macs <= 0.5 * task.graph.cost().macs
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("wanda",
+      {"pattern": "2:4", "leaves": "params/stage*/conv2/kernel"}), 
+     ("icbs", {"steps": 2, "solver": "descent", "samples": 16}),
+     pytest.param("sparsegpt", {}, marks=pytest.mark.slow), ("weight-magnitude", {"pattern": "model"})],
+)  # fmt: skip
+def test_single_weights_go_and_all_widths_stay(name, settings, task):
+    method = methods.method(name)
+    config = method.config(**settings)
+    method.check(task, config)
+    amount = None if "2:4" in str(settings) else Amount.of("weights", sparsity=0.75)
+    found = method.find(dataclasses.replace(task, amount=amount), config)
+    assert found.masks and found.keep is None and found.cost == task.graph.cost()
+    density = found.notes["weights"]["density"]
+    assert density == pytest.approx(0.5 if amount is None else 0.25, abs=1e-3)
+    leaves = dict(flatten(found.variables))
+    assert all(not np.asarray(leaves[p])[~np.asarray(m)].any() for p, m in found.masks.items())
+    assert found.notes["weights"]["macs_of_kept"] < task.graph.cost().macs
+    with pytest.raises(ValueError, match="fits none of the weights"):
+        method.check(task, dataclasses.replace(config, leaves="params/nothing*"))
 
 
 def test_latency_is_a_target_like_any_other(task, monkeypatch):

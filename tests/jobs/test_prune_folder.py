@@ -15,6 +15,7 @@ import pytest
 
 import jprune
 from jprune.checkpoint import load_hf, save_hf
+from jprune.checkpoint.masks import load_masks
 from jprune.files.lock import FolderLock
 from jprune.jobs import DecoderConfig, DecoderRun
 from jprune.jobs import decoder as language
@@ -24,6 +25,9 @@ from jprune.methods.channels import decoder_baselines as baselines
 from jprune.methods.contract import Amount
 from jprune.methods.names import METHODS
 from jprune.models.llama import Llama, llama_config
+from jprune.surgery.kernels import weight_matrices
+from jprune.surgery.patterns import check
+from jprune.tracing.paths import flatten
 from jprune.training.run_folder import RunFolder
 
 CONFIG = llama_config(256, 32, 48, 3, 4, kv_heads=2)
@@ -46,7 +50,7 @@ def options(place, **more):
 
 def ready(place, name, resume=False, **more):
     """A run that is asked for, its method's settings among the options."""
-    own = {k: more.pop(k) for k in ("scope", "multiple_of") if k in more}
+    own = {k: more.pop(k) for k in ("scope", "multiple_of", "pattern", "steps", "solver", "refit_kept") if k in more}
     asked = options(place, **more)
     return DecoderRun(asked, place / name, asked.chosen.config(**own), resume, quiet=True)
 
@@ -104,11 +108,55 @@ def test_heads_and_channels_go_while_adapters_train(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [m for m in METHODS["decoders"] if m not in ("cfsp", "loraprune")])
+@pytest.mark.parametrize(
+    "method", [n for n, m in METHODS["decoders"].items() if m.widths and n not in ("cfsp", "loraprune")]
+)
 def test_every_method_removes_what_was_asked(place, method):
     summary = run(place, method, method=method, sparsity=0.5)
     assert summary["removed"]["block_linear_weights"] > 0.2
     assert summary["after"]["params"] < summary["before"]["params"]
+
+
+WEIGHTS = [("wanda", {"pattern": "2:4"})] + [
+    pytest.param(n, more, marks=pytest.mark.slow)
+    for n, more in (
+        ("weight-magnitude", {}),
+        ("sparsegpt", {"refit_kept": True}),
+        ("icbs", {"steps": 4, "solver": "descent"}),
+    )
+]
+
+
+@pytest.mark.parametrize(("method", "more"), WEIGHTS)
+def test_single_weights_go_and_the_folder_keeps_its_shape(place, method, more):
+    summary = run(place, f"weights {method}", method=method, **more)
+    out = place / f"weights {method}"
+    config, params, meta = load_hf(out / "model")
+    assert config == CONFIG and meta["record"]["method"] == method and summary["widths"]["ffn"] == [48, 48, 48]
+    masks = load_masks(out / "masks.safetensors", params)
+    leaves = dict(flatten(params))
+    assert len(masks) == 3 * 7 and all(not np.asarray(leaves[p])[~m].any() for p, m in masks.items())
+    zeros = sum(int((np.asarray(leaves[p]) == 0).sum()) for p in masks)
+    assert zeros == summary["weights"]["of"] - summary["weights"]["kept"] == summary["weights"]["of"] // 2
+    assert summary["kept"]["weights"] == 0.5 and (out / "weights.png").is_file()
+    assert summary["after"]["perplexity"] != summary["before"]["perplexity"]
+    if "pattern" in more:
+        graph = jprune.trace(Llama(config).apply, params, np.zeros((2, 4), np.int32))
+        check(masks, "2:4", weight_matrices(graph, masks))
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [({"method": "wanda", "pattern": "2:4", "sparsity": 0.3}, "2:4 removes 0.5 of the weights, not 0.3"),
+     ({"method": "wanda", "pattern": "5:7"}, "innermost input axis has 32 entries, which 7 does not divide"),
+     ({"method": "icbs", "pattern": "2:4"}, "would break N:M groups"),
+     ({"method": "wanda", "quantity": "macs", "sparsity": 0.5}, "counts weights"),
+     ({"method": "wanda", "recover": 3}, "fills the zeros again")],
+)  # fmt: skip
+def test_what_single_weights_cannot_do_is_refused_before_anything_is_read(place, more, why):
+    with pytest.raises(ValueError, match=why):
+        ready(place, "refused", **more)
+    assert not (place / "refused").exists()
 
 
 @pytest.mark.slow
