@@ -195,6 +195,14 @@ def test_the_last_choice_is_the_target_and_none_brings_weights_back(kind):
         assert np.abs(table.kept.sum(1) - 144 * keep).max() < 3
 
 
+def test_leaves_go_to_their_own_sparsities_together():
+    how = (("out*", None), ("in/kernel", 0.9), ("*", 0.5))
+    for others in (0.8, 0.0):  # which no leaf is left to have
+        table = amounts(MaskSteps("linear", 0, 3), (*SHAPES.items(), ("more", (10, 10))), (), others, how)
+        assert table.paths == ("in/kernel", "more")
+        assert table.kept.tolist() == [[74, 88], [53, 75], [31, 62], [10, 50]]
+
+
 def test_masks_made_before_training_are_not_chosen_again_at_once():
     assert [t for t in range(9) if MaskSteps("constant", 0, 6, 3).due(t)] == [3, 6]
     assert not any(MaskSteps("constant").due(t) for t in range(3)) and MaskSteps().due(0)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jprune.budget.schedules import KINDS, Schedule
 from jprune.budget.weights import Distribution, counts
-from jprune.surgery.patterns import NM
+from jprune.surgery.patterns import NM, by_glob
 
 MOST = 20_000_000  # numbers in a table of counts
 
@@ -120,21 +120,21 @@ def amounts(
     size = dict(shapes)
     kept = np.empty((steps.number, len(paths)), np.uint32)
     kept[-1] = [target[p] for p in paths]
-    shares = steps.keep(1 - sparsity)
-    for i in reversed(range(steps.number - 1)):
+    own = {p: sparsity for p in paths}
+    if isinstance(how, dict):
+        own |= {p: v for p, v in by_glob(how, size, "sparsity").items() if p in own}
+    at_once = sparsity or 0.5  # leaves may have a sparsity of their own though the others have none
+    for i, share in reversed(list(enumerate(steps.keep(1 - at_once)))):
         if steps.kind == "constant":
             kept[i] = kept[-1]
             continue
-        grown = (1 - shares[i]) / max(sparsity, 1e-12)  # also of the sparsities that leaves have for themselves
-        own = (
-            {p: min(max((v or 0.0) * grown, 0.0), 0.999999999) for p, v in how.items()}
-            if isinstance(how, dict)
-            else how
-        )
-        now = counts({p: size[p] for p in paths}, min(max(1 - shares[i], 0.0), 0.999999999), own) if paths else {}
-        kept[i] = np.maximum([now[p] for p in paths], kept[i + 1])  # roundings never bring a weight back
+        grown = (1 - share) / at_once
+        now = {p: min(max(v * grown, 0.0), 0.999999999) for p, v in own.items()}
+        sizes = {p: size[p] for p in paths}
+        found = counts(sizes, sparsity * grown, now if isinstance(how, dict) else how) if paths else {}
+        kept[i] = np.maximum([found[p] for p in paths], kept[i + 1])  # roundings never bring a weight back
     groups = {}
     for p, v in nm:
-        own = steps.keep(v.keep / v.of)
-        groups[p] = np.array([max(v.keep, math.ceil(v.of * k - 1e-6)) for k in own] + [v.keep], np.int32)
+        falling = steps.keep(v.keep / v.of)
+        groups[p] = np.array([max(v.keep, math.ceil(v.of * k - 1e-6)) for k in falling] + [v.keep], np.int32)
     return Amounts(paths, kept, groups)
