@@ -17,7 +17,7 @@ from jprune.graph import trace
 from jprune.importance.at_init import weight_magnitude
 from jprune.methods.weights.icbs.icbs import ICBSConfig, initial, orders_of
 from jprune.methods.weights.icbs.run import icbs
-from jprune.methods.weights.one_shot import magnitude, prunable, sparsegpt, wanda
+from jprune.methods.weights.one_shot import in_turn, magnitude, prunable, sparsegpt, wanda
 from jprune.methods.weights.refit import refit
 from jprune.surgery.kernels import weight_matrices
 from jprune.surgery.patterns import apply
@@ -94,7 +94,7 @@ class Trained:
         """One method at one density."""
         args = self.graph, self.variables, [self.train[0]], self.leaves, 1 - density
         if name in ONE_SHOT:
-            v, masks, _ = ONE_SHOT[name](*args)
+            v, masks, _ = in_turn(ONE_SHOT[name], *args)
         else:
             masks = magnitude(*args).masks
             orders = orders_of(self.variables, self.leaves, weight_matrices(self.graph, self.leaves))

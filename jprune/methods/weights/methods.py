@@ -170,6 +170,15 @@ def _at_once(task: Task, config: WeightConfig, *, prune: one_shot.Prune) -> Outc
     return finished(task, config, found)
 
 
+def _in_turn(task: Task, config: WeightConfig, *, prune: one_shot.Prune) -> Outcome:
+    """Of one leaf after the other, on what the pruned ones pass on; at once where all weights are compared."""
+    if pattern_of(config.pattern) == Unstructured("model"):
+        return _at_once(task, config, prune=prune)
+    found = one_shot.in_turn(prune, task.graph, task.variables, task.inputs(), leaves_of(task, config.leaves),
+                             sparsity_of(task, config), config.pattern)  # fmt: skip
+    return finished(task, config, found)
+
+
 def _layers(task: DecoderTask, config: WeightConfig, *, prune: one_shot.Prune) -> Outcome:
     """Of a decoder layer by layer, on what the pruned layers pass on; at once where only some leaves are asked for."""
     if config.leaves or is_scanned(task.variables):
@@ -193,11 +202,11 @@ def _gpt(*args: Any, config: GPTConfig) -> one_shot.Pruned:
 
 def _sparsegpt(task: Task, config: GPTConfig) -> Outcome:
     prune = functools.partial(_gpt, config=config)
-    return (_layers if isinstance(task, DecoderTask) else _at_once)(task, config, prune=prune)  # pyright: ignore[reportArgumentType]
+    return (_layers if isinstance(task, DecoderTask) else _in_turn)(task, config, prune=prune)  # pyright: ignore[reportArgumentType]
 
 
 def _wanda(task: Task, config: WeightConfig) -> Outcome:
-    return (_layers if isinstance(task, DecoderTask) else _at_once)(task, config, prune=one_shot.wanda)  # pyright: ignore[reportArgumentType]
+    return (_layers if isinstance(task, DecoderTask) else _in_turn)(task, config, prune=one_shot.wanda)  # pyright: ignore[reportArgumentType]
 
 
 def _random(task: Task, config: WeightConfig) -> Outcome:

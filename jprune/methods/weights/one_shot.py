@@ -187,6 +187,42 @@ def sparsegpt(
     return Pruned(with_leaves(params, new), masks, {"raised_damping": raised} if raised else {})
 
 
+def in_turn(
+    prune: Prune,
+    graph: Graph,
+    params: Any,
+    batches: Batches,
+    leaves: Sequence[str],
+    sparsity: float | None,
+    pattern: Pattern | str = "unstructured",
+) -> Pruned:
+    """`prune` of one leaf after the other in program order, each on inputs that have passed the pruned ones before it.
+
+    The batches run through the whole function once for every leaf; of a deep decoder `layer_by_layer` is the cheaper way.
+    Arguments as `magnitude` has them.
+
+    Raises:
+      ValueError: what `prune` refuses, and a pattern that compares the weights of the whole model.
+    """
+    if own_pattern(pattern, "unstructured") == Unstructured("model"):
+        raise ValueError("leaves that are pruned one after the other cannot be compared over the whole model")
+    batches, masks, notes = list(batches), {}, {}
+    shares = _shares(params, leaves, sparsity)
+    for leaf in leaves:
+        found = prune(graph, params, batches, [leaf], shares[leaf], pattern)
+        params, masks = found.params, masks | found.masks
+        notes |= {leaf: found.notes} if found.notes else {}
+    return Pruned(params, masks, {"leaves": notes} if notes else {})
+
+
+def _shares(params: Any, leaves: Sequence[str], sparsity: float | None) -> dict[str, Any]:
+    """Sparsities of single leaves that keep as many weights as all of them together would."""
+    if sparsity is None:
+        return dict.fromkeys(leaves)
+    shapes = {p: np.shape(w) for p, w in weights_of(params, leaves).items()}
+    return {p: 1 - k / math.prod(shapes[p]) for p, k in counts(shapes, sparsity).items()}
+
+
 # -- one layer at a time -----------------------------------------------------------------------------------------------
 
 

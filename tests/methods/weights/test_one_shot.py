@@ -9,7 +9,7 @@ from decoders import prompt, tiny, weights
 from laws import normal
 
 import jprune
-from jprune.methods.weights.one_shot import layer_by_layer, magnitude, prunable, random, sparsegpt, wanda
+from jprune.methods.weights.one_shot import in_turn, layer_by_layer, magnitude, prunable, random, sparsegpt, wanda
 from jprune.methods.weights.refit import refit
 from jprune.methods.weights.sparsegpt import SparseGPTConfig, eliminate
 from jprune.models.llama import Llama
@@ -142,6 +142,19 @@ def test_a_decoder_layer_by_layer_sees_what_the_pruned_layers_pass_on():
     with pytest.raises(ValueError, match="hold is 'device' or 'host'"):
         layer_by_layer(wanda, (embed, blocks, layers), [ids], 0.5, hold="disk")
     assert "head" not in " ".join(prunable(jprune.trace(Llama(config).apply, params, ids)))
+
+
+def test_leaves_in_turn_see_what_the_pruned_ones_before_them_pass_on():
+    got = in_turn(wanda, GRAPH, PARAMS, [X], LEAVES, 0.6)
+    first = wanda(GRAPH, PARAMS, [X], LEAVES[:1], 0.6)
+    second = wanda(GRAPH, first.params, [X], LEAVES[1:], 0.6)
+    dense = wanda(GRAPH, PARAMS, [X], LEAVES, 0.6)
+    jax.tree.map(np.testing.assert_array_equal, got.masks, first.masks | second.masks)
+    jax.tree.map(np.testing.assert_array_equal, got.params, second.params)
+    assert (got.masks[LEAVES[1]] != dense.masks[LEAVES[1]]).any()
+    assert [int(m.sum()) for m in got.masks.values()] == [int(m.sum()) for m in dense.masks.values()]
+    with pytest.raises(ValueError, match="over the whole model"):
+        in_turn(magnitude, GRAPH, PARAMS, [X], LEAVES, 0.6, "model")
 
 
 def test_refitting_solves_the_normal_equations_of_every_output():
