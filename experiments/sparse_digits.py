@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from experiments.figures import bars, label, panels, spread, table
-from experiments.sparse_network import ONE_SHOT, SEARCHED, Setting, Trained
+from experiments.sparse_network import ONE_SHOT, SEARCHED, SECOND, Setting, Trained
 from experiments.study import Demand, Key, Study, at_least, at_most
 
 
@@ -23,7 +23,7 @@ def rows(s: Setting) -> dict[Key, Callable[[Trained], Any]]:
     """Every method at every density."""
     out: dict[Key, Callable[[Trained], Any]] = {("dense",): lambda one: one.numbers(one.variables)}
     for d in s.densities:
-        for name in (*ONE_SHOT, *SEARCHED):
+        for name in (*ONE_SHOT, *SECOND, *SEARCHED):
             out[f"{d:g}", name] = functools.partial(Trained.row, name=name, density=d)
         for name in ("magnitude", "iCBS, 120 steps"):
             out[f"{d:g}", f"{name}, refitted"] = functools.partial(Trained.row, name=name, density=d, refitted=True)
@@ -41,7 +41,7 @@ def demands(stored: Mapping[str, Any]) -> dict[str, Demand]:
         out[f"{d}: at least {gain:g} points above its start, every seed"] = at_least(least, gain)
         most = max(a["training_loss"] / b["training_loss"] for a, b in pairs)
         out[f"{d}: at most 0.7 of its start's training loss, every seed"] = at_most(most, 0.7)
-        for name in ("Wanda", "SparseGPT"):
+        for name in ("Wanda", "SparseGPT", "WoodFisher", "CBS-S", "CBS-S and CBS-U", "CHITA"):
             out[f"{d}: above {name}"] = at_least(acc[ours], acc[name])
         out[f"{d}: without a gradient nothing moves"] = at_most(abs(acc["iCBS, no gradient"] - acc[start]), 0.0)
         margin = 4.0 if d == "0.05" else 0.0

@@ -19,10 +19,18 @@ from jprune.methods.weights.icbs.icbs import ICBSConfig, initial, orders_of
 from jprune.methods.weights.icbs.run import icbs
 from jprune.methods.weights.one_shot import in_turn, magnitude, prunable, sparsegpt, wanda
 from jprune.methods.weights.refit import refit
+from jprune.methods.weights.second_order import CAPConfig, CBSConfig, CHITAConfig, WoodFisherConfig, second_order
 from jprune.surgery.kernels import weight_matrices
 from jprune.surgery.patterns import apply
 
 ONE_SHOT = {"magnitude": magnitude, "Wanda": wanda, "SparseGPT": sparsegpt}
+SECOND = {
+    "WoodFisher": ("woodfisher", WoodFisherConfig(damp=1e-3, block=None)),
+    "CBS-S": ("cbs", CBSConfig(update=False)),
+    "CBS-S and CBS-U": ("cbs", CBSConfig()),
+    "CHITA": ("chita", CHITAConfig(l2=1e-3)),
+    "CAP": ("cap", CAPConfig()),
+}
 SEARCHED = {
     "iCBS, 40 steps": ICBSConfig(),
     "iCBS, 120 steps": ICBSConfig(steps=120),
@@ -95,6 +103,9 @@ class Trained:
         args = self.graph, self.variables, [self.train[0]], self.leaves, 1 - density
         if name in ONE_SHOT:
             v, masks, _ = in_turn(ONE_SHOT[name], *args)
+        elif name in SECOND:
+            which, config = SECOND[name]
+            v, masks, _ = second_order(which)(losses, self.variables, self.leaves, self.train, 1 - density, config)
         else:
             masks = magnitude(*args).masks
             orders = orders_of(self.variables, self.leaves, weight_matrices(self.graph, self.leaves))
