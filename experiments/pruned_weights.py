@@ -97,7 +97,7 @@ class Decoder:
 
     def __init__(self, s: Setting, run: Run):
         if not s.model or not s.text:
-            raise ValueError("give --setting.model, a language model's folder, and --setting.text, what it is to read")
+            raise ValueError("give --model, a language model's folder, and --text, what it is to read")
         self.s, self.seed = s, run.seed
         self.config, loose, _ = load_hf(s.model, dtype="float32")
         self.module, self.loose, self.params = Llama(self.config, scanned=True), loose, stack_layers(loose)
