@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html.parser
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,7 +82,7 @@ def text_file(path: str, work: Path | None) -> str:
     """The file itself, or one made of all HTML pages of a folder, in the order of their names."""
     if not Path(path).is_dir():
         return path
-    out = Path(work or "/tmp") / "text.txt"
+    out = (work or Path(tempfile.mkdtemp())) / "text.txt"
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w") as file:
         for page in sorted(Path(path).glob("*.html")):

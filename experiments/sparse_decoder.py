@@ -1,6 +1,7 @@
 """Single weights of a language model: iCBS against Wanda, SparseGPT and size, in perplexity on held-back text.
 
     python -m experiments.sparse_decoder --model DIR --text FILE
+    python -m experiments.sparse_decoder --config smollm2_careful --rows Wanda iCBS --model DIR --text FILE     # smaller steps
 
 DIR is a LLaMA-like folder as Hugging Face's programs write it, FILE a text file, or a folder of HTML pages. The first half of
 the text is for calibration and for the batches of iCBS, windows of the second half are measured on; nothing is trained.
@@ -10,6 +11,7 @@ matrix with each gradient (the paper solves one of one matrix); its row has the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +22,10 @@ from experiments.figures import label, panels, spread, table
 from experiments.pruned_weights import ONE_SHOT, Decoder, Setting
 from experiments.study import Demand, Key, Study, at_most
 
-SETTINGS = {"smollm2": Setting()}
+SETTINGS = {
+    "smollm2": Setting(),
+    "smollm2_careful": Setting(sparsities=(0.7,), icbs=dataclasses.replace(Setting().icbs, gradient_weight=0.1)),
+}
 
 
 def rows(s: Setting) -> dict[Key, Callable[[Decoder], Any]]:
