@@ -39,8 +39,8 @@ class Setting:
     """Tokens that are calibrated with, rounds of timing, sizes of the blocks that are solved."""
 
     tokens: int = 4096
-    rounds: int = 5
-    blocks: tuple[int, ...] = (256, 512, 1024)
+    rounds: int = 3
+    blocks: tuple[int, ...] = (256, 512)
 
 
 @jax.jit
