@@ -125,7 +125,8 @@ def solvers(s: Setting) -> dict[str, Any]:
     for n in s.blocks:
         rng = np.random.default_rng(n)
         w, g = rng.normal(size=n), rng.normal(size=(64, n))
-        form, _ = block_form(*(jnp.asarray(v, jnp.float32) for v in (w, np.zeros(n), g, g.mean(0))), 0.75, 1e-3)
+        w, g = jnp.asarray(w, jnp.float32), jnp.asarray(g, jnp.float32)
+        form, _ = block_form(w, jnp.zeros(n), g, g.mean(0), 0.75, 1e-3)
         start = jnp.asarray(np.arange(n) < n // 2, jnp.float32)
         forms = {"matrix": dense(form), "low rank": form}
         jobs = {
