@@ -46,8 +46,8 @@ class Setting:
       icbs: its settings
     """
 
-    model: str = ""
-    text: str = ""
+    model: Path | None = None
+    text: Path | None = None
     length: int = 128
     calibration: int = 32
     measured: int = 24
@@ -78,31 +78,31 @@ class _Text(html.parser.HTMLParser):
             self.out.append(data)
 
 
-def text_file(path: str, work: Path | None) -> str:
+def text_file(path: Path, work: Path | None) -> Path:
     """The file itself, or one made of all HTML pages of a folder, in the order of their names."""
-    if not Path(path).is_dir():
+    if not path.is_dir():
         return path
     out = (work or Path(tempfile.mkdtemp())) / "text.txt"
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w") as file:
-        for page in sorted(Path(path).glob("*.html")):
+        for page in sorted(path.glob("*.html")):
             reader = _Text()
             reader.feed(page.read_text())
             lines = (" ".join(line.split()) for line in "".join(reader.out).splitlines())
             file.write("\n".join(line for line in lines if line) + "\n")
-    return str(out)
+    return out
 
 
 class Decoder:
     """What the rows of one seed share."""
 
     def __init__(self, s: Setting, run: Run):
-        if not s.model or not s.text:
+        if s.model is None or s.text is None:
             raise ValueError("give --model, a language model's folder, and --text, what it is to read")
         self.s, self.seed = s, run.seed
         self.config, loose, _ = load_hf(s.model, dtype="float32")
         self.module, self.loose, self.params = Llama(self.config, scanned=True), loose, stack_layers(loose)
-        stream = token_stream(text_file(s.text, run.work), self.config.vocab, load_tokenizer(s.model))
+        stream = token_stream(str(text_file(s.text, run.work)), self.config.vocab, load_tokenizer(str(s.model)))
         self.train, test = np.split(stream, [len(stream) // 2])
         self.calibration = sample_windows(self.train, s.calibration, s.length, run.seed)
         self.held = windows(test, s.length, s.measured)

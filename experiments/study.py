@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -183,6 +184,11 @@ class Study(Generic[S, C]):
         finally:
             workspace.release()
         command = f"python -m experiments.{self.name} --config {config} --seeds {' '.join(map(str, seeds))}"
+        usual = record.plain(self.settings[config])
+        for name, value in said.items():
+            if isinstance(value, str | int | float) and name in usual and value != usual[name]:
+                command += f" --{name.replace('_', '-')} {value}"
+        command += f" --rows {' '.join(map(shlex.quote, only))}" if only else ""
         head = {"command": command, "machine": record.machine(), "setting": said, "checks": {}}
         whole = json.loads(json.dumps({**head, **beside, "results": {}, "seeds": done}))
         stored = self.summed(whole, judge=not only and config == next(iter(self.settings)))

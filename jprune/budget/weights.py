@@ -112,7 +112,7 @@ def _rounded(shares: Mapping[str, Fraction], size: Mapping[str, int], total: int
 
 def choose(
     scores: Mapping[str, Any],
-    pattern: Pattern | str | Mapping[str, Pattern | str | None] = Unstructured(),  # noqa: B008
+    pattern: Pattern | str | Mapping[str, Pattern | str | None] = Unstructured(),
     amount: float | Mapping[str, Any] | None = None,
     views: Mapping[str, View] | None = None,
     *,

@@ -1,7 +1,6 @@
 """The experiments on single weights: their rows run, and what they demand is judged on numbers of their own."""
 
 import json
-from pathlib import Path
 
 import pytest
 from rich.progress import Progress
@@ -30,7 +29,7 @@ def test_demands_fail_where_the_search_gains_nothing():
 def test_pages_become_text_and_the_model_is_asked_for(tmp_path):
     (tmp_path / "b.html").write_text("<head>not</head><body><p>two  words</p><script>not</script></body>")
     (tmp_path / "a.html").write_text("<h1>First</h1><p>one\nline</p>")
-    file = pruned_weights.text_file(str(tmp_path), tmp_path / "work")
-    assert Path(file).read_text().split() == ["First", "one", "line", "two", "words"]
+    file = pruned_weights.text_file(tmp_path, tmp_path / "work")
+    assert file.read_text().split() == ["First", "one", "line", "two", "words"]
     with pytest.raises(ValueError, match="a language model's folder"):
         pruned_weights.Decoder(sparse_decoder.SETTINGS["smollm2"], Run(0, None, Progress()))

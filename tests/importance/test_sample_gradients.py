@@ -50,7 +50,10 @@ def some_batch(size=7):
 
 def by_vmap(losses, variables, paths, batch):
     weights = {p: dict(flatten(variables))[p] for p in paths}
-    one = lambda w, x, y: losses(with_leaves(variables, w), (x[None], y[None]))[0]  # noqa: E731
+
+    def one(w, x, y):
+        return losses(with_leaves(variables, w), (x[None], y[None]))[0]
+
     return jax.vmap(jax.grad(one), in_axes=(None, 0, 0))(weights, *batch)
 
 
@@ -90,7 +93,10 @@ def test_chunks_change_nothing_and_one_leaf_is_as_several():
 
 def test_no_array_holds_the_leaf_once_for_every_sample():
     v, x, index = matrices(), jnp.ones((32, 64)), jnp.arange(10)
-    run = lambda v, x, i: block_gradients(linear, v, "a", i, x, chunk=2)  # noqa: E731
+
+    def run(v, x, i):
+        return block_gradients(linear, v, "a", i, x, chunk=2)
+
     whole = 32 * v["a"].size
     assert max(s.size for s in shapes(jax.make_jaxpr(run)(v, x, index).jaxpr)) <= 2 * v["a"].size
     assert jax.jit(run).lower(v, x, index).compile().memory_analysis().temp_size_in_bytes < 4 * whole / 4
@@ -109,7 +115,10 @@ def shapes(jaxpr):
 
 def test_only_the_leaves_that_are_asked_for_are_differentiated():
     """The other leaf goes through an operation that has no derivative."""
-    losses = lambda v, x: linear({"a": v["a"], "b": hidden(v["b"])}, x)  # noqa: E731
+
+    def losses(v, x):
+        return linear({"a": v["a"], "b": hidden(v["b"])}, x)
+
     hidden = jax.custom_jvp(lambda b: b * 1)
     hidden.defjvp(lambda *_: pytest.fail("differentiated"))
     assert set(sample_gradients(losses, matrices(4), ["a"], jnp.ones((2, 4)))) == {"a"}
@@ -117,8 +126,7 @@ def test_only_the_leaves_that_are_asked_for_are_differentiated():
 
 def test_bfloat16_leaves_have_float32_gradients_whose_mean_does_not_stall():
     v, x = {"w": jnp.zeros((), jnp.bfloat16)}, jnp.concatenate([jnp.ones(1), jnp.full(512, 2.0**-9)])
-    losses = lambda v, x: v["w"] * x  # noqa: E731
-    got, mean = block_gradients(losses, v, "w", jnp.array([0]), x, chunk=1)
+    got, mean = block_gradients(lambda v, x: v["w"] * x, v, "w", jnp.array([0]), x, chunk=1)
     assert got.dtype == mean.dtype == jnp.float32
     assert float(mean) * 513 == pytest.approx(2.0)  # one summand after the other, bfloat16 would stay at 1
 

@@ -151,7 +151,7 @@ def sparsegpt(
     sparsity: float | None,
     pattern: Pattern | str = "unstructured",
     *,
-    config: SparseGPTConfig = SparseGPTConfig(),  # noqa: B008
+    config: SparseGPTConfig = SparseGPTConfig(),
     progress: bool = False,
 ) -> Pruned:
     """Column by column; the columns behind make up for what went (SparseGPT). Kept weights change.

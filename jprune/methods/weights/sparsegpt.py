@@ -66,7 +66,7 @@ def eliminate(
     matrix: Float[Array, "out in"],
     hessian: Float[Array, "in in"],
     kept: int,
-    pattern: Pattern = Unstructured(),  # noqa: B008
+    pattern: Pattern = Unstructured(),
     config: SparseGPTConfig = SparseGPTConfig(),
 ) -> Eliminated:
     """SparseGPT of one matrix.

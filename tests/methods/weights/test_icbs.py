@@ -294,7 +294,10 @@ def test_a_step_says_what_it_does_and_without_a_gradient_nothing_moves():
 
 def test_a_run_that_was_interrupted_ends_with_the_same_masks(tmp_path):
     state, orders, _ = started()
-    draws = lambda k: tuple(x[np.random.default_rng(k).permutation(64)[:40]] for x in (DATA, LABELS))  # noqa: E731
+
+    def draws(k):
+        return tuple(x[np.random.default_rng(k).permutation(64)[:40]] for x in (DATA, LABELS))
+
     whole = icbs(LOSSES, PARAMS, state, draws, CONFIG, orders, seed=1)
 
     def stops(k):

@@ -364,8 +364,8 @@ def test_chita_is_never_worse_than_magnitude_and_often_the_best_of_all_supports_
         w, g = a_case(seed, samples=12, shape=(4, 2))
         flat, grads = rows(w["w"]), rows(g["w"])
 
-        def value(stays):
-            return regression(flat, grads, solved(flat, grads, stays, 1e-3), 1e-3)  # noqa: B023
+        def value(stays, flat=flat, grads=grads):
+            return regression(flat, grads, solved(flat, grads, stays, 1e-3), 1e-3)
 
         every = [np.isin(np.arange(8), c) for c in itertools.combinations(range(8), 4)]
         least, start = min(map(value, every)), value(~lowest(abs(flat), 4))

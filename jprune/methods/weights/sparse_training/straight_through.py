@@ -18,7 +18,7 @@ def masked(
     loss: Callable[..., Any],
     sparsity: float | None = None,
     *,
-    pattern: Pattern | str | Mapping[str, Pattern | str | None] = Unstructured(),  # noqa: B008
+    pattern: Pattern | str | Mapping[str, Pattern | str | None] = Unstructured(),
     views: Mapping[str, View] | None = None,
     decay: float = 0.0,
 ) -> Callable[..., Any]:
@@ -57,7 +57,7 @@ def magnitude_masks(
     params: Any,
     sparsity: float | None = None,
     *,
-    pattern: Pattern | str | Mapping[str, Pattern | str | None] = Unstructured(),  # noqa: B008
+    pattern: Pattern | str | Mapping[str, Pattern | str | None] = Unstructured(),
     views: Mapping[str, View] | None = None,
 ) -> dict[str, Any]:
     """Masks of the largest weights of a tree of parameters; the leaves that have one are those of `sparsify`."""

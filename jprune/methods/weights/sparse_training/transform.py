@@ -42,10 +42,10 @@ class SparseState(NamedTuple):
 def sparsify(
     tx: Any,
     sparsity: float | None = None,
-    method: Method = Magnitude(),  # noqa: B008
-    steps: MaskSteps = MaskSteps(),  # noqa: B008
+    method: Method = Magnitude(),
+    steps: MaskSteps = MaskSteps(),
     *,
-    pattern: Pattern | str | Mapping[str, Pattern | str | None] = Unstructured(),  # noqa: B008
+    pattern: Pattern | str | Mapping[str, Pattern | str | None] = Unstructured(),
     distribution: Distribution = "uniform",
     views: Mapping[str, View] | None = None,
     seed: int = 0,
