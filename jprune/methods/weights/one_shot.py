@@ -83,9 +83,7 @@ def magnitude(
     Raises:
       ValueError: what `jprune.budget.weights.choose` refuses.
     """
-    views = weight_matrices(graph, leaves) if own_pattern(pattern, "unstructured") != Unstructured() else None
-    masks = choose(weight_magnitude(params, leaves), pattern, sparsity, views)
-    return Pruned(apply(params, masks), masks, {})
+    return _by_scores(graph, params, weight_magnitude(params, leaves), sparsity, pattern)
 
 
 def random(
@@ -99,8 +97,15 @@ def random(
     seed: int = 0,
 ) -> Pruned:
     """Chance decides: the baseline to beat; arguments as `magnitude` has them."""
-    views = weight_matrices(graph, leaves) if own_pattern(pattern, "unstructured") != Unstructured() else None
-    masks = choose(weight_chance(params, leaves, jax.random.key(seed)), pattern, sparsity, views)
+    return _by_scores(graph, params, weight_chance(params, leaves, jax.random.key(seed)), sparsity, pattern)
+
+
+def _by_scores(
+    graph: Graph, params: Any, scores: Mapping[str, Any], sparsity: float | None, pattern: Pattern | str
+) -> Pruned:
+    """The largest scores stay; leaves are read as matrices only where the pattern is one of matrices."""
+    views = weight_matrices(graph, scores) if own_pattern(pattern, "unstructured") != Unstructured() else None
+    masks = choose(scores, pattern, sparsity, views)
     return Pruned(apply(params, masks), masks, {})
 
 

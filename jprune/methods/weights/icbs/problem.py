@@ -11,13 +11,10 @@ current state is 0. With a = 0 the current state is the best one: no step ever m
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-Hessian: TypeAlias = Literal["fisher", "fisher_mean", "exact"]
 
 
 class Dense(NamedTuple):
@@ -191,4 +188,4 @@ def normalised(form: Form) -> tuple[Form, Float[Array, ""]]:
     """(the form over its own scale, the scale): what annealing's temperatures are for. A form of zeros stays."""
     s = form.scale()
     safe = jnp.where(s > 0, s, 1.0)
-    return jax.tree.map(lambda x: x, form.scaled(1.0 / safe)), safe
+    return form.scaled(1.0 / safe), safe
