@@ -13,13 +13,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import normal
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from jprune.importance.sample_gradients import sample_gradients
 from jprune.methods.weights.icbs import qubo
-from jprune.methods.weights.icbs.icbs import ICBSConfig, choose_block, free_set, initial, orders_of, schedule, step
+from jprune.methods.weights.icbs.icbs import (
+    ICBSConfig,
+    _Chosen,
+    _decide,
+    choose_block,
+    free_set,
+    initial,
+    orders_of,
+    schedule,
+    step,
+)
 from jprune.methods.weights.icbs.problem import (
     Dense,
     LowRank,
+    bend,
     block_form,
     block_matrix,
     dense,
@@ -83,7 +95,7 @@ def test_the_form_is_the_energy_of_the_step_and_zero_where_nothing_moves(seed, a
     now = (dw != 0).astype(np.float32)
     for x in (now, np.random.default_rng(seed).permutation(now)):
         delta = -(dw + w0 * x)
-        want, _ = step_energy(jnp.asarray(delta), jnp.asarray(g), jnp.asarray(gbar), a, ridge)
+        want, _ = step_energy(jnp.asarray(delta), bend(jnp.asarray(delta), jnp.asarray(g)), jnp.asarray(gbar), a, ridge)
         got = float(c + energy(form, jnp.asarray(x)))
         assert got == pytest.approx(float(want), rel=1e-3, abs=2e-4 * float(abs(c) + 1))
         if a == 0:
@@ -127,6 +139,28 @@ def test_annealing_and_tabu_find_the_best_of_all_states_nearly_always(method):
     gap = np.asarray(found.energy) - np.array(best)
     assert (gap < 1e-3 * (np.abs(best) + 1)).mean() >= 0.95 and (gap > -1e-2).all()
     assert (np.asarray(found.x).sum(1) == 7).all()
+
+
+def test_the_best_of_all_states_is_that_of_an_integer_program():
+    n = 12
+    w0, dw, g, gbar = instance(4, n)
+    q = np.asarray(dense(block_form(*map(jnp.asarray, (w0, dw, g, gbar)), 0.75, 1e-3)[0]).q, np.float64)
+    pairs = list(itertools.combinations(range(n), 2))  # y_ij = x_i x_j, by McCormick's inequalities
+    cost = np.concatenate([np.diag(q), [2 * q[i, j] for i, j in pairs]])
+    rows, upper = [], []
+    for k, (i, j) in enumerate(pairs, n):
+        for of, limit in (((-1, 0, 1), 0), ((0, -1, 1), 0), ((1, 1, -1), 1)):
+            row = np.zeros(len(cost))
+            row[[i, j, k]] = of
+            rows.append(row)
+            upper.append(limit)
+    ones_ = np.concatenate([np.ones(n), np.zeros(len(pairs))])
+    limits = [LinearConstraint(np.array(rows), -np.inf, upper), LinearConstraint(ones_[None], 6, 6)]
+    binary = np.concatenate([np.ones(n), np.zeros(len(pairs))])
+    best = milp(cost, constraints=limits, integrality=binary, bounds=Bounds(0, 1))
+    found = solve(KEY, Dense(jnp.asarray(q, jnp.float32)), ones(n, 6), method="sa", restarts=10)
+    assert best.success and float(found.energy) == pytest.approx(best.fun, rel=1e-3)
+    np.testing.assert_array_equal(found.x, best.x[:n].round())
 
 
 def test_low_rank_is_the_same_problem():
@@ -282,7 +316,7 @@ def test_a_step_says_what_it_does_and_without_a_gradient_nothing_moves():
     assert len(changed) == int(info.flips["one"][0]) > 0 and int(info.chosen["one"][0]) == 32
     g = sample_gradients(LOSSES, apply(PARAMS, masks), ["one"], (DATA, LABELS))["one"].reshape(64, -1)
     delta = (apply(PARAMS, new.masks)["one"] - apply(PARAMS, masks)["one"]).ravel()
-    want, predicted = step_energy(delta, g, g.mean(0), CONFIG.gradient_weight, CONFIG.ridge)
+    want, predicted = step_energy(delta, bend(delta, g), g.mean(0), CONFIG.gradient_weight, CONFIG.ridge)
     assert float(info.energy["one"][0]) == pytest.approx(float(want), rel=1e-3) and want < 0
     assert float(info.predicted["one"][0]) == pytest.approx(float(predicted), rel=1e-3)
     assert (np.asarray(new.pushed["one"]) > 0).sum() == 32 == int(new.counts["one"][0])
@@ -290,6 +324,77 @@ def test_a_step_says_what_it_does_and_without_a_gradient_nothing_moves():
     for config in (ICBSConfig(gradient_weight=0.0, block_size=32, solver=s) for s in ("descent", "tabu")):
         still, _ = step(KEY, LOSSES, PARAMS, state, {"one": [0]}, (DATA, LABELS), config, orders)
         np.testing.assert_array_equal(still.masks["one"], masks["one"])
+
+
+def test_the_exact_hessian_and_that_of_the_mean_gradient():
+    state, orders, masks = started()
+    now = apply(PARAMS, masks)
+    for hessian in ("exact", "fisher_mean"):
+        config = dataclasses.replace(CONFIG, hessian=hessian)
+        new, info = step(KEY, LOSSES, PARAMS, state, {"one": [0], "two": [0]}, (DATA, LABELS), config, orders)
+        for p in ("one", "two"):
+
+            def moved(v, p=p):
+                return LOSSES({**now, p: now[p] + v.reshape(now[p].shape)}, (DATA, LABELS)).mean()
+
+            delta = (apply(PARAMS, new.masks)[p] - now[p]).ravel()
+            g = jax.grad(moved)(jnp.zeros(delta.size))
+            bent = delta @ jax.hessian(moved)(jnp.zeros(delta.size)) @ delta if hessian == "exact" else (g @ delta) ** 2
+            want, _ = step_energy(delta, bent, g, CONFIG.gradient_weight, CONFIG.ridge)
+            assert float(info.energy[p][0]) == pytest.approx(float(want), rel=2e-3) and want < 0
+            assert int(info.flips[p][0]) > 0
+
+
+def test_how_blocks_are_selected():
+    state, orders, masks = started()
+    seen = {}
+    for selection in ("gradient", "magnitude", "random", "wanda"):
+        given = (lambda now, batch: {"one": -jnp.abs(PARAMS["one"])}) if selection == "wanda" else None
+        config = dataclasses.replace(CONFIG, selection=selection, fix_pruned=0.0, fix_kept=0.0)
+        state = initial({p: jnp.abs(PARAMS[p]) for p in masks}, masks, config, orders)
+        new, _ = step(KEY, LOSSES, PARAMS, state, {"one": [0]}, (DATA, LABELS), config, orders, given)
+        seen[selection] = np.asarray(new.pushed["one"] > 0)
+    size, mask = np.abs(np.asarray(PARAMS["one"])), np.asarray(masks["one"])
+    assert all(s.sum() == 32 for s in seen.values())
+    by_size = seen["magnitude"]
+    assert size[by_size & ~mask].min() >= size[~by_size & ~mask].max()  # the largest pruned, the smallest kept
+    assert size[by_size & mask].max() <= size[~by_size & mask].min()
+    turned = seen["wanda"]  # scores of the caller's own: here the other way round
+    assert size[turned & ~mask].max() <= size[~turned & ~mask].min()
+    assert len({s.tobytes() for s in seen.values()}) == 4
+    with pytest.raises(ValueError, match="needs importance"):
+        config = dataclasses.replace(CONFIG, selection="wanda")
+        step(KEY, LOSSES, PARAMS, state, {"one": [0]}, (DATA, LABELS), config, orders)
+
+
+def test_weights_that_the_loss_does_not_see_go_first():
+    dead = DATA.at[:, :3].set(0)  # three inputs that are always 0
+    state, orders, masks = started(dataclasses.replace(CONFIG, fix_pruned=0.0, fix_kept=0.0))
+    kept = np.asarray(masks["one"])[:3].sum()
+    config = dataclasses.replace(CONFIG, prune_idle=True, ridge=0.0, block_size=240)
+    new, info = step(KEY, LOSSES, PARAMS, state, {"one": [0]}, (dead, LABELS), config, orders)
+    assert kept > 3 and not np.asarray(new.masks["one"])[:3].any()
+    assert int(new.masks["one"].sum()) == int(masks["one"].sum()) and info.energy["one"][0] < 0
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 9))
+def test_idle_weights_go_first_and_the_others_are_the_best_that_is_left(seed, many):
+    n, k = 10, 5
+    w0, _, g, _ = instance(seed, n)
+    dead = np.random.default_rng(seed).permutation(n) < many
+    g = np.where(dead, 0, g)
+    block = _Chosen(jnp.arange(n), jnp.ones(n, bool), jnp.arange(n) < k)
+    config = ICBSConfig(block_size=n, ridge=0.0, solver="exact", prune_idle=True)
+    pruned, energy_, _ = _decide(KEY, block, jnp.asarray(w0), jnp.asarray(g), jnp.asarray(g.mean(0)), config)
+    best = 0.0  # of the current state, which stays where idle weights first is worse
+    for chosen in itertools.combinations(range(n), k):
+        x = np.isin(np.arange(n), chosen)
+        if x[dead].sum() == min(many, k):
+            delta = w0 * ~x - w0 * (np.arange(n) >= k)
+            value = 0.75 * g.mean(0) @ delta + np.mean((g @ delta) ** 2) / 2
+            best = min(best, value)
+    assert int(pruned.sum()) == k and float(energy_) == pytest.approx(best, rel=1e-3, abs=1e-4)
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_masks(tmp_path):
@@ -328,7 +433,8 @@ def test_every_part_has_its_turn():
 @pytest.mark.parametrize(
     ("settings", "why"),
     [({"block_size": 1}, "at least 2"), ({"tabu": 1.0}, r"in \[0, 1\)"), ({"pruned_share": 0.0}, r"in \(0, 1\)"),
-     ({"ridge": -1.0}, "at least 0"), ({"solver": "x"}, "sa, descent, tabu or exact")],
+     ({"ridge": -1.0}, "at least 0"), ({"solver": "x"}, "sa, descent, tabu or exact"), ({"hessian": "x"}, "fisher, exact"),
+     ({"selection": "x"}, "gradient, magnitude")],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(settings, why):
     with pytest.raises(ValueError, match=why):

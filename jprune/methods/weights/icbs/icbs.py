@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jprune.importance.sample_gradients import entry_gradients
 from jprune.methods.contract import checked
-from jprune.methods.weights.icbs.problem import block_form, dense, drop_negative, normalised, step_energy
+from jprune.methods.weights.icbs.problem import (
+    Form,
+    bend,
+    block_form,
+    block_matrix,
+    dense,
+    drop_negative,
+    idle,
+    normalised,
+    step_energy,
+)
 from jprune.methods.weights.icbs.solve import Solver, solve
 from jprune.surgery.patterns import apply
 from jprune.surgery.products import Product
@@ -34,6 +44,9 @@ Losses: TypeAlias = Callable[[Any, Any], Float[Array, " samples"]]
 Masks: TypeAlias = Mapping[str, Bool[Array, "..."]]
 Orders: TypeAlias = Mapping[str, Int[np.ndarray, "parts size"]]
 Parts: TypeAlias = Mapping[str, Sequence[int]]
+Importance: TypeAlias = Callable[[Any, Any], Mapping[str, Float[Array, "..."]]]
+Selection: TypeAlias = Literal["gradient", "magnitude", "wanda", "random"]
+Hessian: TypeAlias = Literal["fisher", "exact", "fisher_mean"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +62,9 @@ class ICBSConfig:
       tabu: share of the free weights that may not be chosen again for a while
       fix_pruned: share of the pruned weights, the least important ones, that stay pruned for ever
       fix_kept: share of the kept weights, the most important ones, that stay for ever
+      selection: what makes a weight important when a block is chosen: gradient (times the weight), magnitude, wanda, random
+      hessian: fisher (of the samples' own gradients), exact (of the loss; small networks), fisher_mean (of their mean)
+      prune_idle: prune first what the loss does not see at all (a row of zeros in the problem), outside the solver
       solver: sa (annealing), descent, tabu or exact
       restarts: of annealing
       parts_per_step: blocks solved with one gradient, each of another part; their interplay is left out; 0: all parts
@@ -64,6 +80,9 @@ class ICBSConfig:
     tabu: float = 0.4
     fix_pruned: float = 0.42
     fix_kept: float = 0.35
+    selection: Selection = "gradient"
+    hessian: Hessian = "fisher"
+    prune_idle: bool = False
     solver: Solver = "sa"
     restarts: int = 5
     parts_per_step: int = 1
@@ -79,6 +98,8 @@ class ICBSConfig:
             "gradient_weight": (self.gradient_weight >= 0, "at least 0"),
             "ridge": (self.ridge >= 0, "at least 0"),
             "solver": (self.solver in ("sa", "descent", "tabu", "exact"), "sa, descent, tabu or exact"),
+            "selection": (self.selection in get_args(Selection), "gradient, magnitude, wanda or random"),
+            "hessian": (self.hessian in get_args(Hessian), "fisher, exact or fisher_mean"),
         })  # fmt: skip
 
     @property
@@ -248,11 +269,34 @@ def _mean_gradient(losses: Losses, now: Any, batch: Any, paths: tuple[str, ...])
     return loss, {p: g.astype(jnp.float32) for p, g in gradient.items()}
 
 
+@functools.partial(jax.jit, static_argnames="losses")
+def _exact_hessians(losses: Losses, now: Any, batch: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{path: (parts, n, n) second derivatives of the mean loss by a block's weights}, columns by forward over reverse."""
+    leaves = dict(flatten(now))
+
+    def of(path: str, index: Any) -> Any:
+        leaf = leaves[path]
+
+        def gradient(step: Any) -> Any:
+            def mean_loss(step: Any) -> Any:
+                moved = leaf.reshape(-1).at[index].add(step.astype(leaf.dtype)).reshape(leaf.shape)
+                return jnp.mean(losses(with_leaves(now, {path: moved}), batch).astype(jnp.float32))
+
+            return jax.grad(mean_loss)(step)
+
+        zero = jnp.zeros(index.shape, jnp.float32)
+        columns = lax.map(lambda e: jax.jvp(gradient, (zero,), (e,))[1], jnp.eye(index.size), batch_size=32)
+        return (columns + columns.T) / 2
+
+    return {p: lax.map(functools.partial(of, p), index) for p, index in flat.items()}
+
+
 class _Leaf(NamedTuple):
     """One leaf's part of the state; programs that work on leaves of one shape are compiled once for all of them."""
 
     trained: Any
     gradient: Any
+    importance: Any  # None: |weight x gradient|
     mask: Any
     free: Any
     pushed: Any
@@ -262,22 +306,22 @@ class _Leaf(NamedTuple):
 @functools.partial(jax.jit, static_argnames="config")
 def _blocks(leaf: _Leaf, rows: Any, which: Any, config: ICBSConfig) -> tuple[_Chosen, Any, Any, Any]:
     """(blocks, flat positions, w0, gbar) of some parts of a leaf; `rows` are the flat positions of these parts."""
-    w0, g, mask, free, pushed = (x.reshape(-1)[rows] for x in leaf[:5])
+    here = (leaf.trained, leaf.gradient, leaf.mask, leaf.free, leaf.pushed)
+    w0, g, mask, free, pushed = (x.reshape(-1)[rows] for x in here)
     w0 = w0.astype(jnp.float32)
-    choose = functools.partial(choose_block, config=config)
-    b = jax.vmap(choose)(jnp.abs(w0 * g), mask, free, pushed, leaf.counts[which])
+    scores = jnp.abs(w0 * g) if leaf.importance is None else leaf.importance.reshape(-1)[rows]
+    b = jax.vmap(functools.partial(choose_block, config=config))(scores, mask, free, pushed, leaf.counts[which])
     flat, w0, g = (jnp.take_along_axis(x, b.index, axis=1) for x in (rows, w0, g))
     return b, flat, w0, g
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _solved(
-    key: Any, leaf: _Leaf, b: _Chosen, flat: Any, w0: Any, gbar: Any, gradients: Any, which: Any, config: ICBSConfig
+    key: Any, leaf: _Leaf, b: _Chosen, flat: Any, w0: Any, gbar: Any, curvature: Any, which: Any, config: ICBSConfig
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
     """(mask, pushed, counts, what happened) of a leaf after its blocks were decided about."""
-    each = gradients.reshape(gradients.shape[0], *b.index.shape).swapaxes(0, 1)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(which)
-    pruned, energy, predicted = jax.vmap(functools.partial(_decide, config=config))(keys, b, w0, each, gbar)
+    pruned, energy, predicted = jax.vmap(functools.partial(_decide, config=config))(keys, b, w0, curvature, gbar)
     many = jnp.sum(b.valid, axis=1)
     at = jnp.where(b.valid, flat, leaf.mask.size)  # padding falls outside and is dropped
 
@@ -291,26 +335,60 @@ def _solved(
     return put(leaf.mask, ~pruned), put(leaf.pushed, order), leaf.counts.at[which].set(count + many), said
 
 
-def _decide(key: Any, b: _Chosen, w0: Any, gradients: Any, gbar: Any, config: ICBSConfig) -> tuple[Any, Any, Any]:
-    """(pruned, E, predicted change of the loss) of one block; the current state where no better one is found."""
+def _decide(key: Any, b: _Chosen, w0: Any, curvature: Any, gbar: Any, config: ICBSConfig) -> tuple[Any, Any, Any]:
+    """(pruned, E, predicted change of the loss) of one block; the current state where no better one is found.
+
+    `curvature` has the gradients that the Fisher matrix is made of, or with hessian="exact" the Hessian itself.
+    """
+    exact = config.hessian == "exact"
     w0, gbar = (jnp.where(b.valid, x, 0.0) for x in (w0, gbar))
-    gradients = jnp.where(b.valid, gradients, 0.0)
-    dw = jnp.where(b.pruned & b.valid, -w0, 0.0)
-    form, _ = block_form(w0, dw, gradients, gbar, config.gradient_weight, config.ridge)
+    curvature = jnp.where(b.valid & b.valid[:, None], curvature, 0.0) if exact else jnp.where(b.valid, curvature, 0.0)
+    start = b.pruned & b.valid
+    dw = jnp.where(start, -w0, 0.0)
+    pose = functools.partial(block_matrix if exact else block_form, w0, dw, curvature, gbar, config.gradient_weight)
+    form: Form = pose(config.ridge)[0]
     if config.published_form:
         form = drop_negative(normalised(form)[0])
-    elif gradients.shape[0] * 4 > gradients.shape[1]:  # the matrix is as small as its factors
+    elif not exact and curvature.shape[0] * 4 > curvature.shape[1]:  # the matrix is as small as its factors
         form = dense(form)
-    start = (b.pruned & b.valid).astype(jnp.float32)
-    found = solve(key, form, start, b.valid, method=config.solver, restarts=config.restarts)
-    x = jnp.where(b.valid, found.x, 0.0)
-    delta = w0 * (1 - x) - (w0 + dw)
-    energy, predicted = step_energy(delta, gradients, gbar, config.gradient_weight, config.ridge)
-    return x == 1, energy, predicted
+    if config.prune_idle:
+        free = b.valid & idle(pose(0.0)[0])
+        first, begin, rest = _idle_first(start, b.valid, free)
+    else:
+        first, begin, rest = jnp.zeros_like(start), start, b.valid
+    found = solve(key, form, begin.astype(jnp.float32), rest, method=config.solver, restarts=config.restarts)
+    pruned = jnp.where(rest, found.x == 1, first)
+    delta = w0 * ~pruned - (w0 + dw)
+    bent = delta @ jnp.matmul(curvature, delta, precision="highest") if exact else bend(delta, curvature)
+    energy, predicted = step_energy(delta, bent, gbar, config.gradient_weight, config.ridge)
+    if config.prune_idle:  # the start of the solver was not the current state
+        better = energy <= 0
+        pruned = jnp.where(better, pruned, start)
+        energy, predicted = jnp.where(better, energy, 0.0), jnp.where(better, predicted, 0.0)
+    return pruned, energy, predicted
+
+
+def _idle_first(start: Any, valid: Any, free: Any) -> tuple[Any, Any, Any]:
+    """(idle weights that are pruned, where the others start, which the others are), with as many pruned in all."""
+    order = jnp.argsort(jnp.where(free, jnp.where(start, 0, 1), 2), stable=True)
+    rank = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
+    first = free & (rank < jnp.sum(start))
+    rest = valid & ~free
+    others = start & rest
+    revived = jnp.sum(first) - jnp.sum(start & free)  # the most important ones, which stand first
+    return first, others & (jnp.cumsum(others) > revived), rest
 
 
 def step(
-    key: Array, losses: Losses, params: Any, state: State, parts: Parts, batch: Any, config: ICBSConfig, orders: Orders
+    key: Array,
+    losses: Losses,
+    params: Any,
+    state: State,
+    parts: Parts,
+    batch: Any,
+    config: ICBSConfig,
+    orders: Orders,
+    importance: Importance | None = None,
 ) -> tuple[State, StepInfo]:
     """One step on a block of each of these parts.
 
@@ -323,30 +401,54 @@ def step(
       batch: a pytree with the samples on axis 0.
       config: settings.
       orders: from `orders_of`.
+      importance: (params with zeros, batch) -> {path: scores}, which selection="wanda" needs: inputs come from a graph.
 
     Returns:
       The new state, and what happened. Where E is not below 0 the mask stays as it was.
 
     Raises:
-      ValueError: what `sample_gradients` refuses.
+      ValueError: what `sample_gradients` refuses; selection="wanda" without `importance`.
     """
+    if config.selection == "wanda" and importance is None:
+        raise ValueError("selection='wanda' needs importance=(params, batch) -> {path: scores}: it is made of inputs")
     trained = dict(flatten(params))
     now = apply(params, state.masks)
     loss, gradient = _mean_gradient(losses, now, batch, tuple(parts))
     which = {p: jnp.asarray(i, jnp.int32) for p, i in parts.items()}
+    scores: Mapping[str, Any] = {}
+    if importance is not None:
+        scores = importance(now, batch)
+    elif config.selection == "magnitude":
+        scores = {p: jnp.abs(trained[p].astype(jnp.float32)) for p in which}
+    elif config.selection == "random":
+        drawn = jax.random.split(jax.random.fold_in(key, 2**31 - 1), len(trained))  # the solver takes part numbers
+        scores = {
+            p: jax.random.uniform(drawn[i], np.shape(x)) for i, (p, x) in enumerate(trained.items()) if p in which
+        }
     leaves, blocks = {}, {}
     for p, i in which.items():
-        leaves[p] = _Leaf(trained[p], gradient[p], state.masks[p], state.free[p], state.pushed[p], state.counts[p])
+        own = {name: getattr(state, name)[p] for name in ("masks", "free", "pushed", "counts")}
+        leaves[p] = _Leaf(trained[p], gradient[p], scores.get(p), *own.values())
         blocks[p] = _blocks(leaves[p], jnp.asarray(orders[p])[i], i, config)
-    entries, _ = entry_gradients(losses, now, {p: flat.ravel() for p, (_, flat, *_) in blocks.items()}, batch)
+    curvatures = _curvatures(losses, now, batch, blocks, config)
     new: dict[str, dict[str, Any]] = {name: dict(getattr(state, name)) for name in ("masks", "pushed", "counts")}
     info: dict[str, dict[str, Any]] = {name: {} for name in ("energy", "predicted", "flips", "chosen")}
     for p, (b, flat, w0, gbar) in blocks.items():
-        mask, pushed, counts, said = _solved(key, leaves[p], b, flat, w0, gbar, entries[p], which[p], config)
+        mask, pushed, counts, said = _solved(key, leaves[p], b, flat, w0, gbar, curvatures[p], which[p], config)
         new["masks"][p], new["pushed"][p], new["counts"][p] = mask, pushed, counts
         for name, value in said.items():
             info[name][p] = value
     return State(new["masks"], state.free, new["pushed"], new["counts"], state.step + 1), StepInfo(**info, loss=loss)
+
+
+def _curvatures(losses: Losses, now: Any, batch: Any, blocks: Mapping[str, Any], config: ICBSConfig) -> dict[str, Any]:
+    """{path: the curvature that `_decide` takes, of every part}."""
+    if config.hessian == "exact":
+        return _exact_hessians(losses, now, batch, {p: flat for p, (_, flat, *_) in blocks.items()})
+    if config.hessian == "fisher_mean":
+        return {p: gbar[:, None] for p, (*_, gbar) in blocks.items()}
+    entries, _ = entry_gradients(losses, now, {p: flat.ravel() for p, (_, flat, *_) in blocks.items()}, batch)
+    return {p: entries[p].reshape(-1, *b.index.shape).swapaxes(0, 1) for p, (b, *_) in blocks.items()}
 
 
 # -- which parts, when -----------------------------------------------------------------------------------------------

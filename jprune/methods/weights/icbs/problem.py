@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class Dense(NamedTuple):
@@ -139,8 +139,7 @@ def block_form(
     n = gradients.shape[0]
     half = w0[:, None] * gradients.T / jnp.sqrt(2.0 * n)
     moved = jnp.matmul(gradients.T, jnp.matmul(gradients, dw, precision="highest"), precision="highest") / n
-    linear = w0 * (moved - a * gbar + ridge * (2 * dw + w0))
-    c = jnp.dot(dw, moved) / 2 - a * jnp.dot(dw, gbar) + ridge * jnp.dot(dw, dw)
+    linear, c = _linear(w0, dw, moved, gbar, a, ridge)
     return LowRank(half, linear), c
 
 
@@ -160,19 +159,40 @@ def block_matrix(
     ridge: float = 0.0,
 ) -> tuple[Dense, Float[Array, ""]]:
     """(Q, c) with any Hessian; arguments as `block_form` has them."""
-    moved = jnp.matmul(hessian, dw, precision="highest")
-    linear = w0 * (moved - a * gbar + ridge * (2 * dw + w0))
-    c = jnp.dot(dw, moved) / 2 - a * jnp.dot(dw, gbar) + ridge * jnp.dot(dw, dw)
+    linear, c = _linear(w0, dw, jnp.matmul(hessian, dw, precision="highest"), gbar, a, ridge)
     return Dense(jnp.outer(w0, w0) * hessian / 2 + jnp.diag(linear)), c
 
 
+def _linear(w0: Any, dw: Any, moved: Any, gbar: Any, a: float, ridge: float) -> tuple[Any, Any]:
+    """(what stands on the diagonal of Q beside the Hessian's own part, c), with `moved` = H dw."""
+    linear = w0 * (moved - a * gbar + ridge * (2 * dw + w0))
+    return linear, jnp.dot(dw, moved) / 2 - a * jnp.dot(dw, gbar) + ridge * jnp.dot(dw, dw)
+
+
+def bend(delta: Float[Array, " n"], gradients: Float[Array, "samples n"]) -> Float[Array, ""]:
+    """delta.H delta with the Fisher matrix H of these gradients."""
+    return jnp.mean(jnp.matmul(gradients, delta, precision="highest") ** 2)
+
+
 def step_energy(
-    delta: Float[Array, " n"], gradients: Float[Array, "samples n"], gbar: Float[Array, " n"], a: float, ridge: float
+    delta: Float[Array, " n"], bend: Float[Array, ""], gbar: Float[Array, " n"], a: float, ridge: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(E, the predicted change of the loss) of a step, from its definition; the latter leaves the ridge out."""
-    along = jnp.matmul(gradients, delta, precision="highest")
-    change = a * jnp.dot(gbar, delta) + jnp.mean(along**2) / 2
+    """(E, the predicted change of the loss) of a step, from its definition; the latter leaves the ridge out.
+
+    Args:
+      delta: new weights minus current ones.
+      bend: delta.H delta.
+      gbar, a, ridge: as `block_form` has them.
+    """
+    change = a * jnp.dot(gbar, delta) + bend / 2
     return change + ridge * jnp.dot(delta, delta), change
+
+
+def idle(form: Form) -> Bool[Array, " n"]:
+    """True for a variable whose row of Q is 0: whatever it is, the energy is the same."""
+    if isinstance(form, Dense):
+        return ~jnp.any(form.q != 0, axis=1)
+    return (form.linear == 0) & ~jnp.any(form.a != 0, axis=1)
 
 
 def drop_negative(form: Form) -> Dense:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jprune.methods.weights.icbs.icbs import ICBSConfig, Losses, Orders, State, schedule, step
+from jprune.methods.weights.icbs.icbs import ICBSConfig, Importance, Losses, Orders, State, schedule, step
 from jprune.training.steps import Trained, each_step, run_steps
 
 
@@ -21,6 +21,7 @@ def icbs(
     config: ICBSConfig,
     orders: Orders,
     *,
+    importance: Importance | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -37,6 +38,7 @@ def icbs(
       batch_of_step: step -> batch, always the same one for a step; another one every step, or the mask fits a few.
       config: settings.
       orders: from `orders_of`.
+      importance: what `step` needs for selection="wanda".
       seed: of the schedule and the solver.
       out: folder for metrics.jsonl (loss before the step, E, predicted change, flips) and checkpoints.
       resume, save_every, progress, on_step: as `jprune.training.steps.run_steps` has them.
@@ -51,7 +53,7 @@ def icbs(
     key = jax.random.key(seed)
 
     def advance(now: Any, k: int, batch: Any) -> Any:
-        new, info = step(jax.random.fold_in(key, k), losses, params, now, parts[k], batch, config, orders)
+        new, info = step(jax.random.fold_in(key, k), losses, params, now, parts[k], batch, config, orders, importance)
         summed = {name: sum(v.sum() for v in getattr(info, name).values()) for name in ("energy", "predicted", "flips")}
         return new, {"loss": info.loss, **summed}
 
