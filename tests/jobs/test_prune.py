@@ -319,7 +319,13 @@ def test_later_steps_score_the_smaller_network_by_its_own_loss(name, task):
     [("wanda",
       {"pattern": "2:4", "leaves": "params/stage*/conv2/kernel"}), 
      ("icbs", {"steps": 2, "solver": "descent", "samples": 16}),
-     pytest.param("sparsegpt", {}, marks=pytest.mark.slow), ("weight-magnitude", {"pattern": "model"})],
+     ("obert", {"samples": 8, "leaves": "params/stage*/conv2/kernel"}),
+     *[pytest.param(*case, marks=pytest.mark.slow) for case in (
+         ("sparsegpt", {}), ("woodfisher", {"samples": 8, "taylor": True, "pattern": "leaf", "stages": 2}),
+         ("icbs", {"steps": 2, "samples": 16, "solver": "descent", "selection": "wanda", "start": "wanda"}),
+         ("cap", {"samples": 8, "pattern": "2:4", "fisher_block": 32, "leaves": "params/stage*/conv2/kernel"}),
+         ("cbs", {"samples": 8}), ("chita", {"samples": 8, "stages": 3, "damp": 0.01}))],
+     ("weight-magnitude", {"pattern": "model"})],
 )  # fmt: skip
 def test_single_weights_go_and_all_widths_stay(name, settings, task):
     method = methods.method(name)

@@ -50,7 +50,8 @@ def options(place, **more):
 
 def ready(place, name, resume=False, **more):
     """A run that is asked for, its method's settings among the options."""
-    own = {k: more.pop(k) for k in ("scope", "multiple_of", "pattern", "steps", "solver", "refit_kept") if k in more}
+    job = {f.name for f in dataclasses.fields(DecoderConfig)}
+    own = {k: more.pop(k) for k in list(more) if k not in job}
     asked = options(place, **more)
     return DecoderRun(asked, place / name, asked.chosen.config(**own), resume, quiet=True)
 
@@ -122,7 +123,10 @@ WEIGHTS = [("wanda", {"pattern": "2:4"})] + [
     for n, more in (
         ("weight-magnitude", {}),
         ("sparsegpt", {"refit_kept": True}),
-        ("icbs", {"steps": 4, "solver": "descent"}),
+        ("icbs", {"steps": 4, "solver": "descent", "start": "wanda", "selection": "wanda"}),
+        ("obert", {"samples": 6, "stages": 2}),
+        ("cap", {"samples": 6, "pattern": "2:4", "fisher_block": 16}),
+        ("chita", {"samples": 6}),
     )
 ]
 
@@ -150,6 +154,7 @@ def test_single_weights_go_and_the_folder_keeps_its_shape(place, method, more):
     [({"method": "wanda", "pattern": "2:4", "sparsity": 0.3}, "2:4 removes 0.5 of the weights, not 0.3"),
      ({"method": "wanda", "pattern": "5:7"}, "innermost input axis has 32 entries, which 7 does not divide"),
      ({"method": "icbs", "pattern": "2:4"}, "would break N:M groups"),
+     ({"method": "obert", "pattern": "2:4"}, "unstructured or leaf or model, which this method can follow"),
      ({"method": "wanda", "quantity": "macs", "sparsity": 0.5}, "counts weights"),
      ({"method": "wanda", "recover": 3}, "fills the zeros again")],
 )  # fmt: skip

@@ -81,6 +81,7 @@ def second_order(name: str) -> Callable[..., PrunedModel]:
         schedule: Schedule = "poly",
         views: Views | None = None,
         chunk: int | None = None,
+        on_step: Callable[[float], None] = lambda done: None,
     ) -> PrunedModel:
         """Prune the named leaves.
 
@@ -90,27 +91,41 @@ def second_order(name: str) -> Callable[..., PrunedModel]:
           batch: all samples.
           sparsity: share of the weights that goes, in [0, 1); None where the settings have a pattern that says it.
           config: the method's settings; None: its defaults.
-          per_leaf: the same share of every leaf; otherwise the leaves compete.
+          per_leaf: the same share of every leaf; otherwise the leaves compete. Gradients of one leaf are then held at a time.
           stages: gradients are taken anew for each; weights that went stay gone.
           first: sparsity of the first of several stages.
           schedule: of the stages, `sparsities`.
           views: leaves as matrices where convention does not hold.
           chunk: samples whose gradients are computed side by side.
+          on_step: called after every pruning with how many stages are done, a fraction within a stage of many leaves.
         """
         config = settings() if config is None else config
         if not isinstance(config, settings):
             raise ValueError(f"{name!r} takes {settings.__name__}, not {type(config).__name__}")
-        masks, damp = None, {}
-        for share in [None] if sparsity is None else sparsities(sparsity, stages, first, schedule):
-            gradients = sample_gradients(losses, variables, paths, batch, chunk=chunk)
+        masks: dict[str, Any] = {}
+        damp: dict[str, float] = {}
+        parts = [[p] for p in paths] if per_leaf else [list(paths)]
+        for stage, share in enumerate([None] if sparsity is None else sparsities(sparsity, stages, first, schedule)):
             leaves = dict(flatten(variables))
-            weights = {p: leaves[p] for p in paths}
-            keep = None if share is None else kept(weights, share, per_leaf, getattr(config, "group", 1))
-            more: dict[str, Any] = {"loss": _mean_loss(losses, variables, batch)} if takes_loss else {}
-            found = algorithm(weights, gradients, keep, config, masks=masks, views=views, **more)
-            variables, masks = with_leaves(variables, found.weights), found.masks
-            damp = {p: max(float(d), damp.get(p, 0.0)) for p, d in found.damp.items()}
-        assert masks is not None
+            keep = (
+                None
+                if share is None
+                else kept({p: leaves[p] for p in paths}, share, per_leaf, getattr(config, "group", 1))
+            )
+            new: dict[str, Any] = {}
+            for i, own in enumerate(parts, 1):
+                gradients = sample_gradients(losses, variables, own, batch, chunk=chunk)
+                more: dict[str, Any] = {"loss": _mean_loss(losses, variables, batch)} if takes_loss else {}
+                found = algorithm(
+                    {p: leaves[p] for p in own}, gradients, {p: keep[p] for p in own} if isinstance(keep, dict) else keep,
+                    config, masks={p: masks[p] for p in own} if masks else None, views=views, **more)  # fmt: skip
+                new |= {p: (found.weights[p], found.masks[p]) for p in own}
+                damp |= {p: max(float(d), damp.get(p, 0.0)) for p, d in found.damp.items()}
+                on_step(stage + i / len(parts))
+            variables, masks = (
+                with_leaves(variables, {p: w for p, (w, _) in new.items()}),
+                {p: m for p, (_, m) in new.items()},
+            )
         return PrunedModel(variables, masks, damp)
 
     return prune
