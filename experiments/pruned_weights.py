@@ -20,7 +20,7 @@ from jprune.data.text import sample_windows, token_stream, windows
 from jprune.graph import trace
 from jprune.importance.at_init import weight_magnitude
 from jprune.language.perplexity import next_token_loss, perplexity
-from jprune.methods.weights.icbs.icbs import ICBSConfig, initial, orders_of, schedule, step
+from jprune.methods.weights.icbs.steps import ICBSConfig, initial, orders_of, schedule, step
 from jprune.methods.weights.one_shot import layer_by_layer, magnitude, prunable, sparsegpt, wanda
 from jprune.models.llama import Llama
 from jprune.models.llama_blocks import pieces

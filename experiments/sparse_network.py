@@ -15,10 +15,10 @@ from sklearn.datasets import load_digits
 from experiments.study import Run
 from jprune.graph import trace
 from jprune.importance.at_init import weight_magnitude
-from jprune.methods.weights.icbs.icbs import ICBSConfig, initial, orders_of
 from jprune.methods.weights.icbs.run import icbs
+from jprune.methods.weights.icbs.steps import ICBSConfig, initial, orders_of
+from jprune.methods.weights.least_squares import refit
 from jprune.methods.weights.one_shot import in_turn, magnitude, prunable, sparsegpt, wanda
-from jprune.methods.weights.refit import refit
 from jprune.methods.weights.second_order import CAPConfig, CBSConfig, CHITAConfig, WoodFisherConfig, second_order
 from jprune.surgery.kernels import weight_matrices
 from jprune.surgery.patterns import apply

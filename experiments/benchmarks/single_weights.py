@@ -26,9 +26,9 @@ from experiments.benchmarks import DISTURBED, RESULTS, in_turns, medians, ratio
 from experiments.peers import peer
 from jprune.budget.weights import choose
 from jprune.importance.weight_inputs import gram, squares
+from jprune.methods.weights.elimination import eliminate
 from jprune.methods.weights.icbs.problem import block_form, dense
 from jprune.methods.weights.icbs.solve import solve
-from jprune.methods.weights.sparsegpt import eliminate
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536))  # outputs, inputs
 DAMPING, BLOCK = 0.01, 128

@@ -1,6 +1,9 @@
 """Single weights: which of them go, by the weights alone, by activations, by curvature, or while the network trains.
 
+pruned = jprune.methods.weights.wanda(graph, params, batches, jprune.methods.weights.prunable(graph), 0.5)
 tx = jprune.methods.weights.sparsify(optax.adam(1e-3), 0.9)
+
+Behind doors of their own: `jprune.methods.weights.icbs` and `jprune.methods.weights.second_order`.
 """
 
 from __future__ import annotations
@@ -9,6 +12,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jprune.methods.weights.least_squares import refit as refit
+    from jprune.methods.weights.one_shot import in_turn as in_turn
+    from jprune.methods.weights.one_shot import layer_by_layer as layer_by_layer
+    from jprune.methods.weights.one_shot import magnitude as magnitude
+    from jprune.methods.weights.one_shot import prunable as prunable
+    from jprune.methods.weights.one_shot import random as random
+    from jprune.methods.weights.one_shot import sparsegpt as sparsegpt
+    from jprune.methods.weights.one_shot import wanda as wanda
     from jprune.methods.weights.sparse_training import ACDC as ACDC
     from jprune.methods.weights.sparse_training import SET as SET
     from jprune.methods.weights.sparse_training import Magnitude as Magnitude
@@ -22,10 +33,16 @@ if TYPE_CHECKING:
     from jprune.methods.weights.sparse_training import masks_of as masks_of
     from jprune.methods.weights.sparse_training import sparsify as sparsify
 
-_NAMES: dict[str, str] = dict.fromkeys(
-    ("ACDC", "SET", "Magnitude", "MaskSteps", "Random", "RigL", "Saliency", "Static", "magnitude_masks", "masked",
-     "masks_of", "sparsify"), "sparse_training"
-)  # fmt: skip
+_NAMES: dict[str, str] = {
+    **dict.fromkeys(
+        ("in_turn", "layer_by_layer", "magnitude", "prunable", "random", "sparsegpt", "wanda"), "one_shot"
+    ),
+    "refit": "least_squares",
+    **dict.fromkeys(
+        ("ACDC", "SET", "Magnitude", "MaskSteps", "Random", "RigL", "Saliency", "Static", "magnitude_masks", "masked",
+         "masks_of", "sparsify"), "sparse_training"
+    ),
+}  # fmt: skip
 __all__ = list(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 

@@ -17,8 +17,8 @@ from jprune.importance.at_init import weight_magnitude
 from jprune.importance.weight_inputs import input_sums, squares
 from jprune.methods.contract import ClassifierTask, DecoderTask, Outcome, Task, checked
 from jprune.methods.weights import one_shot
-from jprune.methods.weights.icbs.icbs import ICBSConfig, initial, orders_of
 from jprune.methods.weights.icbs.run import icbs
+from jprune.methods.weights.icbs.steps import ICBSConfig, initial, orders_of
 from jprune.methods.weights.second_order.stages import ALGORITHMS, second_order
 from jprune.methods.weights.shared import WeightConfig, finished, leaves_of, sparsity_of
 from jprune.models.llama import Llama

@@ -16,8 +16,8 @@ from jprune.methods.weights.by_loss import (
     icbs_of,
     second_order_of,
 )
+from jprune.methods.weights.elimination import SparseGPTConfig
 from jprune.methods.weights.shared import QUANTITY, WeightConfig, check, finished, leaves_of, sparsity_of
-from jprune.methods.weights.sparsegpt import SparseGPTConfig
 from jprune.models.llama_blocks import pieces
 from jprune.models.llama_trees import is_scanned
 from jprune.surgery.patterns import Unstructured

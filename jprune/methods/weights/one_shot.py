@@ -23,7 +23,7 @@ from jprune.budget.weights import choose, counts
 from jprune.graph import Graph, trace
 from jprune.importance.at_init import weight_chance, weight_leaves, weight_magnitude, weights_of
 from jprune.importance.weight_inputs import gram, input_sums, squares
-from jprune.methods.weights.sparsegpt import SparseGPTConfig, eliminate
+from jprune.methods.weights.elimination import SparseGPTConfig, eliminate
 from jprune.surgery.kernels import weight_matrices
 from jprune.surgery.patterns import NM, Pattern, Unstructured, apply, pattern
 from jprune.surgery.products import Product

@@ -17,7 +17,7 @@ from jprune.graph import trace
 from jprune.importance.at_init import weight_leaves
 from jprune.methods.contract import Outcome, Task
 from jprune.methods.weights import one_shot
-from jprune.methods.weights.refit import refit
+from jprune.methods.weights.least_squares import refit
 from jprune.surgery.kernels import weight_matrices
 from jprune.surgery.patterns import NM, Unstructured, density, sparse_cost
 from jprune.surgery.patterns import pattern as pattern_of

@@ -17,17 +17,6 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from jprune.importance.sample_gradients import sample_gradients
 from jprune.methods.weights.icbs import qubo
-from jprune.methods.weights.icbs.icbs import (
-    ICBSConfig,
-    _Chosen,
-    _decide,
-    choose_block,
-    free_set,
-    initial,
-    orders_of,
-    schedule,
-    step,
-)
 from jprune.methods.weights.icbs.problem import (
     Dense,
     LowRank,
@@ -41,6 +30,17 @@ from jprune.methods.weights.icbs.problem import (
 )
 from jprune.methods.weights.icbs.run import icbs
 from jprune.methods.weights.icbs.solve import betas, solve
+from jprune.methods.weights.icbs.steps import (
+    ICBSConfig,
+    _Chosen,
+    _decide,
+    choose_block,
+    free_set,
+    initial,
+    orders_of,
+    schedule,
+    step,
+)
 from jprune.surgery.patterns import apply
 
 KEY = jax.random.key(0)

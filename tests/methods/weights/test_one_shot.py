@@ -9,9 +9,9 @@ from decoders import prompt, tiny, weights
 from laws import normal
 
 import jprune
+from jprune.methods.weights.elimination import SparseGPTConfig, eliminate
+from jprune.methods.weights.least_squares import refit
 from jprune.methods.weights.one_shot import in_turn, layer_by_layer, magnitude, prunable, random, sparsegpt, wanda
-from jprune.methods.weights.refit import refit
-from jprune.methods.weights.sparsegpt import SparseGPTConfig, eliminate
 from jprune.models.llama import Llama
 from jprune.models.llama_blocks import pieces
 from jprune.surgery.patterns import NM, Unstructured, apply, check

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jprune.methods.weights.icbs.icbs import ICBSConfig, Importance, Losses, Orders, State, schedule, step
+from jprune.methods.weights.icbs.steps import ICBSConfig, Importance, Losses, Orders, State, schedule, step
 from jprune.training.steps import Trained, each_step, run_steps
 
 
@@ -34,7 +34,7 @@ def icbs(
     Args:
       losses: (params, batch) -> loss of every sample.
       params: the trained ones.
-      state: from `jprune.methods.weights.icbs.icbs.initial`.
+      state: from `jprune.methods.weights.icbs.steps.initial`.
       batch_of_step: step -> batch, always the same one for a step; another one every step, or the mask fits a few.
       config: settings.
       orders: from `orders_of`.
