@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -32,6 +33,7 @@ from jprune.methods.weights import (
 )
 from jprune.methods.weights.sparse_training.follow import check_followed, restarted
 from jprune.methods.weights.sparse_training.mask_steps import amounts
+from jprune.methods.weights.sparse_training.once import once
 from jprune.surgery.patterns import NM, Unstructured, apply, check, density, pack, unpack
 from jprune.surgery.views import conventional
 from jprune.tracing.paths import flatten
@@ -79,7 +81,7 @@ def same(a, b):
     return [p for (p, x), (_, y) in zip(flatten(a), flatten(b), strict=True) if not np.array_equal(x, y)]
 
 
-@pytest.mark.parametrize("module", ["transform", "mask_steps", "straight_through"])
+@pytest.mark.parametrize("module", ["once", "transform", "mask_steps", "straight_through"])
 def test_the_examples_run(module):
     assert doctest.testmod(importlib.import_module(f"jprune.methods.weights.sparse_training.{module}")).failed == 0
 
@@ -449,6 +451,45 @@ def test_seeds_make_runs_differ():
         masks_of(sparsify(optax.sgd(0.1), 0.8, Static(), MaskSteps("constant"), seed=s).init(PARAMS)) for s in (0, 0, 1)
     ]
     assert same(masks[0], masks[1]) == [] and same(masks[0], masks[2]) == list(KERNELS)
+
+
+# -- a step at which no masks are chosen -----------------------------------------------------------------------------------
+
+
+def test_masks_are_not_copied_at_steps_that_choose_none():
+    tx = sparsify(optax.adam(1e-2), 0.5, SET(), MaskSteps("constant", 5, 10, 5))
+
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    text = jax.jit(step, donate_argnums=(0, 1)).lower(PARAMS, tx.init(PARAMS)).compile().as_text()
+    always = text[text.index("\nENTRY ") :]  # what runs at every step; bodies of loops and branches stand before it
+    assert "pred[8,12]" in always
+    assert re.findall(r"= pred\[\d\S* copy\(", always) == []
+
+
+def test_members_of_an_ensemble_change_each_when_it_is_due():
+    members = jnp.array([True, False]), jnp.arange(1.0, 3)
+    grown = jax.vmap(lambda due, x: once(due, lambda x, by: x * by, x, 3.0))(*members)
+    assert grown.tolist() == [3, 2]
+
+
+def test_derivatives_pass_a_step_that_chooses_masks():
+    tx = sparsify(optax.sgd(0.1, momentum=0.9), 0.5, SET(0.5), MaskSteps("constant", 1, 2))
+    state = tx.update(GRADIENTS, tx.init(PARAMS), PARAMS)[1]
+
+    @jax.jit
+    def total(inner):
+        after = tx.update(GRADIENTS, state._replace(inner=inner), PARAMS)[1]
+        return sum(map(jnp.sum, jax.tree.leaves(after.inner[0].trace))), masks_of(after)
+
+    slopes, masks = jax.grad(total, has_aux=True)(state.inner)
+    slopes, before = dict(flatten(slopes[0].trace)), masks_of(state)
+    assert (slopes["in/bias"] == np.float32(0.9)).all()
+    for p in KERNELS:  # momentum is kept, but for that of weights that start anew
+        fresh = np.asarray(masks[p] & ~before[p])
+        assert fresh.any() and (slopes[p] == np.where(fresh, 0, np.float32(0.9))).all()
 
 
 # -- straight through ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from jprune.methods.weights.sparse_training.follow import check_followed, named,
 from jprune.methods.weights.sparse_training.magnitude import Magnitude
 from jprune.methods.weights.sparse_training.mask_steps import Amounts, MaskSteps, amounts
 from jprune.methods.weights.sparse_training.method import Look, Method
+from jprune.methods.weights.sparse_training.once import once
 from jprune.surgery.patterns import NM, Pattern, Unstructured, View, groups_of, patterns_of, view_of
 
 
@@ -105,13 +106,15 @@ def sparsify(
             raise ValueError(f"masks, parameters and gradients are not of the same leaves: look at {odd[0]!r}")
         due = steps.due(state.step)
 
-        def renewed() -> tuple[dict[str, Any], Any]:
-            masks = task.masks(plan, gradients, old, state.key, state.step)
-            if not method.regrows:
-                return masks, ()
-            return masks, restarted(inner, state.inner, params, {p: m & ~old[p] for p, m in masks.items()})
+        def renewed(now: tuple[dict[str, Any], Any], others: Any) -> tuple[dict[str, Any], Any]:
+            (old, before), (params, gradients, key, step) = now, others
+            masks = task.masks(task.plan(params), gradients, old, key, step)
+            if method.regrows:
+                before = restarted(inner, before, params, {p: m & ~old[p] for p, m in masks.items()})
+            return masks, before
 
-        masks, before = lax.cond(due, renewed, lambda: (old, state.inner if method.regrows else ()))
+        known = (params, {p: gradients[p] for p in plan.weights}, state.key, state.step)
+        masks, before = once(due, renewed, (old, state.inner if method.regrows else ()), known)
         hidden = _like(updates, {p: _where(m, gradients[p], 0) for p, m in masks.items()})
         found, after = inner.update(hidden, before if method.regrows else state.inner, params, **extra)
         if method.regrows:
