@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 
 from experiments.figures import bars, label, panels, spread, table
-from experiments.sparse_network import ONE_SHOT, SEARCHED, SECOND, Setting, Trained
+from experiments.sparse_network import ONE_SHOT, SEARCHED, SECOND, Network, Setting, perceptron
 from experiments.study import Demand, Key, Study, at_least, at_most
 
 
-def rows(s: Setting) -> dict[Key, Callable[[Trained], Any]]:
+def rows(s: Setting) -> dict[Key, Callable[[Network], Any]]:
     """Every method at every density."""
-    out: dict[Key, Callable[[Trained], Any]] = {("dense",): lambda one: one.numbers(one.variables)}
+    out: dict[Key, Callable[[Network], Any]] = {("dense",): lambda one: one.numbers(one.variables)}
     for d in s.densities:
         for name in (*ONE_SHOT, *SECOND, *SEARCHED):
-            out[f"{d:g}", name] = functools.partial(Trained.row, name=name, density=d)
+            out[f"{d:g}", name] = functools.partial(Network.row, name=name, density=d)
         for name in ("magnitude", "iCBS, 120 steps"):
-            out[f"{d:g}", f"{name}, refitted"] = functools.partial(Trained.row, name=name, density=d, refitted=True)
+            out[f"{d:g}", f"{name}, refitted"] = functools.partial(Network.row, name=name, density=d, refitted=True)
     return out
 
 
@@ -72,7 +72,7 @@ def draw(stored: Mapping[str, Any]) -> Any:
     return figure
 
 
-STUDY = Study("sparse_digits", __doc__, {"small": Setting()}, Trained, rows, demands, tables, draw)
+STUDY = Study("sparse_digits", __doc__, {"small": Setting()}, perceptron, rows, demands, tables, draw)
 
 if __name__ == "__main__":
     STUDY.main()

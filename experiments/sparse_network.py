@@ -1,4 +1,4 @@
-"""A small network on scikit-learn's digits whose single weights are pruned in several ways."""
+"""A trained classifier whose single weights are pruned in several ways, and the small network on scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from jprune.methods.weights.one_shot import in_turn, magnitude, prunable, sparse
 from jprune.methods.weights.second_order import CAPConfig, CBSConfig, CHITAConfig, WoodFisherConfig, second_order
 from jprune.surgery.kernels import weight_matrices
 from jprune.surgery.patterns import apply
+from jprune.surgery.patterns import pattern as pattern_of
 
 ONE_SHOT = {"magnitude": magnitude, "Wanda": wanda, "SparseGPT": sparsegpt}
 SECOND = {
@@ -54,10 +55,66 @@ class Net(nn.Module):
 NET = Net()
 
 
-def losses(variables: Any, batch: Any) -> jax.Array:
-    """Cross-entropy of every image."""
-    logits = jnp.asarray(NET.apply(variables, batch[0]))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+class Network:
+    """A trained classifier of one seed, whose single weights are pruned in several ways.
+
+    Attributes:
+      apply: (variables, images) -> logits. variables: trained.
+      train, test: (images, labels). seed: of the batches of iCBS.
+      losses: (variables, (images, labels)) -> cross-entropy of every image.
+    """
+
+    def __init__(self, apply_fn: Any, variables: Any, train: Any, test: Any, seed: int):
+        self.apply, self.variables, self.train, self.test, self.seed = apply_fn, variables, train, test, seed
+        self.losses = losses_of(apply_fn)
+        self.graph = trace(apply_fn, variables, train[0])
+        self.leaves = prunable(self.graph)
+
+    def numbers(self, v: Any) -> dict[str, float]:
+        """Accuracy and losses."""
+        right = jnp.asarray(self.apply(v, self.test[0])).argmax(-1) == self.test[1]
+        return {"accuracy": 100 * float(right.mean()), "loss": float(self.losses(v, self.test).mean()),
+                "training_loss": float(self.losses(v, self.train).mean())}  # fmt: skip
+
+    def row(
+        self, name: str, density: float | None, refitted: bool = False, pattern: str = "unstructured"
+    ) -> dict[str, float]:
+        """One method at one density, or with a pattern that says it."""
+        sparsity = None if density is None else 1 - density
+        args = self.graph, self.variables, [self.train[0]], self.leaves, sparsity
+        if name in ONE_SHOT:
+            v, masks, _ = in_turn(ONE_SHOT[name], *args, pattern)
+        elif name in SECOND:
+            which, config = SECOND[name]
+            config = dataclasses.replace(config, pattern=pattern_of(pattern)) if density is None else config
+            v, masks, _ = second_order(which)(self.losses, self.variables, self.leaves, self.train, sparsity, config)
+        else:
+            masks = magnitude(*args).masks
+            orders = orders_of(self.variables, self.leaves, weight_matrices(self.graph, self.leaves))
+            state = initial(weight_magnitude(self.variables, self.leaves), masks, SEARCHED[name], orders)
+            found: Any = icbs(
+                self.losses, self.variables, state, self.batch, SEARCHED[name], orders, seed=self.seed
+            ).state
+            masks = found.masks
+            v = apply(self.variables, masks)
+        if refitted:
+            v = refit(self.graph, self.variables, masks, [self.train[0]])
+        return self.numbers(v)
+
+    def batch(self, step: int) -> Any:
+        """200 images, others every step."""
+        i = np.random.default_rng((self.seed, step)).choice(len(self.train[0]), 200, replace=False)
+        return self.train[0][i], self.train[1][i]
+
+
+def losses_of(apply_fn: Any) -> Any:
+    """(variables, (images, labels)) -> cross-entropy of every image."""
+
+    def losses(variables: Any, batch: Any) -> jax.Array:
+        logits = jnp.asarray(apply_fn(variables, batch[0]))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+
+    return losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,56 +125,22 @@ class Setting:
     epochs: int = 60
 
 
-class Trained:
-    """The dense network of one seed, and its data."""
+def perceptron(s: Setting, run: Run) -> Network:
+    """64-128-64-10 on scikit-learn's digits, trained by Adam."""
+    rng = np.random.default_rng(run.seed)
+    data: Any = load_digits()
+    x, y = jnp.asarray(data.data / 16, jnp.float32), jnp.asarray(data.target)
+    order = rng.permutation(len(x))
+    train, test = ((x[i], y[i]) for i in (order[:1347], order[1347:]))
+    tx, v, losses = optax.adam(1e-3), jax.jit(NET.init)(jax.random.key(run.seed), x[:2]), losses_of(NET.apply)
 
-    def __init__(self, s: Setting, run: Run):
-        self.seed, rng = run.seed, np.random.default_rng(run.seed)
-        data = load_digits()
-        x, y = jnp.asarray(data.data / 16, jnp.float32), jnp.asarray(data.target)
-        order = rng.permutation(len(x))
-        self.train, self.test = ((x[i], y[i]) for i in (order[:1347], order[1347:]))
-        tx, v = optax.adam(1e-3), jax.jit(NET.init)(jax.random.key(run.seed), x[:2])
+    @jax.jit
+    def update(v: Any, o: Any, batch: Any) -> Any:
+        u, o = tx.update(jax.grad(lambda v: losses(v, batch).mean())(v), o)
+        return optax.apply_updates(v, u), o
 
-        @jax.jit
-        def update(v: Any, o: Any, batch: Any) -> Any:
-            u, o = tx.update(jax.grad(lambda v: losses(v, batch).mean())(v), o)
-            return optax.apply_updates(v, u), o
-
-        o = tx.init(v)
-        for _ in range(s.epochs):
-            for i in rng.permutation(1347)[: 1347 // 64 * 64].reshape(-1, 64):
-                v, o = update(v, o, (self.train[0][i], self.train[1][i]))
-        self.variables = v
-        self.graph = trace(NET.apply, v, self.train[0])
-        self.leaves = prunable(self.graph)
-
-    def numbers(self, v: Any) -> dict[str, float]:
-        """Accuracy and losses."""
-        right = jnp.asarray(NET.apply(v, self.test[0])).argmax(-1) == self.test[1]
-        return {"accuracy": 100 * float(right.mean()), "loss": float(losses(v, self.test).mean()),
-                "training_loss": float(losses(v, self.train).mean())}  # fmt: skip
-
-    def row(self, name: str, density: float, refitted: bool = False) -> dict[str, float]:
-        """One method at one density."""
-        args = self.graph, self.variables, [self.train[0]], self.leaves, 1 - density
-        if name in ONE_SHOT:
-            v, masks, _ = in_turn(ONE_SHOT[name], *args)
-        elif name in SECOND:
-            which, config = SECOND[name]
-            v, masks, _ = second_order(which)(losses, self.variables, self.leaves, self.train, 1 - density, config)
-        else:
-            masks = magnitude(*args).masks
-            orders = orders_of(self.variables, self.leaves, weight_matrices(self.graph, self.leaves))
-            state = initial(weight_magnitude(self.variables, self.leaves), masks, SEARCHED[name], orders)
-            found: Any = icbs(losses, self.variables, state, self.batch, SEARCHED[name], orders, seed=self.seed).state
-            masks = found.masks
-            v = apply(self.variables, masks)
-        if refitted:
-            v = refit(self.graph, self.variables, masks, [self.train[0]])
-        return self.numbers(v)
-
-    def batch(self, step: int) -> Any:
-        """200 images, others every step."""
-        i = np.random.default_rng((self.seed, step)).choice(1347, 200, replace=False)
-        return self.train[0][i], self.train[1][i]
+    o = tx.init(v)
+    for _ in range(s.epochs):
+        for i in rng.permutation(1347)[: 1347 // 64 * 64].reshape(-1, 64):
+            v, o = update(v, o, (train[0][i], train[1][i]))
+    return Network(NET.apply, v, train, test, run.seed)

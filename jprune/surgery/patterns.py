@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Bool
 
 from jprune.surgery.views import Conventional as Conventional
@@ -227,6 +228,13 @@ def mask_like(matrix: Any, view: View, shape: tuple[int, ...]) -> Any:
 
 
 # -- masks -----------------------------------------------------------------------------------------------------------
+
+
+def placed_as(x: Any, like: Any) -> Any:
+    """x on the devices, and laid out over them, as `like` is; within a traced function x as it is."""
+    if isinstance(x, Tracer) or isinstance(like, Tracer) or not getattr(like, "committed", False):
+        return x
+    return jax.device_put(x, like.sharding)
 
 
 def apply(params: Any, masks: Masks) -> Any:

@@ -25,7 +25,7 @@ from jprune.importance.at_init import weight_chance, weight_leaves, weight_magni
 from jprune.importance.weight_inputs import gram, input_sums, squares
 from jprune.methods.weights.elimination import SparseGPTConfig, eliminate
 from jprune.surgery.kernels import weight_matrices
-from jprune.surgery.patterns import NM, Pattern, Unstructured, apply, pattern
+from jprune.surgery.patterns import NM, Pattern, Unstructured, apply, pattern, placed_as
 from jprune.surgery.products import Product
 from jprune.tracing.paths import with_leaves
 
@@ -183,8 +183,8 @@ def sparsegpt(
         parts = np.diff(np.round(np.arange(lead + 1) * kept[p] / lead).astype(int))
         found = [eliminate(x, h[i], int(parts[i]), asked, config) for i, x in enumerate(own.reshape(lead, *m.shape))]
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *found)
-        new[p] = m.leaf_like(stacked.matrix.reshape(own.shape), w.shape)
-        masks[p] = m.leaf_like(stacked.mask.reshape(own.shape).astype(jnp.float32), w.shape) != 0
+        new[p] = placed_as(m.leaf_like(stacked.matrix.reshape(own.shape), w.shape), w)
+        masks[p] = placed_as(m.leaf_like(stacked.mask.reshape(own.shape).astype(jnp.float32), w.shape) != 0, w)
         if (used := float(jnp.max(stacked.damping))) > config.damping * 1.5:
             raised[p] = used
         if not bool(jnp.isfinite(stacked.matrix).all()):

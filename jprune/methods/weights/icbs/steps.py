@@ -36,7 +36,7 @@ from jprune.methods.weights.icbs.problem import (
     step_energy,
 )
 from jprune.methods.weights.icbs.solve import Solver, solve
-from jprune.surgery.patterns import apply
+from jprune.surgery.patterns import apply, placed_as
 from jprune.surgery.products import Product
 from jprune.tracing.paths import flatten, with_leaves
 
@@ -210,10 +210,10 @@ def initial(
             rows = 1 if groups is None else groups.get(p, 1)
             for group in part.reshape(rows, -1):
                 flat[group] = free_set(s[group], m[group], config)
-        free[p] = jnp.asarray(flat.reshape(np.shape(mask)))
+        free[p] = placed_as(jnp.asarray(flat.reshape(np.shape(mask))), mask)
     return State(
         {p: jnp.asarray(m) for p, m in masks.items()}, free,
-        {p: jnp.zeros(np.shape(m), jnp.int32) for p, m in masks.items()},
+        {p: placed_as(jnp.zeros(np.shape(m), jnp.int32), m) for p, m in masks.items()},
         {p: jnp.zeros(len(orders[p]), jnp.int32) for p in masks}, jnp.zeros((), jnp.int32))  # fmt: skip
 
 
@@ -435,7 +435,8 @@ def step(
     info: dict[str, dict[str, Any]] = {name: {} for name in ("energy", "predicted", "flips", "chosen")}
     for p, (b, flat, w0, gbar) in blocks.items():
         mask, pushed, counts, said = _solved(key, leaves[p], b, flat, w0, gbar, curvatures[p], which[p], config)
-        new["masks"][p], new["pushed"][p], new["counts"][p] = mask, pushed, counts
+        new["masks"][p], new["pushed"][p] = (placed_as(x, state.masks[p]) for x in (mask, pushed))
+        new["counts"][p] = counts
         for name, value in said.items():
             info[name][p] = value
     return State(new["masks"], state.free, new["pushed"], new["counts"], state.step + 1), StepInfo(**info, loss=loss)
