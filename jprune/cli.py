@@ -77,10 +77,10 @@ def _prune_flags() -> type:
     from jprune.methods.names import METHODS
 
     parts: dict[str, type] = {}
-    names: dict[type, list[str]] = {}
+    names: dict[type, dict[str, None]] = {}
     for methods in METHODS.values():
         for m in methods.values():
-            names.setdefault(m.config, []).append(m.name)
+            names.setdefault(m.config, {})[m.name] = None  # a method of two kinds of model is named once
     for config, those in names.items():
         parts[", ".join(those)] = config
     kinds = {"classifiers": ClassifierConfig, "language models": DecoderConfig}
@@ -334,7 +334,9 @@ def explain(
     axis: Text[int | None, arg(help="only this axis of the leaf")] = None,
     num_classes: int | None = None,
     image: Text[tuple[int, int, int] | None, arg(help="height width channels; by default the model's own")] = None,
-    length: Text[int, arg(help="language models: tokens of a window, which the costs are of")] = 1024,
+    length: Text[
+        int | None, arg(help="language models: tokens of a window, which the costs are of; 1024 by default")
+    ] = None,
     costs: Text[bool, arg(help="also the cost of every layer")] = True,
 ) -> int:
     """The dependency groups of a zoo model, or of a model in a folder: what is cut together, what cannot be cut and why.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from tyro.conf import arg
 
-SHORT = 40  # characters: longer lists of whose flag it is are left out
+SHORT = 80  # characters: longer lists of whose flag it is are left out
 
 
 def about(config: type) -> dict[str, str]:
@@ -91,8 +91,15 @@ def _metavar(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "{" + ",".join(map(str, get_args(hint))) + "}"
     if get_origin(hint) is tuple:
-        return " ".join(_metavar(h) for h in get_args(hint))
+        first, *rest = get_args(hint)
+        return f"{_metavar(first)} ..." if rest == [...] else " ".join(map(_metavar, get_args(hint)))
     return {str: "STR", int: "INT", float: "FLOAT", bool: "BOOL"}.get(hint, "VALUE")
+
+
+def _listed(sources: Iterable[str]) -> str:
+    """Names that stand in several lists, as one."""
+    *front, last = [name for source in sources for name in source.split(", ")]
+    return f"{', '.join(front)} and {last}" if front else last
 
 
 def _defaults(field: str, by: Mapping[str, type], kinds: Mapping[str, type]) -> str:
@@ -104,10 +111,10 @@ def _defaults(field: str, by: Mapping[str, type], kinds: Mapping[str, type]) -> 
             "required" if default is dataclasses.MISSING else "optional" if default is None else f"default: {default}"
         )
         said.setdefault(text, []).append(who)
-    mine = " and ".join(by)
+    mine = _listed(by)
     only = f"; {mine} only" if not kinds.keys() <= by.keys() and len(mine) < SHORT else ""
     if len(said) == 1:
         return f"({next(iter(said))}{only})"
     (first, _), *rest = said.items()
-    others = "; ".join(f"{' and '.join(who)}: {text.removeprefix('default: ')}" for text, who in rest)
+    others = "; ".join(f"{_listed(who)}: {text.removeprefix('default: ')}" for text, who in rest)
     return f"({first}; {others})"

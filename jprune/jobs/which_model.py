@@ -76,12 +76,17 @@ def _gguf(file: Path) -> str:
 
 
 def to_explain(
-    model: str, num_classes: int | None, image: tuple[int, int, int] | None, length: int
+    model: str, num_classes: int | None, image: tuple[int, int, int] | None, length: int | None
 ) -> tuple[Callable[..., Any], Any, jax.ShapeDtypeStruct]:
     """(function, shapes of its parameters, shape of its input) of a zoo model, a decoder's or a vision model's folder.
 
+    Args:
+      model: name or folder.
+      num_classes, image: of a zoo model; its own if None.
+      length: tokens of a decoder's window; 1024 if None.
+
     Raises:
-      ValueError: there is no such model.
+      ValueError: there is no such model, or a flag means nothing to it.
     """
     for name, value in (
         ("num-classes", num_classes),
@@ -90,12 +95,18 @@ def to_explain(
     ):
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}: it must be at least 1")
-    if not is_language_model(model):
+    zoo = not is_language_model(model)
+    decoder = not zoo and is_decoder_folder(model)
+    for name, value, means in (("num-classes", num_classes, zoo), ("image", image, zoo), ("length", length, decoder)):
+        if value is not None and not means:
+            kind = "a model of the zoo" if zoo else "a language model" if decoder else "a vision model in a folder"
+            raise ValueError(f"--{name} means nothing here: {model} is {kind}: leave it out")
+    if zoo:
         module: Any = build(model, num_classes)
         x = jax.ShapeDtypeStruct((2, *(image or MODELS[model].image)), jnp.float32)
-    elif is_decoder_folder(model):
+    elif decoder:
         module = Llama(read_config(model))
-        x = jax.ShapeDtypeStruct((2, length), jnp.int32)
+        x = jax.ShapeDtypeStruct((2, length or 1024), jnp.int32)
     else:
         vision = load_vision(model)
         side = vision.preprocess.size

@@ -145,6 +145,9 @@ def test_flags_of_another_kind_or_method_are_refused_even_with_their_default(sai
     assert "is for decoders, not for classifiers" in said("prune", "--method", "cfsp")
     assert "give --sparsity or --keep too" in said("prune", "--method", "masksparsity", "--quantity", "units")
     assert "--num-classes is 0" in said("explain", "resnet_digits", "--num-classes", 0)
+    assert "--length means nothing here: resnet_digits is a model of the zoo" in said(
+        "explain", "resnet_digits", "--length", 9
+    )
     assert "there is no folder" in said("eval", "--model", "/nowhere", "--evaluation", "x")
 
 
