@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class View(Protocol):
     """A leaf as matrices (outputs, inputs), whatever its layout; `jprune.surgery.products.Product` is one."""
 

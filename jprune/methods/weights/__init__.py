@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from jprune.methods.weights.sparse_training import masked as masked
     from jprune.methods.weights.sparse_training import masks_of as masks_of
     from jprune.methods.weights.sparse_training import sparsify as sparsify
+    from jprune.surgery.packed import bcoo as bcoo
+    from jprune.surgery.packed import stored_bytes as stored_bytes
+    from jprune.surgery.packed import to_dense as to_dense
+    from jprune.surgery.packed import two_of_four as two_of_four
+    from jprune.surgery.packed import whole_blocks as whole_blocks
 
 _NAMES: dict[str, str] = {
     **dict.fromkeys(
@@ -42,6 +47,7 @@ _NAMES: dict[str, str] = {
         ("ACDC", "SET", "Magnitude", "MaskSteps", "Random", "RigL", "Saliency", "Static", "magnitude_masks", "masked",
          "masks_of", "sparsify"), "sparse_training"
     ),
+    **dict.fromkeys(("bcoo", "stored_bytes", "to_dense", "two_of_four", "whole_blocks"), "..surgery.packed"),
 }  # fmt: skip
 __all__ = list(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -49,7 +55,7 @@ __all__ = list(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'jprune.methods.weights' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"jprune.methods.weights.{_NAMES[name]}"), name)
+    return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
