@@ -1,0 +1,13 @@
+"""Mixtures of many small experts of which every token uses its own few, as ReLU routers choose them: only those are computed.
+
+It never routes: scores and flags of active experts are data that the caller makes. It knows no model.
+"""
+
+from pallas_kernels.sparse_moe.work_lists import WorkList, tile_activity, tile_worklist, union_ids
+
+__all__ = [
+    "WorkList",
+    "tile_activity",
+    "tile_worklist",
+    "union_ids",
+]
