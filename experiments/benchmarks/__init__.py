@@ -19,18 +19,21 @@ RESULTS = Path(__file__).parents[1] / "results"
 DISTURBED = "times are medians over rounds that take turns; the machine was shared, so read ratios rather than seconds"
 
 
-def in_turns(jobs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+def in_turns(
+    jobs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every job in every round: {name: [seconds]}, after `warm_up` rounds that do not count.
 
-    Every round runs all jobs once, every other round in reverse order. jax arrays that a job returns are waited for.
+    Every round runs all jobs once, every other round in reverse order. jax arrays that a job returns are waited for. With
+    `time.process_time` as the clock they are seconds of this process on all processors, without those of other work.
     """
     out: dict[str, list[float]] = {name: [] for name in jobs}
     for k in range(warm_up + rounds):
         for name in list(jobs) if k % 2 == 0 else reversed(list(jobs)):
-            began = time.perf_counter()
+            began = clock()
             jax.block_until_ready(jobs[name]())
             if k >= warm_up:
-                out[name].append(time.perf_counter() - began)
+                out[name].append(clock() - began)
     return out
 
 

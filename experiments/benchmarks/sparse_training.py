@@ -3,7 +3,8 @@
     python -m experiments.benchmarks.sparse_training       # five minutes
 
 Steps are those of a perceptron with Adam, its arrays donated; away from the steps at which masks are chosen (a whole step
-in which they are is timed too). Choosing is timed for one leaf, beside a program that sorts its scores, takes the k-th as
+in which they are is timed too); by the clock, and by the time of this process on the processors, which other work on the
+machine hardly touches. Choosing is timed for one leaf, beside a program that sorts its scores, takes the k-th as
 the threshold of the same mask and gives ties to the lowest index. What devices send each other is read from the programs
 that are compiled for four simulated ones.
 """
@@ -19,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,11 +117,14 @@ def steps(s: Setting, rounds: int) -> dict[str, Any]:
             tx = sparsify(optax.adam(1e-3), s.sparsity, method, mask_steps)
             jobs[name + when], extra[name + when] = trainer(tx, params, loss)
     times = in_turns(jobs, rounds, warm_up=3)
+    work = in_turns(jobs, rounds, clock=time.process_time)
     masks = masks_of(sparsify(optax.adam(1e-3), s.sparsity).init(params))
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "ratios": {name: ratio(times, name, "dense") for name in jobs},
+        "processor_ratios": {name: ratio(work, name, "dense") for name in jobs},
         "seconds": medians(times),
+        "processor_seconds": medians(work),
         "program_bytes": extra,
         "mask_bytes": sum(m.nbytes for m in masks.values()),
         "stored_bytes": sum(m["bits"].nbytes for m in pack(masks).values()),
@@ -201,8 +206,9 @@ def exactness() -> dict[str, int]:
 def checks(r: dict[str, Any]) -> dict[str, bool]:
     """The targets."""
     return {
-        "a step that chooses no mask costs at most 5 % more than the dense one": all(
-            r["steps"]["ratios"][name] <= 1.05 for name in METHODS),
+        "a step that chooses no mask takes at most 5 % more processor time than the dense one": all(
+            r["steps"]["processor_ratios"][name] <= 1.05 for name in METHODS),
+        "and at most 5 % more by the clock": all(r["steps"]["ratios"][name] <= 1.05 for name in METHODS),
         "choosing is faster than sorting and makes the same mask": all(
             c["times_faster"] > 1 and c["equal"] for c in r["choices"]),
         "choosing needs less memory than sorting": all(
@@ -216,12 +222,13 @@ def checks(r: dict[str, Any]) -> dict[str, bool]:
 def tables(r: dict[str, Any]) -> list[Table]:
     """Steps, choices, devices."""
     first = Table(title=f"a training step of {r['steps']['parameters']:,} parameters, over the dense one")
-    for column in ("", "no masks chosen", "masks chosen", "program, MB"):
+    for column in ("", "no masks chosen", "by the clock", "masks chosen", "by the clock", "program, MB"):
         first.add_column(column)
-    ratios, size = r["steps"]["ratios"], r["steps"]["program_bytes"]
-    first.add_row("dense", "1", "", f"{size['dense'] / 1e6:.0f}")
+    ratios, work, size = r["steps"]["ratios"], r["steps"]["processor_ratios"], r["steps"]["program_bytes"]
+    first.add_row("dense", "1", "1", "", "", f"{size['dense'] / 1e6:.0f}")
     for name in METHODS:
-        first.add_row(name, f"{ratios[name]:.3f}", f"{ratios[name + ', choosing']:.2f}", f"{size[name] / 1e6:.0f}")
+        own = (f"{x[name + when]:.3f}" for when in ("", ", choosing") for x in (work, ratios))
+        first.add_row(name, *own, f"{size[name] / 1e6:.0f}")
     second = Table(title="choosing the mask of one leaf")
     for column in ("weights", "counted, ms", "sorted, ms", "times faster", "counted, MB", "sorted, MB"):
         second.add_column(column)
