@@ -321,7 +321,8 @@ def test_later_steps_score_the_smaller_network_by_its_own_loss(name, task):
      ("icbs", {"steps": 2, "solver": "descent", "samples": 16}),
      ("obert", {"samples": 8, "leaves": "params/stage*/conv2/kernel"}),
      *[pytest.param(*case, marks=pytest.mark.slow) for case in (
-         ("sparsegpt", {}), ("woodfisher", {"samples": 8, "taylor": True, "pattern": "leaf", "stages": 2}),
+         ("sparsegpt", {}), ("wanda", {"by_share": True}),
+         ("woodfisher", {"samples": 8, "taylor": True, "pattern": "leaf", "stages": 2}),
          ("icbs", {"steps": 2, "samples": 16, "solver": "descent", "selection": "wanda", "start": "wanda"}),
          ("cap", {"samples": 8, "pattern": "2:4", "fisher_block": 32, "leaves": "params/stage*/conv2/kernel"}),
          ("cbs", {"samples": 8}), ("chita", {"samples": 8, "stages": 3, "damp": 0.01}))],

@@ -153,6 +153,7 @@ def test_single_weights_go_and_the_folder_keeps_its_shape(place, method, more):
     ("more", "why"),
     [({"method": "wanda", "pattern": "2:4", "sparsity": 0.3}, "2:4 removes 0.5 of the weights, not 0.3"),
      ({"method": "wanda", "pattern": "5:7"}, "innermost input axis has 32 entries, which 7 does not divide"),
+     ({"method": "wanda", "pattern": "2:4", "by_share": True}, "lets outputs keep different numbers of weights"),
      ({"method": "icbs", "pattern": "2:4"}, "would break N:M groups"),
      ({"method": "obert", "pattern": "2:4"}, "unstructured or leaf or model, which this method can follow"),
      ({"method": "wanda", "quantity": "macs", "sparsity": 0.5}, "counts weights"),

@@ -38,6 +38,22 @@ class GPTConfig(WeightConfig, SparseGPTConfig):
         SparseGPTConfig.__post_init__(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class WandaConfig(WeightConfig):
+    """Settings of Wanda.
+
+    Attributes:
+      by_share: outputs keep different numbers: of each goes what adds up to the same share of its scores (Wanda's variant)
+    """
+
+    by_share: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by_share:
+            one_shot.check_shares(one_shot.own_pattern(self.pattern, "matrix"))
+
+
 # -- in one shot -------------------------------------------------------------------------------------------------------
 
 
@@ -83,8 +99,9 @@ def _sparsegpt(task: Task, config: GPTConfig) -> Outcome:
     return (_layers if isinstance(task, DecoderTask) else _in_turn)(task, config, prune=prune)  # pyright: ignore[reportArgumentType]
 
 
-def _wanda(task: Task, config: WeightConfig) -> Outcome:
-    return (_layers if isinstance(task, DecoderTask) else _in_turn)(task, config, prune=one_shot.wanda)  # pyright: ignore[reportArgumentType]
+def _wanda(task: Task, config: WandaConfig) -> Outcome:
+    prune = functools.partial(one_shot.wanda, by_share=config.by_share)
+    return (_layers if isinstance(task, DecoderTask) else _in_turn)(task, config, prune=prune)  # pyright: ignore[reportArgumentType]
 
 
 def _random(task: Task, config: WeightConfig) -> Outcome:
@@ -111,7 +128,7 @@ def _all(models: str) -> tuple[Method, ...]:
     return (
         _method("weight-magnitude", "single weights of least size", models, plain, WeightConfig, False),
         _method("wanda", "single weights: |weight| x norm of its input, within each output (Wanda)", models, _wanda,
-                WeightConfig, True),
+                WandaConfig, True),
         _method("sparsegpt", "single weights, column by column, the rest makes up for them (SparseGPT)", models, _sparsegpt,
                 GPTConfig, True),
         _method("icbs", "single weights: a mask improved block by block, each a binary quadratic problem (iCBS)", models,

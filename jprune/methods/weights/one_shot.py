@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from rich.progress import track
 
 from jprune.budget.weights import choose, counts
@@ -27,6 +28,7 @@ from jprune.methods.weights.elimination import SparseGPTConfig, eliminate
 from jprune.surgery.kernels import weight_matrices
 from jprune.surgery.patterns import NM, Pattern, Unstructured, apply, pattern, placed_as
 from jprune.surgery.products import Product
+from jprune.surgery.views import View
 from jprune.tracing.paths import with_leaves
 
 Batches: TypeAlias = Iterable[Any]
@@ -125,6 +127,33 @@ def wanda_scores(params: Any, matrices: Mapping[str, Product], x2: Mapping[str, 
     return out
 
 
+def shares_of_rows(scores: Mapping[str, Any], matrices: Mapping[str, View]) -> dict[str, Any]:
+    """Of each weight, the share of its output's scores that it and all smaller ones of this output have: in [0, 1].
+
+    Wanda's variant removes of every output the most weights whose scores add up to at most a share alpha of the output's
+    sum, and looks for the alpha that gives the sparsity (`use_variant` of the authors' program, which bisects to 0.001).
+    With these numbers as scores, compared over a matrix, the smallest ones are those weights, and their count is exact.
+
+    >>> from jprune.surgery.views import conventional
+    >>> shares_of_rows({"w": jnp.array([[1.0, 4.0, 3.0]])}, {"w": conventional((1, 3), 0, 1)})["w"].tolist()
+    [[0.125, 1.0, 0.5]]
+
+    Args:
+      scores: {leaf path: numbers not below 0}.
+      matrices: of these leaves; outputs are their rows.
+    """
+    out = {}
+    for p, s in scores.items():
+        own = matrices[p].matrix(s).astype(jnp.float32)
+        order = jnp.argsort(own, axis=-1, stable=True)
+        sums = lax.cummax(jnp.cumsum(jnp.take_along_axis(own, order, -1), -1), own.ndim - 1)  # rounding may not fall
+        whole = sums[..., -1:]
+        shares = jnp.where(whole > 0, sums / jnp.where(whole > 0, whole, 1.0), 0.0)
+        back = jnp.argsort(order, axis=-1)
+        out[p] = matrices[p].leaf_like(jnp.take_along_axis(shares, back, -1), s.shape)
+    return out
+
+
 def wanda(
     graph: Graph,
     params: Any,
@@ -133,19 +162,33 @@ def wanda(
     sparsity: float | None,
     pattern: Pattern | str = "unstructured",
     *,
+    by_share: bool = False,
     progress: bool = False,
 ) -> Pruned:
     """|weight| times the norm of its input, compared within each output's weights (Wanda); weights are not changed.
 
-    Arguments as `magnitude` has them; "unstructured" compares within each row.
+    Arguments as `magnitude` has them; "unstructured" compares within each row. `by_share` is Wanda's variant: outputs keep
+    different numbers, as `shares_of_rows` says, and "unstructured" compares within each matrix.
 
     Raises:
-      ValueError: inputs that are not finite, a leaf that is used more than once, and what `choose` refuses.
+      ValueError: inputs that are not finite, a leaf that is used more than once, shares with a pattern that compares
+        within rows or groups, and what `choose` refuses.
     """
     matrices = weight_matrices(graph, leaves)
+    asked = own_pattern(pattern, "matrix" if by_share else "row")
+    if by_share:
+        check_shares(asked)
     x2 = input_sums(graph, params, batches, matrices, squares, progress)
-    masks = choose(wanda_scores(params, matrices, x2), own_pattern(pattern, "row"), sparsity, matrices)
+    scores = wanda_scores(params, matrices, x2)
+    masks = choose(shares_of_rows(scores, matrices) if by_share else scores, asked, sparsity, matrices)
     return Pruned(apply(params, masks), masks, {})
+
+
+def check_shares(asked: Pattern) -> None:
+    """Raise a ValueError for a pattern that says itself how many weights of an output stay, or adds up shares of several."""
+    if not isinstance(asked, Unstructured) or asked.within in ("row", "column"):
+        raise ValueError(f"Wanda by shares lets outputs keep different numbers of weights, and {asked} does not: take the "
+                         "pattern unstructured, matrix or model, or leave the shares out")  # fmt: skip
 
 
 def sparsegpt(

@@ -1,5 +1,7 @@
 """Single weights in one shot: Wanda, SparseGPT and refitting against their definitions, of any traced function."""
 
+import doctest
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from decoders import prompt, tiny, weights
 from laws import normal
 
 import jprune
+from jprune.methods.weights import one_shot
 from jprune.methods.weights.elimination import SparseGPTConfig, eliminate
 from jprune.methods.weights.least_squares import refit
 from jprune.methods.weights.one_shot import in_turn, layer_by_layer, magnitude, prunable, random, sparsegpt, wanda
@@ -116,6 +119,38 @@ def test_wanda_weighs_each_weight_with_its_input_and_keeps_as_many_of_every_outp
     for p, m in found.masks.items():
         np.testing.assert_array_equal(new[p], np.where(m, dict(flatten(PARAMS))[p], 0))
     np.testing.assert_array_equal(found.params["params"]["head"]["kernel"], PARAMS["params"]["head"]["kernel"])
+
+
+def test_the_examples_run():
+    assert doctest.testmod(one_shot).failed == 0
+
+
+def by_bisected_share(score, sparsity):
+    """The mask that the authors' loop ends with: alpha in [0, 0.8], until the sparsity is within 0.001 (float64)."""
+    ordered = np.sort(score, 1)
+    low, high, alpha = 0.0, 0.8, 0.4
+    while True:
+        removed = (np.cumsum(ordered, 1) <= alpha * ordered.sum(1, keepdims=True)).sum(1)
+        if abs(removed.sum() / score.size - sparsity) < 1e-3 or high - low < 1e-3:
+            return np.argsort(np.argsort(score, 1), 1) >= removed[:, None]
+        low, high = (low, alpha) if removed.sum() / score.size > sparsity else (alpha, high)
+        alpha = (low + high) / 2
+
+
+def test_wanda_by_share_removes_the_same_share_of_every_output_and_an_exact_number():
+    params, x = {"w": normal(1, 40, 24), "head": normal(2, 24, 2)}, normal(3, 30, 40)
+    params["w"] = params["w"] * jnp.exp(normal(4, 24)) * jnp.exp(2 * normal(5, 40, 24))  # rows that differ in kind
+    graph = jprune.trace(lambda p, x: jnp.tanh(x @ p["w"]) @ p["head"], params, x)
+    score = np.abs(np.asarray(params["w"], np.float64).T) * np.linalg.norm(np.asarray(x, np.float64), axis=0)
+    want = by_bisected_share(score, 0.5)
+    assert 0.4 < want.mean() < 0.6 and len(set(want.sum(1).tolist())) > 5
+    found = wanda(graph, params, [x[:11], x[11:]], ["w"], float(1 - want.mean()), by_share=True)
+    np.testing.assert_array_equal(np.asarray(found.masks["w"]).T, want)
+    exact = wanda(graph, params, [x], ["w"], 0.5, by_share=True)
+    assert int(exact.masks["w"].sum()) == 480
+    for refused in ("2:4", "row", "block:2x2"):
+        with pytest.raises(ValueError, match="different numbers of weights"):
+            wanda(graph, params, [x], ["w"], None if refused == "2:4" else 0.5, refused, by_share=True)
 
 
 @pytest.mark.parametrize("prune", [magnitude, wanda, sparsegpt, random])
