@@ -1,0 +1,121 @@
+"""A feed-forward layer of many small experts without gates (BlockFFN, Song et al. 2025), in plain form and as a module.
+
+    router/kernel (d, experts)    router_norm/scale (experts,)    up (experts, d, f)    down (experts, f, d)
+
+How the experts are computed is a hook: `experts_fn(x, routed, up, down)`, by default all of them. Kernels that leave out
+what is not active have the same signature and the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jprune.models.moe.routers import Grin, ReluNorm, Routed, Router
+
+Experts: TypeAlias = Callable[[Any, Routed, Any, Any], Any]
+
+
+def all_experts(
+    x: Float[Array, "tokens d"], routed: Routed, up: Float[Array, "experts d f"], down: Float[Array, "experts f d"]
+) -> Float[Array, "tokens d"]:
+    """y_t = sum_e score_te silu(x_t up_e) down_e, every expert for every token; sums in float32."""
+    h = jnp.einsum("td,edf->tef", x, up, preferred_element_type=jnp.float32)
+    h = (jax.nn.silu(h) * routed.scores[:, :, None]).astype(x.dtype)
+    return jnp.einsum("tef,efd->td", h, down, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def blockffn(
+    params: Mapping[str, Any],
+    x: Float[Array, "tokens d"],
+    router: Router = ReluNorm(),
+    *,
+    experts_fn: Experts = all_experts,
+    valid: Any = None,
+    key: Any = None,
+) -> tuple[Float[Array, "tokens d"], Routed]:
+    """(y, what the router decided) of one layer; a token without an expert gets zeros.
+
+    Args:
+      params: the tree above; routers other than `ReluNorm` have no router_norm.
+      x: tokens in their order.
+      router: which experts run.
+      experts_fn: how they are computed.
+      valid: (tokens,) bool; False: padding, for which no expert runs.
+      key: of `Grin` in training.
+
+    Raises:
+      ValueError: up, down and the router are of different numbers of experts, or of another width than x.
+    """
+    kernel, up, down = params["router"]["kernel"], params["up"], params["down"]
+    experts, d, f = up.shape
+    if kernel.shape != (d, experts) or down.shape != (experts, f, d) or x.shape[-1:] != (d,):
+        raise ValueError(
+            f"x {x.shape}, router {kernel.shape}, up {up.shape} and down {down.shape} do not fit: they are (tokens, d), "
+            "(d, experts), (experts, d, f) and (experts, f, d)"
+        )
+    logits = jnp.matmul(x.astype(jnp.float32), kernel.astype(jnp.float32), precision="highest")
+    if isinstance(router, ReluNorm):
+        routed = router(logits, params["router_norm"]["scale"])
+    else:
+        routed = router(logits, key) if isinstance(router, Grin) else router(logits)
+    if valid is not None:
+        routed = only(routed, valid)
+    return experts_fn(x, routed, up, down), routed
+
+
+def only(routed: Routed, valid: Any) -> Routed:
+    """The same with no expert for the tokens that are not valid."""
+    there = valid[:, None]
+    pattern, unit, scores = (jnp.where(there, v, 0.0) for v in (routed.pattern, routed.unit, routed.scores))
+    return routed._replace(pattern=pattern, unit=unit, scores=scores, active=routed.active & there)
+
+
+class BlockFFN(nn.Module):
+    """The layer as a module: x (..., d) -> (y, `Routed` of all tokens in a row).
+
+    Attributes:
+      experts: how many. width: f of each.
+      router: which of them run.
+      experts_fn: how they are computed.
+      kernel_init: of all matrices.
+    """
+
+    experts: int
+    width: int
+    router: Router = ReluNorm()
+    experts_fn: Experts = all_experts
+    kernel_init: Any = nn.initializers.normal(0.02)
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: Any = None, key: Any = None) -> tuple[jax.Array, Routed]:
+        """valid: (...) bool; key: of `Grin` in training."""
+        d, dtype = x.shape[-1], jnp.dtype(self.dtype)
+        params: dict[str, Any] = {
+            "router": _Leaf("kernel", self.kernel_init, (d, self.experts), name="router")(),
+            "up": self.param("up", self.kernel_init, (self.experts, d, self.width), dtype),
+            "down": self.param("down", self.kernel_init, (self.experts, self.width, d), dtype),
+        }
+        if isinstance(self.router, ReluNorm):
+            params["router_norm"] = _Leaf("scale", nn.initializers.ones, (self.experts,), name="router_norm")()
+        flat = None if valid is None else valid.reshape(-1)
+        y, routed = blockffn(params, x.reshape(-1, d), self.router, experts_fn=self.experts_fn, valid=flat, key=key)
+        return y.reshape(x.shape), routed
+
+
+class _Leaf(nn.Module):
+    """One float32 parameter under a name of its own."""
+
+    leaf: str
+    start: Any
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        return {self.leaf: self.param(self.leaf, self.start, self.shape, jnp.dtype("float32"))}
