@@ -59,3 +59,30 @@ def test_three_forms_load_in_transformers_and_generate(place, form, more, monkey
     assert written.shape == (1, ids.shape[1] + 5) and tokenizer.decode(written[0])
     config, params, _ = load_hf(folder)
     np.testing.assert_allclose(Llama(config).apply(params, ids.numpy()), theirs, atol=5e-4)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "weight-magnitude"])
+def test_sparse_folders_load_and_are_two_of_four_along_the_inputs_of_every_matrix(place, method):
+    torch, transformers = peer("torch"), peer("transformers")
+    words = ["--model", place / "dense", "--calibration", place / "text.txt", "--method", method, "--pattern", "2:4",
+             "--sequences", 8, "--length", 32, "--out", place / method, "--quiet"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "jprune", "prune", *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / method / "model").eval()
+    dense = dict(transformers.AutoModelForCausalLM.from_pretrained(place / "dense").named_parameters())
+    pruned = 0
+    for name, w in model.named_parameters():
+        if "_proj" not in name:
+            assert torch.equal(w, dense[name]), name
+            continue
+        stays = w.detach().numpy() != 0
+        assert (stays.reshape(len(w), -1, 4).sum(-1) == 2).all(), name  # torch stores outputs first
+        same = (w == dense[name]).numpy()[stays].all()
+        assert same == (method != "sparsegpt"), name  # which moves what stays
+        pruned += 1
+    assert pruned == 3 * 7
+    ids = np.random.default_rng(1).integers(0, 300, (2, 17))
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids)).logits.numpy()
+    config, params, _ = load_hf(place / method / "model")
+    np.testing.assert_allclose(Llama(config).apply(params, ids), theirs, atol=2e-4)
