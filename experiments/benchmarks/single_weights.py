@@ -5,11 +5,21 @@
 The matrices of a decoder's layer (width 576, MLP 1536) meet 4,096 tokens; both sides get the same numbers, take turns in one
 process, and have to agree before they are timed: in nearly all of the mask, and in the error that the outputs are left with. A
 block is a random problem as iCBS makes them, from 64 samples' gradients; annealing has ten restarts.
+
+Memory is that of a process of its own for each method and side, which prunes the three matrices once: its peak, less what it was
+when they and their inputs had been loaded and a small problem had been solved. On our side that includes compiling; what the
+compiled programs hold besides their inputs stands beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +50,7 @@ class Setting:
 
     tokens: int = 4096
     rounds: int = 3
-    blocks: tuple[int, ...] = (256, 512)
+    blocks: tuple[int, ...] = (256, 512, 1024)
 
 
 @jax.jit
@@ -89,15 +99,22 @@ def torch_sparsegpt(w: Any, x: Any) -> Any:
     return out, w
 
 
+def problems(tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(matrix, inputs that are alike and differ in size) of every shape."""
+    rng, out = np.random.default_rng(0), []
+    for shape in SHAPES:
+        w = rng.normal(size=shape).astype(np.float32)
+        x = (rng.normal(size=(tokens, shape[1])) * np.exp(rng.normal(size=shape[1]))).astype(np.float32)
+        out.append((w, x + 0.5 * x @ rng.normal(size=(shape[1], shape[1])).astype(np.float32) / shape[1] ** 0.5))
+    return out
+
+
 def against_torch(s: Setting) -> dict[str, Any]:
     """Ratios of times per method and shape, after both agree."""
     torch: Any = peer("torch")
     torch.set_num_threads(jax.local_device_count() if jax.local_device_count() > 1 else torch.get_num_threads())
-    rng, out = np.random.default_rng(0), {}
-    for shape in SHAPES:
-        w = rng.normal(size=shape).astype(np.float32)
-        x = (rng.normal(size=(s.tokens, shape[1])) * np.exp(rng.normal(size=shape[1]))).astype(np.float32)
-        x += 0.5 * x @ rng.normal(size=(shape[1], shape[1])).astype(np.float32) / shape[1] ** 0.5
+    out = {}
+    for shape, (w, x) in zip(SHAPES, problems(s.tokens), strict=True):
         one, two = (jnp.asarray(w), jnp.asarray(x)), (torch.from_numpy(w), torch.from_numpy(x))
         ours, theirs = sparsegpt(*one), torch_sparsegpt(*two)
         error = [float(np.linalg.norm(x @ (np.asarray(m) - w).T)) for m in (ours[1], theirs[1])]
@@ -116,6 +133,50 @@ def against_torch(s: Setting) -> dict[str, Any]:
             "same mask": {"Wanda": alike, "SparseGPT": same},
             "error over PyTorch's": error[0] / error[1],
         }
+    return out
+
+
+WAYS: dict[str, Callable[[Any, Any], Any]] = {
+    "Wanda": wanda,
+    "Wanda, PyTorch": torch_wanda,
+    "SparseGPT": sparsegpt,
+    "SparseGPT, PyTorch": torch_sparsegpt,
+}
+
+
+def peak(way: str, folder: str) -> dict[str, int]:
+    """Bytes by which this process grows when it prunes the matrices in a folder; for a process of its own."""
+    theirs = "PyTorch" in way
+    load: Any = peer("torch").from_numpy if theirs else jnp.asarray
+    small = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
+    WAYS[way](load(small[0]), load(small[1]))  # libraries that are read at the first use are not what is asked for
+    held = [tuple(load(np.load(f"{folder}/{i}{name}.npy")) for name in "wx") for i in range(len(SHAPES))]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for w, x in held:
+        jax.block_until_ready(WAYS[way](w, x))
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    if theirs:
+        return {"peak": grown}
+    programs: Any = [jax.jit(WAYS[way]).lower(*p).compile().memory_analysis() for p in held]
+    return {"peak": grown, "programs": max(m.temp_size_in_bytes + m.output_size_in_bytes for m in programs)}
+
+
+def memory(s: Setting) -> dict[str, dict[str, int]]:
+    """`peak` of every way, each in a process that has read the same files and has compiled nothing before."""
+    out = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (w, x) in enumerate(problems(s.tokens)):
+            np.save(f"{folder}/{i}w.npy", w)
+            np.save(f"{folder}/{i}x.npy", x)
+        env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        env["PYTHONPATH"] = os.pathsep.join(sys.path)
+        for way in WAYS:
+            call = f"print(json.dumps(b.peak({way!r}, {folder!r})))"
+            code = f"import json; from experiments.benchmarks import single_weights as b; {call}"
+            done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"the process that measures {way} failed: {done.stderr[-2000:]}")
+            out[way] = json.loads(done.stdout.splitlines()[-1])
     return out
 
 
@@ -142,12 +203,16 @@ def solvers(s: Setting) -> dict[str, Any]:
 
 def main(setting: Setting = Setting(), out: Path = RESULTS / "single-weights.json") -> None:
     """Measure, print, write."""
-    found = {"against PyTorch": against_torch(setting), "solvers": solvers(setting)}
+    found = {"against PyTorch": against_torch(setting), "memory": memory(setting), "solvers": solvers(setting)}
     console = Console()
     table = Table("matrix", "method", "seconds", "over PyTorch's", title=DISTURBED)
     for shape, r in found["against PyTorch"].items():
         for name, value in r["ratios"].items():
             table.add_row(shape, name, f"{r['seconds'][name]:.3f}", f"{value:.2f}")
+    console.print(table)
+    table = Table("method", "peak, MB", "programs, MB", title="memory besides the matrices and their inputs")
+    for way, r in found["memory"].items():
+        table.add_row(way, *(f"{r[k] / 1e6:.0f}" if k in r else "" for k in ("peak", "programs")))
     console.print(table)
     table = Table("block", "solver", "seconds", "energy")
     for n, r in found["solvers"].items():
