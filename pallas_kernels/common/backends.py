@@ -38,13 +38,14 @@ class Operation:
     """One operation and where its implementations are.
 
     Attributes:
-      title: its name in messages. package: the folder, as imported.
+      title: its name in messages. package: the folder, as imported. kernels: those of KERNELS that it has.
       prove: called before the first use of GPU kernels on a GPU; raises MiscompilationError where they do not come out right.
     """
 
     title: str
     package: str
     prove: Callable[[str], None] | None = None
+    kernels: tuple[str, ...] = tuple(KERNELS)
 
     def implementation(self, name: str) -> Any:
         """The module of an implementation, imported when it is first needed: what GPU kernels import is not everywhere."""
@@ -54,7 +55,7 @@ class Operation:
         """The implementation that runs `problem`, which `refusal` of its module takes. What "auto" takes is logged once.
 
         Args:
-          impl: "auto", "xla", "reference", or a name in KERNELS. interpret: as the kernels get it; false: on the device.
+          impl: "auto", "xla", "reference", or a name in `kernels`. interpret: as the kernels get it; false: on the device.
 
         Raises:
           BackendError: an unknown name, or a named implementation that cannot take the problem, with its reason.
@@ -62,9 +63,12 @@ class Operation:
         """
         if impl in ("xla", "reference"):
             return impl
-        if impl not in ("auto", *KERNELS):
-            raise BackendError(f"impl {impl!r} is not known: auto, reference, xla, {', '.join(KERNELS)}")
+        if impl not in ("auto", *self.kernels):
+            raise BackendError(
+                f"{impl!r} is no implementation of {self.title}: auto, reference, xla, {', '.join(self.kernels)}"
+            )
         name = OF_DEVICE.get(jax.default_backend()) if impl == "auto" else impl
+        name = name if name in self.kernels else None
         reason = self.implementation(name).refusal(*problem) if name else None
         if impl != "auto" and reason:
             raise BackendError(f"{KERNELS[impl]} cannot run: {reason}")

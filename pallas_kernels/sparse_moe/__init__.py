@@ -3,11 +3,19 @@
 It never routes: scores and flags of active experts are data that the caller makes. It knows no model.
 """
 
+from pallas_kernels.common.backends import BackendError, DerivativeError
+from pallas_kernels.sparse_moe.api import tile_moe, union_moe
+from pallas_kernels.sparse_moe.problem import MoEError
 from pallas_kernels.sparse_moe.work_lists import WorkList, tile_activity, tile_worklist, union_ids
 
 __all__ = [
+    "BackendError",
+    "DerivativeError",
+    "MoEError",
     "WorkList",
     "tile_activity",
+    "tile_moe",
     "tile_worklist",
     "union_ids",
+    "union_moe",
 ]

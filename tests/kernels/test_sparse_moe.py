@@ -1,23 +1,169 @@
-"""Every implementation of the mixture of experts against float64 numpy, closed forms, and what must not matter."""
+"""Every implementation of the mixture of experts against float64 numpy, closed forms, and what must not matter.
+
+Flags are data: one program of an implementation holds all densities.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from moe_oracle import draw, moe, same
 from quick import QUICK
 
-from pallas_kernels.sparse_moe import reference
+from pallas_kernels.sparse_moe import BackendError, DerivativeError, MoEError, tile_moe, union_moe
+
+T, E, D, F = 37, 5, 24, 8
+WAYS = {"reference": {}, "xla": {"tile": 4}}
+SPARSE = ["xla"]
+FLAGS = {
+    "none": lambda a: a & False,
+    "one pair": lambda a: (np.arange(T) == 20)[:, None] & (np.arange(E) == 3),
+    "some": lambda a: a,
+    "one expert nobody uses": lambda a: a & (np.arange(E) != 2),
+    "no token of a tile": lambda a: a & ((np.arange(T) < 8) | (np.arange(T) >= 16))[:, None],
+    "all": lambda a: a | True,
+}
 
 
-def test_the_dense_form():
-    one = jnp.ones((1, 1))
-    y = reference.moe(one, 0.5 * one, one > 0, one[None], 2 * one[None])
-    np.testing.assert_allclose(np.asarray(y), [[0.7310586]], rtol=1e-6)  # silu(1)
-    *problem, dy = draw(0, 9, 5, 6, 4)
-    problem[2][:, 3] = False
-    y, back = jax.jit(lambda *a: jax.vjp(reference.moe, *a), compiler_options=QUICK)(*problem)
-    wanted, grads = moe(*problem, dy)
-    same(y, wanted, 1e-6)
-    dx, ds, _, dup, ddown = back(dy)
-    for got, want in zip((dx, ds, dup, ddown), grads):
-        same(got, want, 1e-5)
+def options(way):
+    return {"backend": way, "interpret": way == "tpu", **WAYS[way]}
+
+
+@functools.cache
+def trained(way):
+    """Jitted (x, scores, active, up, down, cotangent) -> (y, (dx, dscores, dup, ddown))."""
+
+    def run(x, scores, active, up, down, dy):
+        y, back = jax.vjp(lambda *a: tile_moe(*a[:2], active, *a[2:], **options(way)), x, scores, up, down)
+        return y, back(dy)
+
+    return jax.jit(run, compiler_options=QUICK)
+
+
+@functools.cache
+def decoded(way):
+    return jax.jit(lambda *a: union_moe(*a, backend=way, interpret=way == "tpu"), compiler_options=QUICK)
+
+
+def problem(flags="some", seed=0, width=D, hidden=F, dtype=np.float32):
+    x, scores, active, up, down, dy = draw(seed, T, E, width, hidden, 0.2, dtype)
+    active = FLAGS[flags](active)
+    scores = np.where(active, np.where(scores == 0, 0.7, scores), 0).astype(np.float32)
+    scores[::7] *= 0  # a score of 0 is one that may be learnt
+    return x, scores, active, up, down, dy
+
+
+def check(got, given, tolerance):
+    y, grads = moe(*given)
+    same(got[0], y, tolerance)
+    for ours, wanted in zip(got[1], grads, strict=True):
+        same(ours, wanted, 2 * tolerance)
+    unused = ~given[2].any(0)
+    assert not np.asarray(got[1][1])[~given[2]].any()
+    assert not any(np.asarray(w)[unused].any() for w in got[1][2:])
+    assert [a.dtype for a in (got[0], *got[1])] == [given[i].dtype for i in (0, 0, 1, 3, 4)]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("way", ["reference", *SPARSE])
+def test_values_and_all_four_gradients(way, flags):
+    given = problem(flags)
+    assert (given[1] < 0).any() or flags in ("none", "one pair")
+    check(trained(way)(*given), given, 1e-5)
+
+
+@pytest.mark.parametrize("way", SPARSE)
+def test_gradients_are_those_that_jax_derives_of_the_dense_form(way):
+    given = problem(seed=4)
+    for ours, wanted in zip(jax.tree.leaves(trained(way)(*given)), jax.tree.leaves(trained("reference")(*given))):
+        same(ours, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("way", ["reference", *SPARSE])
+def test_bfloat16(way):
+    check(trained(way)(*(given := problem(seed=1, dtype=jnp.bfloat16))), given, 2e-2)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("way", ["reference", *SPARSE])
+def test_union(way, flags):
+    *given, _ = problem(flags, seed=2)
+    y = decoded(way)(*given)
+    same(y, moe(*given), 1e-5)
+    assert not np.asarray(y)[~given[2].any(1)].any()
+
+
+@pytest.mark.parametrize("way", ["reference", *SPARSE])
+def test_weights_of_experts_that_nobody_uses_are_not_read(way):
+    x, scores, active, up, down, dy = problem("one expert nobody uses", seed=3)
+    clean = jax.tree.leaves((trained(way)(x, scores, active, up, down, dy), decoded(way)(x, scores, active, up, down)))
+    up[2], down[2] = np.nan, np.inf
+    scores = np.where(active, scores, 9)  # nor scores of pairs that are not active
+    dirty = jax.tree.leaves((trained(way)(x, scores, active, up, down, dy), decoded(way)(x, scores, active, up, down)))
+    for ours, wanted in zip(dirty, clean):
+        np.testing.assert_array_equal(ours, wanted)
+
+
+def test_a_union_copies_no_weights():
+    run = jax.jit(lambda *a: union_moe(*a, backend="xla"), compiler_options=QUICK)
+    given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in draw(0, 4, 64, 32, 16)[:5]]
+    weights = given[3].size * given[3].dtype.itemsize
+    assert run.lower(*given).compile().memory_analysis().temp_size_in_bytes < weights / 4
+
+
+@pytest.mark.parametrize("way", SPARSE)
+def test_a_token_of_a_union_has_the_same_bits_whoever_is_beside_it(way):
+    """Without which a draft that is verified in one chunk could end otherwise than token by token."""
+    x, scores, active, up, down, _ = (a[:8] if i < 3 else a for i, a in enumerate(problem(seed=5)))
+    together = np.asarray(decoded(way)(x, scores, active, up, down))
+    for t in range(8):
+        alone = np.arange(8)[:, None] == 7 - t  # at another place too
+        others = [np.where(alone, np.roll(a, 7 - 2 * t, 0), 0).astype(a.dtype) for a in (x, scores, active)]
+        np.testing.assert_array_equal(np.asarray(decoded(way)(*others, up, down))[7 - t], together[t])
+
+
+@pytest.mark.parametrize("run", [tile_moe, union_moe])
+def test_wrong_arguments_are_named(run):
+    x, scores, active, up, down, _ = problem()
+    for arguments, words in (
+        ((x[:-1], scores, active, up, down), r"scores has shape \(37, 5\): wanted \(36, 5\)"),
+        ((x, scores, active[:, :-1], up, down), r"active has shape \(37, 4\): wanted \(37, 5\)"),
+        ((x, scores, active, up.swapaxes(1, 2), down), r"up has shape \(5, 8, 24\): wanted \(5, 24, 24\)"),
+        ((x, scores, active, up, up), r"down has shape \(5, 24, 8\): wanted \(5, 8, 24\)"),
+        ((x[None], scores, active, up, down), "wanted 2 axes"),
+        ((x[:0], scores, active, up, down), "none empty"),
+        ((x, scores, scores, up, down), "active is float32: wanted bool"),
+        ((x, active, active, up, down), "scores are bool"),
+        ((x, scores, active, up.astype(jnp.bfloat16), down), "one floating type"),
+    ):
+        with pytest.raises(MoEError, match=words):
+            run(*arguments)
+    with pytest.raises(BackendError, match=r"'cuda' is no implementation of a .*: auto, reference, xla"):
+        run(x, scores, active, up, down, backend="cuda")
+
+
+def test_what_cannot_be_asked_for():
+    x, scores, active, up, down, _ = problem()
+    with pytest.raises(MoEError, match="tile is 0"):
+        tile_moe(x, scores, active, up, down, tile=0)
+    twice = [np.concatenate([a, a]) for a in (x, scores, active)]
+    with pytest.raises(MoEError, match="74 tokens, more than 64: use tile_moe"):
+        union_moe(*twice, up, down)
+    with pytest.raises(DerivativeError, match="use tile_moe"):
+        jax.grad(lambda x: union_moe(x, scores, active, up, down).sum())(x)
+    slope = jax.grad(lambda x: tile_moe(x, scores, active, up, down, backend="xla").sum())
+    with pytest.raises(DerivativeError, match="backend='reference'"):
+        jax.grad(lambda x: slope(x).sum())(x)
+
+
+def test_what_auto_takes_is_said(caplog):
+    from pallas_kernels.common import backends
+
+    backends._say_once.cache_clear()
+    with caplog.at_level("INFO", logger="pallas_kernels.common.backends"):
+        tile_moe(*problem()[:5])
+        union_moe(*problem()[:5])
+    assert [r.getMessage() for r in caplog.records] == [
+        "a block-sparse mixture of experts runs on plain XLA", "a union of experts runs on plain XLA"]  # fmt: skip
