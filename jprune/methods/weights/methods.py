@@ -44,12 +44,15 @@ class WandaConfig(WeightConfig):
 
     Attributes:
       by_share: outputs keep different numbers: of each goes what adds up to the same share of its scores (Wanda's variant)
+      gradient_weight: weight of the gradient of the outputs' norm beside the input's norm (the score of Wanda++: 100)
     """
 
     by_share: bool = False
+    gradient_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_shot.check_gradient_weight(self.gradient_weight)
         if self.by_share:
             one_shot.check_shares(one_shot.own_pattern(self.pattern, "matrix"))
 
@@ -100,7 +103,7 @@ def _sparsegpt(task: Task, config: GPTConfig) -> Outcome:
 
 
 def _wanda(task: Task, config: WandaConfig) -> Outcome:
-    prune = functools.partial(one_shot.wanda, by_share=config.by_share)
+    prune = functools.partial(one_shot.wanda, by_share=config.by_share, gradient_weight=config.gradient_weight)
     return (_layers if isinstance(task, DecoderTask) else _in_turn)(task, config, prune=prune)  # pyright: ignore[reportArgumentType]
 
 

@@ -23,6 +23,7 @@ from rich.progress import track
 from jprune.budget.weights import choose, counts
 from jprune.graph import Graph, trace
 from jprune.importance.at_init import weight_chance, weight_leaves, weight_magnitude, weights_of
+from jprune.importance.output_norm import output_norm_gradients
 from jprune.importance.weight_inputs import gram, input_sums, squares
 from jprune.methods.weights.elimination import SparseGPTConfig, eliminate
 from jprune.surgery.kernels import weight_matrices
@@ -111,18 +112,26 @@ def _by_scores(
     return Pruned(apply(params, masks), masks, {})
 
 
-def wanda_scores(params: Any, matrices: Mapping[str, Product], x2: Mapping[str, Any]) -> dict[str, Any]:
+def wanda_scores(
+    params: Any, matrices: Mapping[str, Product], x2: Mapping[str, Any], gradients: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """|W_oi| times the norm of input i over the calibration samples (Sun et al. 2024, equation 1), leaf by leaf.
+
+    With `gradients` it is |W_oi| (norm of input i + gradient_oi), the score of Wanda++ (Yang et al. 2025).
 
     Args:
       params: trained.
       matrices: of the leaves to score.
       x2: {leaf path: sums of squares of the inputs}, from `input_sums(.., squares)`; a common factor changes nothing.
+      gradients: {leaf path: not below 0, of the leaf's shape}, times their weight; beside them a factor of x2 does count.
     """
     out = {}
     for p, w in weights_of(params, list(matrices)).items():
         m = matrices[p]
-        score = jnp.abs(m.matrix(w.astype(jnp.float32))) * jnp.sqrt(x2[p])[..., None, :]
+        norm = jnp.sqrt(x2[p])[..., None, :]
+        if gradients is not None:
+            norm = norm + m.matrix(gradients[p])
+        score = jnp.abs(m.matrix(w.astype(jnp.float32))) * norm
         out[p] = m.leaf_like(score, w.shape)
     return out
 
@@ -163,25 +172,40 @@ def wanda(
     pattern: Pattern | str = "unstructured",
     *,
     by_share: bool = False,
+    gradient_weight: float = 0.0,
     progress: bool = False,
 ) -> Pruned:
     """|weight| times the norm of its input, compared within each output's weights (Wanda); weights are not changed.
 
     Arguments as `magnitude` has them; "unstructured" compares within each row. `by_share` is Wanda's variant: outputs keep
-    different numbers, as `shares_of_rows` says, and "unstructured" compares within each matrix.
+    different numbers, as `shares_of_rows` says, and "unstructured" compares within each matrix. `gradient_weight` is the
+    alpha of Wanda++'s score, 100 in the paper: it adds alpha times the root mean square over samples of the gradient of
+    the outputs' norm (`output_norm_gradients`) to the norm of the input; by `layer_by_layer` the outputs are a layer's.
+    What Wanda++ does after it, training a layer on its dense outputs, is not done.
 
     Raises:
       ValueError: inputs that are not finite, a leaf that is used more than once, shares with a pattern that compares
-        within rows or groups, and what `choose` refuses.
+        within rows or groups, a gradient weight below 0, and what `choose` refuses.
     """
+    check_gradient_weight(gradient_weight)
     matrices = weight_matrices(graph, leaves)
     asked = own_pattern(pattern, "matrix" if by_share else "row")
     if by_share:
         check_shares(asked)
-    x2 = input_sums(graph, params, batches, matrices, squares, progress)
-    scores = wanda_scores(params, matrices, x2)
+    batches = list(batches) if gradient_weight else batches
+    x2, gradients = input_sums(graph, params, batches, matrices, squares, progress), None
+    if gradient_weight:
+        found = output_norm_gradients(graph, params, batches, leaves, progress)
+        gradients = {p: gradient_weight * g for p, g in found.items()}
+    scores = wanda_scores(params, matrices, x2, gradients)
     masks = choose(shares_of_rows(scores, matrices) if by_share else scores, asked, sparsity, matrices)
     return Pruned(apply(params, masks), masks, {})
+
+
+def check_gradient_weight(weight: float) -> None:
+    """Raise a ValueError for a number below 0 or one that is not finite."""
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"gradient_weight is {weight}: it weighs gradients beside inputs, 0 or more (Wanda++: 100)")
 
 
 def check_shares(asked: Pattern) -> None:

@@ -1,6 +1,7 @@
 """Single weights in one shot: Wanda, SparseGPT and refitting against their definitions, of any traced function."""
 
 import doctest
+import functools
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ from decoders import prompt, tiny, weights
 from laws import normal
 
 import jprune
+from jprune.importance.output_norm import output_norm_gradients
 from jprune.methods.weights import one_shot
 from jprune.methods.weights.elimination import SparseGPTConfig, eliminate
 from jprune.methods.weights.least_squares import refit
@@ -18,6 +20,7 @@ from jprune.methods.weights.one_shot import in_turn, layer_by_layer, magnitude, 
 from jprune.models.llama import Llama
 from jprune.models.llama_blocks import pieces
 from jprune.surgery.patterns import NM, Unstructured, apply, check
+from jprune.tracing.errors import TraceError
 from jprune.tracing.paths import flatten
 
 
@@ -121,6 +124,28 @@ def test_wanda_weighs_each_weight_with_its_input_and_keeps_as_many_of_every_outp
     np.testing.assert_array_equal(found.params["params"]["head"]["kernel"], PARAMS["params"]["head"]["kernel"])
 
 
+def test_the_score_of_wanda_plus_plus_adds_gradients_of_the_outputs_norm():
+    params, x = {"w": normal(1, 12, 8)}, normal(3, 6, 5, 12)  # six samples of five rows
+    graph = jprune.trace(lambda p, x: x @ p["w"], params, x)
+    w, rows = np.asarray(params["w"], np.float64), np.asarray(x, np.float64)
+    gradients = [a.T @ (a @ w) / np.linalg.norm(a @ w) for a in rows]  # of |a w|_2, sample by sample
+    rms = np.sqrt(np.mean(np.square(gradients), 0))
+    score = np.abs(w) * (np.linalg.norm(rows.reshape(-1, 12), axis=0)[:, None] + 100 * rms)
+    found = wanda(graph, params, [x[:4], x[4:]], ["w"], 0.5, gradient_weight=100.0)
+    np.testing.assert_array_equal(found.masks["w"], np.argsort(np.argsort(-score, 0), 0) < 6)
+    plain = wanda(graph, params, [x], ["w"], 0.5)
+    assert not np.array_equal(plain.masks["w"], found.masks["w"])
+    np.testing.assert_allclose(output_norm_gradients(graph, params, [x[:4], x[4:]], ["w"])["w"], rms, rtol=1e-4)
+    zero = output_norm_gradients(graph, {"w": jnp.zeros((12, 8))}, [x], ["w"])
+    assert not np.asarray(zero["w"]).any()
+    with pytest.raises(ValueError, match="gradient_weight is -1"):
+        wanda(graph, params, [x], ["w"], 0.5, gradient_weight=-1)
+    with pytest.raises(ValueError, match="'w' hold NaN or infinity"):
+        output_norm_gradients(graph, {"w": params["w"].at[0, 0].set(jnp.inf)}, [x], ["w"])
+    with pytest.raises(TraceError, match="no batches"):
+        output_norm_gradients(graph, params, [], ["w"])
+
+
 def test_the_examples_run():
     assert doctest.testmod(one_shot).failed == 0
 
@@ -172,6 +197,11 @@ def test_a_decoder_layer_by_layer_sees_what_the_pruned_layers_pass_on():
         jax.tree.map(np.testing.assert_array_equal, want.masks, got.masks)
         stream, dense = run(got.params, stream), run(own, dense)
     assert float(jnp.abs(stream - dense).max()) > 1e-3  # or the order could not matter
+    plus = functools.partial(wanda, gradient_weight=100.0)  # of each layer's own outputs
+    other = layer_by_layer(plus, (embed, blocks, layers), [ids[:1], ids[1:]], 0.5)
+    want = plus(graph, layers[0], [embed(ids)], tuple(found[0].masks), 0.5)
+    jax.tree.map(np.testing.assert_array_equal, want.masks, other[0].masks)
+    assert any(not np.array_equal(m, found[0].masks[p]) for p, m in other[0].masks.items())
     with pytest.raises(ValueError, match="no batches"):
         layer_by_layer(wanda, (embed, blocks, layers), [], 0.5)
     with pytest.raises(ValueError, match="hold is 'device' or 'host'"):
