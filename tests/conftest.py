@@ -8,6 +8,7 @@ import pytest
 import typecheck
 from hypothesis import settings
 
+gc.disable()  # until everything is imported: nothing is garbage before
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # a test that failed once fails again
 settings.load_profile("repeatable")
 typecheck.check("jprune", "pallas_kernels")
@@ -24,6 +25,7 @@ QUICKLY = "--xla_backend_optimization_level=0" + KNOWN * (jax.__version_info__ <
 
 def pytest_configure(config):
     compile_quickly(config)
+    simulate_devices()
     keep_programs(config)
 
 
@@ -35,6 +37,13 @@ def compile_quickly(config):
     flags = os.environ.get("XLA_FLAGS", "")
     if "not slow" in config.option.markexpr and QUICKLY not in flags:
         os.environ["XLA_FLAGS"] = f"{QUICKLY} {flags}".strip()
+
+
+def simulate_devices():
+    """Four devices, of which a test that names no mesh uses the first: a process of its own for each mesh costs more."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
 
 
 def keep_programs(config):
@@ -57,6 +66,7 @@ def keep_programs(config):
 
 def pytest_collection_finish():
     """What is loaded by now stays; looking it through again and again was a fifth of the time of tracing."""
+    gc.enable()
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

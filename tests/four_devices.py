@@ -1,23 +1,36 @@
-"""Runs a script in a process of its own with four simulated devices: how many there are is fixed when jax starts."""
+"""Runs a script on the four simulated devices that tests/conftest.py asks for, or in a process of its own."""
 
+import contextlib
+import io
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from unittest import mock
+
+import jax
 
 
 def run_script(script, *folders):
     """What the script's last printed line says, as JSON; the folders are its arguments."""
+    assert jax.device_count() >= 4, "XLA_FLAGS asks for fewer devices than these tests need"
+    printed = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["script", *map(str, folders)]),
+        mock.patch.object(sys, "path", list(sys.path)),
+        contextlib.redirect_stdout(printed),
+    ):
+        exec(compile(script, "script", "exec"), {"__name__": "script"})
+    return json.loads(printed.getvalue().splitlines()[-1])
+
+
+def run_script_alone(script):
+    """The same in a process of its own, for a script that changes the configuration of jax."""
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, folders)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4",
-        },
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=900,

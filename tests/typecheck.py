@@ -5,6 +5,8 @@ is theirs, and tested; and wrapping the small ones, which tracing calls by the t
 """
 
 import ast
+import builtins
+import functools
 import inspect
 import re
 import sys
@@ -15,15 +17,32 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import jaxtyped
 
 ARRAY = re.compile(r"\b(Bool|Num|Real|Shaped|Integer|U?Int\d*|Float\d*)\[")
+MARK = "__check_shapes__"  # of `shapes` among the builtins
 _typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def shapes(thing):
     """Check calls of a function, or the fields of a dataclass, whose annotations name array shapes."""
-    annotated = thing.__init__ if inspect.isclass(thing) and is_dataclass(thing) else thing
+    is_class = inspect.isclass(thing)
+    annotated = thing.__init__ if is_class and is_dataclass(thing) else thing
     annotations = getattr(annotated, "__annotations__", {}).values()
-    found = any(ARRAY.search(str(a)) for a in annotations)
-    return jaxtyped(thing, typechecker=_typechecker) if found else thing
+    if not any(ARRAY.search(str(a)) for a in annotations):
+        return thing
+    return jaxtyped(thing, typechecker=_typechecker) if is_class else _when_called(thing)
+
+
+def _when_called(function):
+    """The checked function, made at its first call: a test file calls few of those that it imports."""
+    checked = None
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        nonlocal checked
+        if checked is None:
+            checked = jaxtyped(function, typechecker=_typechecker)
+        return checked(*args, **kwargs)
+
+    return call
 
 
 class _Decorate(ast.NodeTransformer):
@@ -48,18 +67,20 @@ class _Decorate(ast.NodeTransformer):
             node.decorator_list.append(self._mark(node))  # innermost: below custom derivatives and jit
         return node
 
+    def visit_Expr(self, node):  # neither this nor what follows holds a definition
+        return node
+
+    visit_Assign = visit_AnnAssign = visit_AugAssign = visit_Return = visit_Raise = visit_Assert = visit_Expr
+
     def _mark(self, node):
-        mark = ast.parse(f"__import__({__name__!r}).shapes", mode="eval").body
-        for part in ast.walk(mark):
-            ast.copy_location(part, node)
-        return mark
+        return ast.copy_location(ast.Name(MARK, ast.Load()), node)
 
 
 class _Loader(SourceFileLoader):
     def get_code(self, fullname):  # never from or to the cache of bytecode, which other processes share
         path = self.get_filename(fullname)
         tree = _Decorate().visit(ast.parse(self.get_data(path), path))
-        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+        return compile(tree, path, "exec", dont_inherit=True)
 
 
 class _Finder:
@@ -77,4 +98,5 @@ class _Finder:
 
 def check(*packages):
     """Check the shapes of these packages, from their next import on."""
+    setattr(builtins, MARK, shapes)
     sys.meta_path.insert(0, _Finder(packages))

@@ -1,6 +1,7 @@
 """The house stands: every import runs downward, no circle, every folder says what it is, and the public names are lazy."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -45,21 +46,20 @@ def modules(tops=("jprune", "pallas_kernels")):
 
 def imports(tree, known):
     """Modules of the library that a file imports, wherever it does; for the type checker alone ones left out."""
-    skipped = {
-        id(n)
-        for i in ast.walk(tree)
-        if isinstance(i, ast.If) and getattr(i.test, "id", "") == "TYPE_CHECKING"
-        for n in ast.walk(i)
-    }
-    for node in ast.walk(tree):
-        if id(node) in skipped:
+    found, left = [], [tree]
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
             continue
         if isinstance(node, ast.ImportFrom) and node.module:
             for name in node.names:
                 whole = f"{node.module}.{name.name}"
-                yield whole if whole in known else node.module
+                found.append(whole if whole in known else node.module)
         elif isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
+            found += [name.name for name in node.names]
+        elif not isinstance(node, ast.expr):
+            left += ast.iter_child_nodes(node)
+    return found
 
 
 def place(module):
@@ -67,17 +67,27 @@ def place(module):
     return next((p for p in (module, ".".join(module.split(".")[:2]), module.split(".")[0]) if p in FLOOR), None)
 
 
+@functools.cache
+def parsed(file):
+    return ast.parse(file.read_text())
+
+
+@functools.cache
+def library():
+    """The imports of the library."""
+    return graph_of(FILES)
+
+
 def graph_of(files):
     graph = nx.DiGraph()
     for module, file in files.items():
-        for other in imports(ast.parse(file.read_text()), files):
+        for other in imports(parsed(file), files):
             if other in files:
                 graph.add_edge(module, other)
     return graph
 
 
 FILES = modules()
-GRAPH = graph_of(FILES)
 
 
 def upward(graph):
@@ -94,30 +104,30 @@ def test_every_module_has_a_place():
 
 
 def test_every_import_runs_downward():
-    assert upward(GRAPH) == []
+    assert upward(library()) == []
     wrong = nx.DiGraph([("jprune.models.vit", "jprune.methods.contract"), ("jprune.data.text", "jprune.report.page")])
     assert len(upward(wrong)) == 2
 
 
 def test_there_is_no_circle():
-    assert list(nx.simple_cycles(GRAPH)) == []
+    assert list(nx.simple_cycles(library())) == []
     assert list(nx.simple_cycles(graph_of(modules(("experiments",))))) == []
     ring = nx.DiGraph([("a", "b"), ("b", "a")])
     assert list(nx.simple_cycles(ring))
 
 
 def test_methods_do_not_know_jobs_and_models_do_not_know_methods():
-    assert not [e for e in GRAPH.edges if place(e[0]) == "jprune.methods" and place(e[1]) == "jprune.jobs"]
-    assert not [e for e in GRAPH.edges if place(e[0]) == "jprune.models" and place(e[1]) == "jprune.methods"]
+    assert not [e for e in library().edges if place(e[0]) == "jprune.methods" and place(e[1]) == "jprune.jobs"]
+    assert not [e for e in library().edges if place(e[0]) == "jprune.models" and place(e[1]) == "jprune.methods"]
 
 
 @pytest.mark.parametrize("folder", sorted({f.parent for f in FILES.values()}))
 def test_every_file_of_a_folder_says_what_it_holds(folder):
     for file in sorted(folder.glob("*.py")):
-        first = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0]
+        first = (ast.get_docstring(parsed(file)) or "").split("\n")[0]
         assert len(first.split()) >= 5 or file.name == "version.py", f"{file}: {first!r}"
     if (folder / "__init__.py").stat().st_size < 2000 and folder.parent != ROOT:
-        assert len(ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))) > 40
+        assert len(ast.get_docstring(parsed(folder / "__init__.py"))) > 40
 
 
 def test_the_public_names_are_those_that_are_shown_and_all_can_be_reached():

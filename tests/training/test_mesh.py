@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from four_devices import run_script
+from four_devices import run_script, run_script_alone
 
 SCRIPT = """
 import json, sys
@@ -91,6 +91,6 @@ print(json.dumps(said))
 def test_four_devices_and_one_differ_by_rounding_only():
     """In float64 a residual network ends with the same weights. In float32 sums in another order differ in their last
     bits, and training carries those far; noise in the last bits of the weights does the same on one device."""
-    said = run_script(ROUNDING)
+    said = run_script_alone(ROUNDING)
     assert said["double"] < 1e-12
     assert min(said["four"], said["disturbed"]) > 1e4 * said["double"]
