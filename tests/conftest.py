@@ -2,11 +2,13 @@
 
 import gc
 import os
+import threading
 
 import jax
 import pytest
 import typecheck
 from hypothesis import settings
+from jax._src.interpreters import mlir
 
 gc.disable()  # until everything is imported: nothing is garbage before
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # a test that failed once fails again
@@ -21,6 +23,30 @@ jax.config.update("jax_include_full_tracebacks_in_locations", False)  # which no
 # release of XLA does not know would end the process.
 KNOWN = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 QUICKLY = "--xla_backend_optimization_level=0" + KNOWN * (jax.__version_info__ < (0, 11))
+
+
+# Every program is written down in an MLIR context of its own, which loads all dialects anew: a third of the time of a
+# small program. Here the programs of a test file and a thread share one, unless one is compiled while another is
+# written. Where a release of jax makes its contexts otherwise, tests are only slower.
+contexts = threading.local()
+make_ir_context = getattr(mlir, "make_ir_context", None)
+
+
+def shared_ir_context():
+    try:
+        nested = mlir.ir.Context.current is not None
+    except ValueError:
+        nested = False
+    if nested:
+        return make_ir_context()
+    found = getattr(contexts, "one", None)
+    if found is None:
+        found = contexts.one = make_ir_context()
+    return found
+
+
+if make_ir_context is not None:
+    mlir.make_ir_context = shared_ir_context
 
 
 def pytest_configure(config):
@@ -81,5 +107,6 @@ def memory_of_compiled_programs_is_given_back():
     """
     yield
     jax.clear_caches()
+    contexts.one = None
     gc.collect()
     gc.freeze()

@@ -76,7 +76,7 @@ def histograms(path: Path, scores: Mapping[str, Any], keep: Mapping[str, Any], m
     axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
     for ax, (title, s, k) in zip(axes, panels, strict=False):
         bins = np.linspace(s.min(), s.max() if s.max() > s.min() else s.min() + 1.0, 25)
-        ax.hist([s[k], s[~k]], bins=list(bins), stacked=True, color=[KEPT, GONE])
+        ax.hist([s[k], s[~k]], bins=list(bins), stacked=True, color=[KEPT, GONE], histtype="stepfilled")
         ax.set_title(title, fontsize=8)
         ax.tick_params(labelsize=7)
     for ax in axes[len(panels) :]:

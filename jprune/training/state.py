@@ -99,11 +99,17 @@ def _is_initialised(params: Any) -> Any:
 
 
 def _copy(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+    """The tree in buffers of its own, where its arrays lie; nothing is compiled, as it would be for every shape."""
+
+    def one(x: Any) -> jax.Array:
+        x = x if hasattr(x, "dtype") else jnp.asarray(x)
+        return jax.device_put(x, x.sharding if getattr(x, "committed", False) else None, may_alias=False)
+
+    return jax.tree.map(one, tree)
 
 
 def _copy_to(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.device_put(jnp.array(x, copy=True), s), tree, shardings)
+    return jax.device_put(_copy(tree), shardings)  # may_alias=False alone would share the first device's part
 
 
 @functools.lru_cache(maxsize=16)
