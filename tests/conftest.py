@@ -8,7 +8,6 @@ import jax
 import pytest
 import typecheck
 from hypothesis import settings
-from jax._src.interpreters import mlir
 
 gc.disable()  # until everything is imported: nothing is garbage before
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # a test that failed once fails again
@@ -26,27 +25,31 @@ QUICKLY = "--xla_backend_optimization_level=0" + KNOWN * (jax.__version_info__ <
 
 
 # Every program is written down in an MLIR context of its own, which loads all dialects anew: a third of the time of a
-# small program. Here the programs of a test file and a thread share one, unless one is compiled while another is
-# written. Where a release of jax makes its contexts otherwise, tests are only slower.
+# small program. In the fast tests the programs of a file and a thread share one, unless one is compiled while another
+# is written. Where a release of jax makes its contexts otherwise, tests are only slower.
 contexts = threading.local()
-make_ir_context = getattr(mlir, "make_ir_context", None)
 
 
-def shared_ir_context():
+def share_contexts():
     try:
-        nested = mlir.ir.Context.current is not None
-    except ValueError:
-        nested = False
-    if nested:
-        return make_ir_context()
-    found = getattr(contexts, "one", None)
-    if found is None:
-        found = contexts.one = make_ir_context()
-    return found
+        from jax._src.interpreters import mlir
 
+        new, current = mlir.make_ir_context, mlir.ir.Context
+    except (ImportError, AttributeError):
+        return
 
-if make_ir_context is not None:
-    mlir.make_ir_context = shared_ir_context
+    def shared():
+        try:
+            nested = current.current is not None
+        except ValueError:
+            nested = False
+        if nested:
+            return new()
+        if getattr(contexts, "one", None) is None:
+            contexts.one = new()
+        return contexts.one
+
+    mlir.make_ir_context = shared
 
 
 def pytest_configure(config):
@@ -61,7 +64,10 @@ def compile_quickly(config):
     Flags of the caller's own in XLA_FLAGS come behind these and so outweigh them.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if "not slow" in config.option.markexpr and QUICKLY not in flags:
+    if "not slow" not in config.option.markexpr:
+        return
+    share_contexts()
+    if QUICKLY not in flags:
         os.environ["XLA_FLAGS"] = f"{QUICKLY} {flags}".strip()
 
 

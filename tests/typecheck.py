@@ -6,7 +6,6 @@ is theirs, and tested; and wrapping the small ones, which tracing calls by the t
 
 import ast
 import builtins
-import functools
 import inspect
 import re
 import sys
@@ -23,26 +22,10 @@ _typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 def shapes(thing):
     """Check calls of a function, or the fields of a dataclass, whose annotations name array shapes."""
-    is_class = inspect.isclass(thing)
-    annotated = thing.__init__ if is_class and is_dataclass(thing) else thing
+    annotated = thing.__init__ if inspect.isclass(thing) and is_dataclass(thing) else thing
     annotations = getattr(annotated, "__annotations__", {}).values()
-    if not any(ARRAY.search(str(a)) for a in annotations):
-        return thing
-    return jaxtyped(thing, typechecker=_typechecker) if is_class else _when_called(thing)
-
-
-def _when_called(function):
-    """The checked function, made at its first call: a test file calls few of those that it imports."""
-    checked = None
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        nonlocal checked
-        if checked is None:
-            checked = jaxtyped(function, typechecker=_typechecker)
-        return checked(*args, **kwargs)
-
-    return call
+    found = any(ARRAY.search(str(a)) for a in annotations)
+    return jaxtyped(thing, typechecker=_typechecker) if found else thing
 
 
 class _Decorate(ast.NodeTransformer):
