@@ -12,7 +12,7 @@ from pallas_kernels.common.backends import Operation, no_derivative
 from pallas_kernels.sparse_moe import reference
 from pallas_kernels.sparse_moe.problem import MoEError, Static, checked
 
-KERNELS = ()
+KERNELS = ("tpu",)
 TILES = Operation("a block-sparse mixture of experts", "pallas_kernels.sparse_moe", kernels=KERNELS)
 UNION = Operation("a union of experts", "pallas_kernels.sparse_moe", kernels=KERNELS)
 FEW = 64  # tokens whose union of experts is still small, and which fit beside the weights that pass by

@@ -105,7 +105,7 @@ def forward(static: Static, x: Any, scores: Any, active: Any, up: Any, down: Any
 def gradients(
     static: Static, x: Any, scores: Any, active: Any, up: Any, down: Any, dy: Any
 ) -> tuple[Any, Any, Any, Any]:
-    """Gradients of x, scores, up and down; 0 for scores of pairs that are not active, and for experts that nobody uses."""
+    """Gradients of x, scores (which mean nothing at pairs that are not active), up and down (0 of experts that nobody uses)."""
     dtype, columns = accumulator(x), scores.T
     tokens = _Tokens(active, static.tile or ROWS)
 
@@ -131,4 +131,4 @@ def gradients(
 
     start = (jnp.zeros(x.shape, dtype), jnp.zeros_like(columns), jnp.zeros_like(up), jnp.zeros_like(down))
     dx, dcolumns, dup, ddown = tokens.each(expert, start)
-    return dx.astype(x.dtype), jnp.where(active, dcolumns.T, 0), dup, ddown
+    return dx.astype(x.dtype), dcolumns.T, dup, ddown

@@ -1,0 +1,89 @@
+"""The kernels of mixtures of experts are accepted by the compilers of real TPU chips, for the layers that models have."""
+
+import dataclasses
+import re
+
+import pytest
+
+from pallas_kernels.common import aot_tpu as aot
+
+aot.prepare()
+
+import jax  # noqa: E402
+
+from pallas_kernels.sparse_moe import BackendError, arg_specs, tile_moe, union_moe  # noqa: E402
+
+pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="libtpu is not installed")]
+TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+FIRST = TOPOLOGIES[0]
+WIDEST = arg_specs.BLOCKFFN_2_8B
+ODD = arg_specs.MoESpec("odd", "no multiple of anything", width=200, hidden=40, experts=7, tokens=77)
+
+
+def named(specs):
+    return [pytest.param(spec, id=spec.name) for spec in specs]
+
+
+def trained(**options):
+    """(y, all four gradients) of the layer."""
+
+    def run(x, scores, active, up, down):
+        y, back = jax.vjp(lambda *a: tile_moe(*a[:2], active, *a[2:], backend="tpu", **options), x, scores, up, down)
+        return y, back(y)
+
+    return run
+
+
+def union(*arrays):
+    return union_moe(*arrays, backend="tpu")
+
+
+NOTHING_MOVES = {"parameter", "bitcast", "get-tuple-element", "custom-call"}
+
+
+def makers_of_weights(out, spec):
+    """The instructions that give out arrays as large as the weights: a copy of them costs what a kernel saves."""
+    return set(re.findall(rf"= \(?bf16\[{spec.experts},[0-9]+,[0-9]+\][^=]*? ([a-z-]+)\(", out.text))
+
+
+@pytest.mark.parametrize("spec", named(arg_specs.COMPILED))
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_forward_and_all_gradients_compile(topology, spec):
+    if topology != FIRST:  # long lists take long to sort, for the compiler too
+        spec = dataclasses.replace(spec, tokens=512)
+    out = aot.compile_kernel(trained(), topology, *spec.arrays)
+    assert out.kernels() == 3
+    hidden = 2 * spec.tokens * spec.experts * spec.hidden
+    assert out.temporary < hidden / 2 + (1 << 20)  # the dense layer keeps all of it
+    assert makers_of_weights(out, spec) <= NOTHING_MOVES
+
+
+@pytest.mark.parametrize(("topology", "spec"), [(FIRST, arg_specs.BLOCKFFN_SMALL), *((t, WIDEST) for t in TOPOLOGIES)])
+def test_a_union_compiles_and_copies_no_weights(topology, spec):
+    out = aot.compile_kernel(union, topology, *dataclasses.replace(spec, tokens=32).arrays)
+    assert out.kernels() == 1 and out.temporary < spec.weights / 10
+    assert makers_of_weights(out, spec) <= NOTHING_MOVES and "ConcatBitcast" not in out.text
+
+
+@pytest.mark.parametrize(("topology", "spec"), [(FIRST, ODD), ("v5p:2x2x1", dataclasses.replace(WIDEST, tokens=512))])
+def test_float32_and_odd_widths_compile(topology, spec):
+    spec = dataclasses.replace(spec, dtype="float32")
+    assert aot.compile_kernel(trained(), topology, *spec.arrays).kernels() == 3
+    few = dataclasses.replace(spec, tokens=1)
+    assert aot.compile_kernel(union, topology, *few.arrays).kernels() == 1
+
+
+def test_small_tiles_compile():
+    spec = dataclasses.replace(arg_specs.BLOCKFFN_SMALL, tokens=100)
+    assert aot.compile_kernel(trained(tile=16), FIRST, *spec.arrays).kernels() == 3
+
+
+def test_what_has_no_room_is_refused_before_the_compiler():
+    wide = dataclasses.replace(arg_specs.BLOCKFFN_SMALL, width=8192, hidden=1024, experts=8)
+    with pytest.raises(BackendError, match=r"8192 x 1024 with tiles of 128 tokens need .* MB of VMEM of 38.4"):
+        aot.compile_kernel(trained(), "v5p:2x2x1", *wide.arrays)
+    with pytest.raises(BackendError, match=r"tiles of 3072 tokens need .* MB of VMEM of 76.8"):
+        aot.compile_kernel(trained(tile=3072), FIRST, *dataclasses.replace(WIDEST, tokens=8192).arrays)
+    many = dataclasses.replace(WIDEST, tokens=1 << 20)
+    with pytest.raises(BackendError, match="KB of scalar memory of 512"):
+        aot.compile_kernel(trained(), FIRST, *many.arrays)
