@@ -341,6 +341,8 @@ def _placed(path: str, x: np.ndarray, dtype: Any, sharding: Placement | None) ->
 
 
 def _check_mode(config: LlamaConfig, mode: str) -> None:
+    if config.experts is not None:
+        raise ValueError("decoders with experts are not written as Hugging Face folders: use jprune.checkpoint.save")
     if mode == "uniform" and not config.uniform:
         raise ValueError("the layers differ in width: choose mode='padded' (zeros, any program) or 'hetero'")
     if config.norm_width not in (None, config.stream):

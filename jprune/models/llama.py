@@ -8,6 +8,7 @@ scanned (`layers`, a leading axis over equally wide layers; compiles once). `sta
     layer{l}/attn/q/kernel (stream, heads, head)    k, v (stream, kv heads, head)   o (heads, head, stream)
     layer{l}/attn/q_norm/scale, k_norm/scale (head,)                                where qk_norm
     layer{l}/mlp/gate/kernel, up/kernel (stream, ffn)                               down (ffn, stream)
+    layer{l}/experts, as `jprune.models.moe.blockffn` has them                      in place of mlp, where config.experts
 
 Heads are an axis of their own, so that a pruned tree shows how many there are. Weights may be bfloat16: norms, angles,
 the softmax and the logits are float32 all the same.
@@ -32,6 +33,7 @@ from jprune.models.llama_trees import (
     unstack_layers,
     with_biases,
 )
+from jprune.models.moe.blockffn import BlockFFN, all_experts
 from jprune.models.rope import angles, rotate
 from jprune.models.token_drops import Drop, dropped, ends_of
 
@@ -100,6 +102,13 @@ def context(
     valid = jax.lax.dynamic_update_slice(cache.valid, real, (0, cache.length))
     back = (cache.length + own)[:, None] - jnp.arange(size, dtype=jnp.int32)[None]
     return Context(*turned, back, valid, cache.length), (valid, cache.length + tokens)
+
+
+def own_tokens(at: Context, tokens: int) -> Any:
+    """(batch, tokens) bool, which tokens of this pass are real; None: all."""
+    if at.valid is None or at.start is None:
+        return at.valid
+    return jax.lax.dynamic_slice_in_dim(at.valid, at.start, tokens, axis=1)
 
 
 class RMSNorm(nn.Module):
@@ -212,12 +221,14 @@ class Block(nn.Module):
     config: LlamaConfig
     layer: int
     tells: bool = False
+    experts_fn: Any = all_experts
 
     @nn.compact
     def __call__(self, x: jax.Array, at: Context, window: Any = None, cache: Any = None) -> tuple[Any, ...]:
         """x: (batch, tokens, stream) -> (x, the layer's new cache); `window` stands in for the config's.
 
         If it `tells`, there is a third: what the last token attends to, as `Attention` has it.
+        What a router decides is read with mutable=["routed"].
         """
         c = self.config
         if window is None and c.windows is not None:
@@ -226,7 +237,16 @@ class Block(nn.Module):
         y, *rest = Attention(c, self.layer, self.tells, name="attn")(norm(x), at, window, cache)
         x = x + y
         norm = RMSNorm(c.eps, c.norm_width, c.dtype, name="post_norm")
-        return x + MLP(c, self.layer, name="mlp")(norm(x)), *rest
+        if c.experts is None:
+            return x + MLP(c, self.layer, name="mlp")(norm(x)), *rest
+        layer = BlockFFN(
+            c.experts.count, c.ffn[self.layer], c.experts.router, self.experts_fn, dtype=c.dtype, name="experts"
+        )
+        y, routed = layer(norm(x), own_tokens(at, x.shape[1]))
+        if not self.is_initializing():  # which would make it a part of the variables
+            only_last: Any = lambda _, new: new  # noqa: E731
+            self.sow("routed", "layer", routed, reduce_fn=only_last)
+        return x + y, *rest
 
 
 class Llama(nn.Module):
@@ -236,11 +256,13 @@ class Llama(nn.Module):
       config: widths.
       scanned: one scan over stacked layers; they must be equally wide.
       remat: recompute each layer in the backward pass instead of keeping its activations.
+      experts_fn: how experts are computed, where there are any (`jprune.models.moe.blockffn`).
     """
 
     config: LlamaConfig
     scanned: bool = False
     remat: bool = False
+    experts_fn: Any = all_experts
 
     def setup(self) -> None:
         self.embed = Embedding(self.config.vocab, self.config.stream, self.config.dtype)
@@ -316,7 +338,7 @@ class Llama(nn.Module):
             for i in range(first, end):
                 own = None if cache is None else {name: getattr(cache, name)[i - first] for name in ("k", "v")}
                 tells = drop is not None and drop.reads_attention and i == end - 1
-                x, own, *told = block(c, i, tells, name=f"layer{i}")(x, at, None, own)
+                x, own, *told = block(c, i, tells, self.experts_fn, name=f"layer{i}")(x, at, None, own)
                 rows.append(own)
                 last = told[0] if told else None
             saved = {} if cache is None else {name: tuple(row[name] for row in rows) for name in ("k", "v")}
@@ -336,13 +358,13 @@ class Llama(nn.Module):
             window = jnp.asarray([2**30 if w is None else w for w in c.windows], jnp.int32)
         scan = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "routed": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType]
             length=c.depth,
         )
         own = None if cache is None else {"k": cache.k, "v": cache.v}
-        return scan(c, 0, name="layers")(x, at, window, own)
+        return scan(c, 0, experts_fn=self.experts_fn, name="layers")(x, at, window, own)
 
 
 class Embedding(nn.Module):
@@ -378,6 +400,7 @@ __all__ = [
     "fold_norm_width",
     "is_scanned",
     "llama_config",
+    "own_tokens",
     "stack_layers",
     "token_positions",
     "unstack_layers",

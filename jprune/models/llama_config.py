@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from jprune.models.moe.routers import Experts
 from jprune.models.rope import Rope
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -29,6 +30,7 @@ class LlamaConfig:
       family: whose `transformers` classes the model is written for: "llama", "mistral", "qwen2", "qwen3".
       max_positions: longest context it was trained for; nothing here depends on it.
       dtype: of freshly initialised parameters.
+      experts: how many experts stand in place of each MLP, each `ffn` wide, and their router; None: MLPs.
     """
 
     vocab: int
@@ -50,6 +52,7 @@ class LlamaConfig:
     family: str = "llama"
     max_positions: int = 2048
     dtype: str = "float32"
+    experts: Experts | None = None
 
     def __post_init__(self):
         n = len(self.ffn)

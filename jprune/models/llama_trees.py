@@ -105,6 +105,7 @@ def config_from_params(variables: Any, base: LlamaConfig) -> LlamaConfig:
         found = _depth(p["layers"]) if scanned else len(names)
         raise ValueError(f"the tree has {found} layers, the config {base.depth}: they belong to different models")
     ffn, q_heads, kv_heads, value = [], [], [], []
+    counts: set[int] = set()
     for name in names:
         heads, head = layers.shape_of(p, name, "attn", "q", "kernel")[-2:]
         if head != base.head_dim:
@@ -112,16 +113,25 @@ def config_from_params(variables: Any, base: LlamaConfig) -> LlamaConfig:
                 f"the query heads of {name!r} have {head} channels, the config {base.head_dim}: rotary pairs were "
                 "pruned, and which ones no config can say; run the tree with graph.replay(keep)"
             )
-        ffn.append(layers.kernel_width(p, name, "mlp", "gate"))
+        if base.experts is None:
+            ffn.append(layers.kernel_width(p, name, "mlp", "gate"))
+        else:
+            count, _, width = layers.shape_of(p, name, "experts", "up")[-3:]
+            ffn.append(int(width))
+            counts.add(int(count))
         q_heads.append(int(heads))
         kv_heads.append(int(layers.shape_of(p, name, "attn", "k", "kernel")[-2]))
         value.append(layers.kernel_width(p, name, "attn", "v"))
+    if len(counts) > 1:
+        raise ValueError(f"the layers have {sorted(counts)} experts: a config has one number of them for all layers")
+    experts = None if base.experts is None else dataclasses.replace(base.experts, count=counts.pop())
     vocab, stream = layers.shape_of(p, "embed", "embedding")
     return dataclasses.replace(
         base,
         vocab=int(vocab),
         stream=int(stream),
         ffn=tuple(ffn),
+        experts=experts,
         q_heads=tuple(q_heads),
         kv_heads=tuple(kv_heads),
         value_dim=None if set(value) == {base.head_dim} else tuple(value),

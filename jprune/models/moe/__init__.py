@@ -3,6 +3,7 @@
 from jprune.models.moe.blockffn import BlockFFN as BlockFFN
 from jprune.models.moe.blockffn import blockffn as blockffn
 from jprune.models.moe.routers import DSMoE as DSMoE
+from jprune.models.moe.routers import Experts as Experts
 from jprune.models.moe.routers import Grin as Grin
 from jprune.models.moe.routers import ReluNorm as ReluNorm
 from jprune.models.moe.routers import ReMoE as ReMoE

@@ -217,6 +217,23 @@ _sampled.defvjp(_sampled_forward, _sampled_backward)
 Router: TypeAlias = ReluNorm | TopK | DSMoE | ReMoE | Grin
 
 
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Experts in place of an MLP.
+
+    Attributes:
+      count: how many
+      router: which of them run
+    """
+
+    count: int
+    router: Router = ReluNorm()
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count is {self.count}: there is at least one expert")
+
+
 def _largest(p: Any, k: int) -> Any:
     """True for the k largest of every row; ties to the first."""
     _, index = jax.lax.top_k(p, k)
