@@ -37,6 +37,8 @@ SEARCHED = {
     "iCBS, 120 steps": ICBSConfig(steps=120),
     "iCBS, descent": ICBSConfig(solver="descent"),
     "iCBS, published form": ICBSConfig(published_form=True),
+    "iCBS, 8 steps of all": ICBSConfig(steps=8, parts_per_step=0, solver="descent"),
+    "iCBS, 40 steps of all": ICBSConfig(steps=40, parts_per_step=0, solver="descent"),
     "iCBS, no gradient": ICBSConfig(gradient_weight=0.0, steps=4, solver="descent"),
 }
 
