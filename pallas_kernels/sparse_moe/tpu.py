@@ -100,8 +100,9 @@ def refusal(static: Static, problem: Sequence[Any]) -> str | None:
         info = pltpu.get_tpu_info()
         vmem, room = need(static, sizes, tile), int(SHARE * info.vmem_capacity_bytes)
         if vmem > room:
+            remedy = "a smaller tile, or " if static.trained else "fewer tokens, or "
             return (f"experts of {sizes.width} x {sizes.hidden} with tiles of {tile} tokens need {vmem / 2**20:.1f} MB "
-                    f"of VMEM of {room / 2**20:.1f}: use a smaller tile, or backend='xla'")  # fmt: skip
+                    f"of VMEM of {room / 2**20:.1f}: use {remedy}backend='xla'")  # fmt: skip
         words = 3 * -(-sizes.tokens // tile) * sizes.experts
         if 4 * words > info.smem_capacity_bytes // 2:
             return (f"visits of {-(-sizes.tokens // tile)} tiles to {sizes.experts} experts need {4 * words >> 10} KB of "
