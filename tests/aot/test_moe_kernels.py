@@ -49,7 +49,7 @@ def makers_of_weights(out, spec):
 @pytest.mark.parametrize("spec", named(arg_specs.COMPILED))
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_forward_and_all_gradients_compile(topology, spec):
-    if topology != FIRST:  # long lists take long to sort, for the compiler too
+    if (topology, spec) != (FIRST, WIDEST):  # long lists take long to sort, for the compiler too
         spec = dataclasses.replace(spec, tokens=512)
     out = aot.compile_kernel(trained(), topology, *spec.arrays)
     assert out.kernels() == 3
@@ -65,7 +65,7 @@ def test_a_union_compiles_and_copies_no_weights(topology, spec):
     assert makers_of_weights(out, spec) <= NOTHING_MOVES and "ConcatBitcast" not in out.text
 
 
-@pytest.mark.parametrize(("topology", "spec"), [(FIRST, ODD), ("v5p:2x2x1", dataclasses.replace(WIDEST, tokens=512))])
+@pytest.mark.parametrize(("topology", "spec"), [(FIRST, ODD), ("v5p:2x2x1", dataclasses.replace(WIDEST, tokens=128))])
 def test_float32_and_odd_widths_compile(topology, spec):
     spec = dataclasses.replace(spec, dtype="float32")
     assert aot.compile_kernel(trained(), topology, *spec.arrays).kernels() == 3
