@@ -12,7 +12,7 @@ import jprune
 from jprune.checkpoint import save_hf
 from jprune.models.decoding import generate, new_cache
 from jprune.models.llama import Llama, config_from_params, llama_config, stack_layers
-from jprune.models.moe import Experts, ReluNorm, TopK
+from jprune.models.moe import Experts, ReluNorm, TopK, all_experts, tile_experts, union_experts
 
 CONFIG = llama_config(19, 16, 12, 2, 4, kv_heads=2, experts=Experts(6))
 IDS = np.random.default_rng(0).integers(0, 19, (2, 7))
@@ -42,6 +42,21 @@ def test_scanned_and_cached_passes_agree():
     same_numbers(jnp.concatenate(rows, 1), whole, 64)
     assert 0.1 < float(routed["layer0"]["layer"].active.mean()) < 0.9
     assert generate(Llama(CONFIG), VARIABLES, IDS, 3).shape == (2, 10)
+
+
+@pytest.mark.parametrize("experts_fn", [tile_experts, union_experts])
+def test_kernels_in_place_of_all_experts_give_the_same(experts_fn):
+    whole, _ = routed_of(IDS)
+    same_numbers(jax.jit(Llama(CONFIG, experts_fn=experts_fn).apply)(VARIABLES, IDS), whole, 64)
+
+
+def test_gradients_through_the_kernels_are_those_of_all_experts():
+    def loss(v, experts_fn):
+        return jnp.sum(jnp.sin(Llama(CONFIG, experts_fn=experts_fn).apply(v, IDS)))
+
+    found, want = (jax.jit(jax.grad(loss), static_argnums=1)(VARIABLES, fn) for fn in (tile_experts, all_experts))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        same_numbers(a, b, 4096)
 
 
 def test_padding_runs_no_expert():

@@ -2,8 +2,8 @@
 
     router/kernel (d, experts)    router_norm/scale (experts,)    up (experts, d, f)    down (experts, f, d)
 
-How the experts are computed is a hook: `experts_fn(x, routed, up, down)`, by default all of them. Kernels that leave out
-what is not active have the same signature and the same result.
+How the experts are computed is a hook: `experts_fn(x, routed, up, down)`, by default all of them. `tile_experts` and
+`union_experts` leave out what is not active, by the kernels of `pallas_kernels.sparse_moe`, with the same result.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jprune.models.moe.routers import Grin, ReluNorm, Routed, Router
+from pallas_kernels.sparse_moe import tile_moe, union_moe
+from pallas_kernels.sparse_moe.api import FEW
 
 Experts: TypeAlias = Callable[[Any, Routed, Any, Any], Any]
 
@@ -28,6 +30,18 @@ def all_experts(
     h = jnp.einsum("td,edf->tef", x, up, preferred_element_type=jnp.float32)
     h = (jax.nn.silu(h) * routed.scores[:, :, None]).astype(x.dtype)
     return jnp.einsum("tef,efd->td", h, down, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def tile_experts(x: Any, routed: Routed, up: Any, down: Any) -> Any:
+    """Only what is active, with gradients: for training, and for reading many tokens."""
+    return tile_moe(x, routed.scores, routed.active, up, down)
+
+
+def union_experts(x: Any, routed: Routed, up: Any, down: Any) -> Any:
+    """Only experts that some of at most 64 tokens use, without gradients: for decoding; more tokens by `tile_experts`."""
+    if len(x) > FEW:
+        return tile_experts(x, routed, up, down)
+    return union_moe(x, routed.scores, routed.active, up, down)
 
 
 def blockffn(
