@@ -212,6 +212,10 @@ class MLP(nn.Module):
         return down(jax.nn.silu(gate) * up)
 
 
+def _newest(_: Any, new: Any) -> Any:
+    return new
+
+
 class Block(nn.Module):
     """One layer: attention and MLP, each behind a norm and added to the stream.
 
@@ -244,8 +248,7 @@ class Block(nn.Module):
         )
         y, routed = layer(norm(x), own_tokens(at, x.shape[1]))
         if not self.is_initializing():  # which would make it a part of the variables
-            only_last: Any = lambda _, new: new  # noqa: E731
-            self.sow("routed", "layer", routed, reduce_fn=only_last)
+            self.sow("routed", "layer", routed, reduce_fn=_newest)
         return x + y, *rest
 
 
@@ -345,7 +348,7 @@ class Llama(nn.Module):
             out.append(None if cache is None else Cache(saved["k"], saved["v"], *after))
             if drop is not None:
                 x, mask, positions, index = dropped(drop, x, last, mask, positions)
-                self.sow("drops", f"behind{end}", index, reduce_fn=lambda _, new: new)  # read with mutable=["drops"]
+                self.sow("drops", f"behind{end}", index, reduce_fn=_newest)  # read with mutable=["drops"]
             first = end
         return x, tuple(out)
 

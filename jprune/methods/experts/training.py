@@ -175,12 +175,15 @@ def train_experts(
     start: Any = ExpertState(
         variables, optimizer.init(variables), factor_state(losses.factor or AdaptiveFactor()),
         jnp.float32(losses.balance), jnp.zeros((), jnp.int32))  # fmt: skip
-    advance: Any = lambda state, _, batch: update(state, batch)  # noqa: E731
+
+    def advance(state: Any, _: int, batch: Any) -> Any:
+        return update(state, batch)
+
     recipe = {
         "method": "experts",
         "losses": dataclasses.asdict(losses),
         "steps": steps,
-        "config": dataclasses.asdict(module.config),
+        "config": repr(module.config),
     }
     return run_steps(start, advance, each_step(batch_of_step), steps, recipe=recipe, out=out, resume=resume,
                      save_every=save_every, progress=progress, title=title)  # fmt: skip

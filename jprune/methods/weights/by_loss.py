@@ -20,7 +20,7 @@ from jprune.methods.weights import one_shot
 from jprune.methods.weights.icbs.run import icbs
 from jprune.methods.weights.icbs.steps import ICBSConfig, initial, orders_of
 from jprune.methods.weights.second_order.stages import ALGORITHMS, second_order
-from jprune.methods.weights.shared import WeightConfig, finished, leaves_of, sparsity_of
+from jprune.methods.weights.settings_and_outcome import WeightConfig, finished, leaves_of, sparsity_of
 from jprune.models.llama import Llama
 from jprune.models.llama_trees import is_scanned, stack_layers, unstack_layers
 from jprune.surgery.kernels import weight_matrices
@@ -148,19 +148,18 @@ class FisherConfig(WeightConfig):
     damp: float | None = None
     fisher_block: int | None = None
 
-    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "leaf", "model")
+    groups: ClassVar[bool] = False  # whether the method follows N:M patterns
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits = self.pattern in self.patterns
+        takes = "unstructured or leaf or model" + (" or N:M" if self.groups else "")
+        asked = pattern_of(self.pattern)
+        fits = asked in (Unstructured("leaf"), Unstructured("model")) or (self.groups and isinstance(asked, NM))
         checked(self, {
             "samples": (self.samples >= 1, "at least 1"), "stages": (self.stages >= 1, "at least 1"),
             "first_sparsity": (0 <= self.first_sparsity < 1, "in [0, 1)"),
-            "pattern": (fits or self._takes_groups(), " or ".join(self.patterns) + ", which this method can follow"),
+            "pattern": (fits, f"{takes}, which this method can follow"),
         })  # fmt: skip
-
-    def _takes_groups(self) -> bool:
-        return False
 
     def own(self, name: str) -> Any:
         """The settings that the named method's function takes."""
@@ -170,7 +169,7 @@ class FisherConfig(WeightConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class WoodFisherOptions(FisherConfig):
+class FisherTaylorConfig(FisherConfig):
     """Settings of WoodFisher.
 
     Attributes:
@@ -185,13 +184,10 @@ class WoodFisherOptions(FisherConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class CAPOptions(FisherConfig):
+class FisherGroupsConfig(FisherConfig):
     """Settings of CAP, which follows N:M patterns too."""
 
-    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "leaf", "model", "2:4")
-
-    def _takes_groups(self) -> bool:
-        return isinstance(pattern_of(self.pattern), NM)
+    groups: ClassVar[bool] = True
 
     def own(self, name: str) -> Any:
         """The settings that CAP's function takes."""
@@ -206,8 +202,9 @@ def second_order_of(task: Task, config: FisherConfig, *, name: str) -> Outcome:
 
 def _by_fisher(task: Task, config: FisherConfig, *, name: str) -> one_shot.Pruned:
     leaves = leaves_of(task, config.leaves)
-    asked, own = pattern_of(config.pattern), config.own(name)
-    per_leaf = asked != Unstructured("model") and (asked != Unstructured() or isinstance(task, DecoderTask))
+    own = config.own(name)
+    asked = one_shot.own_pattern(config.pattern, "leaf" if isinstance(task, DecoderTask) else "model")
+    per_leaf = asked != Unstructured("model")
     with task.run.counted(name, config.stages, parts=()) as on_step:
         found = second_order(name)(
             sample_losses(task), task.variables, leaves, samples_of(task, config.samples), sparsity_of(task, config), own,

@@ -10,14 +10,14 @@ from jprune.methods.contract import DecoderTask, Method, Outcome, Task
 from jprune.methods.weights import one_shot
 from jprune.methods.weights.by_loss import (
     BlockConfig,
-    CAPOptions,
     FisherConfig,
-    WoodFisherOptions,
+    FisherGroupsConfig,
+    FisherTaylorConfig,
     icbs_of,
     second_order_of,
 )
 from jprune.methods.weights.elimination import SparseGPTConfig
-from jprune.methods.weights.shared import QUANTITY, WeightConfig, check, finished, leaves_of, sparsity_of
+from jprune.methods.weights.settings_and_outcome import QUANTITY, WeightConfig, check, finished, leaves_of, sparsity_of
 from jprune.models.llama_blocks import pieces
 from jprune.models.llama_trees import is_scanned
 from jprune.surgery.patterns import Unstructured
@@ -118,9 +118,9 @@ def _method(name: str, about: str, models: str, find: Any, config: type, matrice
 
 
 SECOND_ORDER = (
-    ("woodfisher", "by the inverse Fisher matrix, all moves at once (WoodFisher, WoodTaylor)", WoodFisherOptions),
+    ("woodfisher", "by the inverse Fisher matrix, all moves at once (WoodFisher, WoodTaylor)", FisherTaylorConfig),
     ("obert", "by the inverse Fisher matrix in small blocks (oBERT)", FisherConfig),
-    ("cap", "by the inverse Fisher matrix, one weight after the other in every block (CAP, oViT)", CAPOptions),
+    ("cap", "by the inverse Fisher matrix, one weight after the other in every block (CAP, oViT)", FisherGroupsConfig),
     ("cbs", "by swaps under the Fisher matrix, then all moves at once (CBS)", FisherConfig),
     ("chita", "by hard thresholding and ridge regression on gradients (CHITA; --stages 8: CHITA++)", FisherConfig),
 )

@@ -60,9 +60,10 @@ def prunable(graph: Graph) -> tuple[str, ...]:
 
 
 def own_pattern(asked: Pattern | str, usual: str) -> Pattern:
-    """The pattern asked for; "unstructured" compares what the method usually compares."""
-    found = pattern(asked) if isinstance(asked, str) else asked
-    return pattern(usual) if found == Unstructured() else found
+    """The pattern asked for; the word "unstructured" compares what the method usually compares."""
+    if isinstance(asked, str):
+        return pattern(usual if asked.strip() == "unstructured" else asked)
+    return asked
 
 
 def magnitude(

@@ -86,8 +86,8 @@ def blockffn(
 def only(routed: Routed, valid: Any) -> Routed:
     """The same with no expert for the tokens that are not valid."""
     there = valid[:, None]
-    pattern, unit, scores = (jnp.where(there, v, 0.0) for v in (routed.pattern, routed.unit, routed.scores))
-    return routed._replace(pattern=pattern, unit=unit, scores=scores, active=routed.active & there)
+    unit, scores = (jnp.where(there, v, 0.0) for v in (routed.unit, routed.scores))
+    return routed._replace(unit=unit, scores=scores, active=routed.active & there)
 
 
 class BlockFFN(nn.Module):

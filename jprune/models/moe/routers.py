@@ -19,15 +19,13 @@ class Routed(NamedTuple):
 
     Attributes:
       logits: of the tokens, float32.
-      pattern: what decides the activity: ReLU of the logits (BlockFFN, ReMoE), else 1 for the chosen experts.
-      unit: the pattern as it is before a learned gain; sums and losses that must not depend on the gain take it.
+      unit: the scores as they are before a learned gain, not negative; losses that must not depend on the gain take it.
       scores: the weight of every expert, exactly 0 where it is not active.
       active: which experts run.
       balance: the router's own auxiliary loss, unweighted; 0 where it has none.
     """
 
     logits: Float[Array, "tokens experts"]
-    pattern: Float[Array, "tokens experts"]
     unit: Float[Array, "tokens experts"]
     scores: Float[Array, "tokens experts"]
     active: Bool[Array, "tokens experts"]
@@ -53,7 +51,7 @@ class ReluNorm:
         z = logits.astype(jnp.float32)
         r = jax.nn.relu(z)
         n = r * jax.lax.rsqrt(jnp.mean(r * r, axis=-1, keepdims=True) + self.eps)
-        return Routed(z, r, n, n * gain.astype(jnp.float32), r > 0, jnp.zeros(()))
+        return Routed(z, n, n * gain.astype(jnp.float32), r > 0, jnp.zeros(()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ class TopK:
         scores = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
         load = jnp.mean(active.astype(jnp.float32), axis=0) / self.k
         balance = z.shape[-1] * jnp.sum(jnp.mean(p, axis=0) * load)
-        return Routed(z, active.astype(jnp.float32), scores, scores, active, balance)
+        return Routed(z, scores, scores, active, balance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +95,9 @@ class DSMoE:
             raise ValueError(f"{self.shared} shared experts of {self.k}: at least one, and one that is chosen")
         rest = TopK(self.k - self.shared)(logits[:, self.shared :])
         ones = jnp.ones((len(logits), self.shared), jnp.float32)
-        pattern, unit, scores = (jnp.concatenate([ones, x], axis=1) for x in (rest.pattern, rest.unit, rest.scores))
+        scores = jnp.concatenate([ones, rest.scores], axis=1)
         active = jnp.concatenate([ones > 0, rest.active], axis=1)
-        return Routed(logits.astype(jnp.float32), pattern, unit, scores, active, rest.balance)
+        return Routed(logits.astype(jnp.float32), scores, scores, active, rest.balance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +119,7 @@ class ReMoE:
         tokens, experts = z.shape
         load = jax.lax.stop_gradient(jnp.sum(active, axis=0, dtype=jnp.float32))
         balance = experts / (tokens**2 * self.k) * jnp.sum(jnp.sum(r, axis=0) * load)
-        return Routed(z, r, r, r, active, balance)
+        return Routed(z, r, r, active, balance)
 
 
 def remoe_coefficient(
@@ -186,7 +184,7 @@ class Grin:
         active = ~free
         share = jnp.mean(jax.nn.softmax(z, axis=-1), axis=0)
         balance = experts * jnp.sum(share * jnp.mean(active.astype(jnp.float32), axis=0)) / self.k
-        return Routed(z, active.astype(jnp.float32), scores, scores, active, balance)
+        return Routed(z, scores, scores, active, balance)
 
 
 @jax.custom_vjp

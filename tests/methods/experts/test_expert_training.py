@@ -12,7 +12,7 @@ from jprune.methods.experts.losses import AdaptiveFactor
 from jprune.methods.experts.sparsity import chunk_sparsity, token_sparsity
 from jprune.methods.experts.training import ExpertLosses, losses_of, routed_layers, train_experts
 from jprune.models.llama import Llama, llama_config, stack_layers
-from jprune.models.moe import Experts, ReMoE
+from jprune.models.moe import Experts, ReMoE, TopK
 
 CONFIG = llama_config(16, 16, 6, 2, 2, experts=Experts(8))
 FACTOR = AdaptiveFactor(3.0, stable=8, adjust=4)
@@ -57,6 +57,14 @@ def test_the_losses_make_tokens_and_chunks_sparse_and_resume_to_the_bit(tmp_path
         before, after = (np.mean([measure(a) for a in layers]) for layers in sparse)
         assert after > before + 0.1
     assert float(whole.state.params["params"]["embed"]["embedding"].std()) > 0
+
+
+def test_a_run_with_another_router_is_not_gone_on_with(tmp_path):
+    other, _ = started(llama_config(16, 16, 6, 2, 2, experts=Experts(8, ReMoE(2))))
+    topk, w = started(llama_config(16, 16, 6, 2, 2, experts=Experts(8, TopK(2))))
+    train_experts(topk, w, batch_of_step, 1, optax.sgd(0.1), out=tmp_path / "o", save_every=1)
+    with pytest.raises(ValueError, match="TopK"):
+        train_experts(other, w, batch_of_step, 1, optax.sgd(0.1), out=tmp_path / "o", resume=True)
 
 
 def test_losses_are_means_over_layers_and_see_stacked_layers_alike():

@@ -124,6 +124,16 @@ def test_wanda_weighs_each_weight_with_its_input_and_keeps_as_many_of_every_outp
     np.testing.assert_array_equal(found.params["params"]["head"]["kernel"], PARAMS["params"]["head"]["kernel"])
 
 
+def test_a_whole_leaf_is_compared_where_that_is_asked_for():
+    path = "params/hidden/kernel"
+    kept = {
+        p: np.asarray(wanda(GRAPH, PARAMS, [X], [path], 0.5, p).masks[path]).sum(0)
+        for p in ("unstructured", "row", "leaf")
+    }
+    np.testing.assert_array_equal(kept["unstructured"], kept["row"])
+    assert len(set(kept["row"])) == 1 and len(set(kept["leaf"])) > 1 and kept["leaf"].sum() == kept["row"].sum()
+
+
 def test_the_score_of_wanda_plus_plus_adds_gradients_of_the_outputs_norm():
     params, x = {"w": normal(1, 12, 8)}, normal(3, 6, 5, 12)  # six samples of five rows
     graph = jprune.trace(lambda p, x: x @ p["w"], params, x)
