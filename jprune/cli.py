@@ -18,7 +18,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from jprune import flags
-from jprune.files.atomic import ignore_closed_loops
+from jprune.files.atomic import ignore_leftovers
 from jprune.interrupt import obey_ctrl_c, stop
 
 Text = Annotated
@@ -403,7 +403,7 @@ def _commands(asked: str) -> dict[str, Callable[..., Any]]:
 def main() -> None:
     """Entry point: errors that a user can mend are one line and exit status 2."""
     obey_ctrl_c()
-    ignore_closed_loops()
+    ignore_leftovers()
     asked = sys.argv[1] if len(sys.argv) > 1 else ""
     try:
         status = tyro.extras.subcommand_cli_from_dict(

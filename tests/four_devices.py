@@ -15,7 +15,7 @@ import jax
 
 def run_script(script, *folders):
     """What the script's last printed line says, as JSON; the folders are its arguments."""
-    assert jax.device_count() >= 4, "XLA_FLAGS asks for fewer devices than these tests need"
+    assert jax.device_count() >= 4, "the caller asks for fewer devices than these tests need"
     printed = io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["script", *map(str, folders)]),
@@ -28,9 +28,10 @@ def run_script(script, *folders):
 
 def run_script_alone(script):
     """The same in a process of its own, for a script that changes the configuration of jax."""
+    four = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": four},
         capture_output=True,
         text=True,
         timeout=900,

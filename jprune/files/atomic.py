@@ -51,16 +51,21 @@ def silent_orbax() -> Iterator[None]:
         logger.removeFilter(wanted)
 
 
-def ignore_closed_loops() -> None:
-    """For a program's entry: one write that fails leaves others behind, whose threads find orbax's event loop closed and
-    print that for each of them, after the error itself."""
+def ignore_leftovers() -> None:
+    """For a program's entry: of one write that fails orbax leaves others behind. Their threads find its event loop closed,
+    and asyncio prints what became of its tasks and futures, for each of them and after the error itself."""
     own = sys.unraisablehook
 
     def hook(left: Any) -> None:
         if not (isinstance(left.exc_value, RuntimeError) and str(left.exc_value) == "Event loop is closed"):
             own(left)
 
+    def wanted(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        return not ("exception was never retrieved" in said and ("orbax" in said or "OCDBT" in said))
+
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(wanted)
 
 
 def write_json(path: str | os.PathLike[str], data: Any, indent: int | None = 1) -> None:

@@ -103,6 +103,8 @@ def _copy(tree: Any) -> Any:
 
     def one(x: Any) -> jax.Array:
         x = x if hasattr(x, "dtype") else jnp.asarray(x)
+        if isinstance(x, jax.core.Tracer):  # only its shape is asked for: there is no buffer that a step could take
+            return x
         return jax.device_put(x, x.sharding if getattr(x, "committed", False) else None, may_alias=False)
 
     return jax.tree.map(one, tree)
