@@ -74,8 +74,10 @@ def compile_quickly(config):
 def simulate_devices():
     """Four devices, of which a test that names no mesh uses the first: a process of its own for each mesh costs more.
 
-    Not through XLA_FLAGS: commands that tests start have one device, as a user's have.
+    Not through XLA_FLAGS: commands that tests start have one device, as a user's have. Programs are not queued: the devices
+    share the threads of two cores, and two programs in flight that exchange data can wait for each other for ever.
     """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", 4)
 

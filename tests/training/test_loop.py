@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jprune.data import epoch_batches, load_digits, stream
-from jprune.training import Forward, TrainConfig, evaluate, train
+from jprune.training import Forward, TrainConfig, evaluate, sgd, train
+from jprune.training.state import init_state
 
 SHORT = TrainConfig(epochs=2, batch_size=32)
 
@@ -273,3 +274,11 @@ def test_the_callers_progress_bar_moves(model, variables, dataset):
         train(model, variables, dataset, SHORT, progress=progress, title="base")
         (task,) = progress.tasks
         assert task.finished and task.total == 6 and task.description.startswith("base epoch 2/2")
+
+
+def test_the_shapes_of_a_state_are_asked_for_without_arrays(variables):
+    """As programs that plan memory do: jit and eval_shape give tracers, which lie on no device."""
+    stages = (sgd(1e-4, 0.9, True),)
+    shapes = jax.eval_shape(lambda p: init_state(p, {}, stages), variables["params"])
+    state = init_state(variables["params"], {}, stages)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
