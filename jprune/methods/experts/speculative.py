@@ -14,8 +14,10 @@ two likeliest tokens are nearly equal.
 from __future__ import annotations
 
 import functools
+import math
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -24,6 +26,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jprune.models.decoding import Cache, new_cache
+from jprune.tracing.paths import flatten
 
 Drafter: TypeAlias = Callable[[Int[np.ndarray, " n"], int], Any]
 """(tokens so far, how many to guess) -> at most so many tokens that may follow."""
@@ -39,6 +42,7 @@ class Speculated(NamedTuple):
       used: for models with experts, (layers,) for every pass: the share of experts that its tokens used together.
       used_by_one: the same for its first token alone.
       seconds: {"draft": of all guessing, "passes": of all passes but the first two, which compile}.
+      predicted: times as fast as decoding token by token where reading weights is what takes time (`gain_of_bytes`).
     """
 
     tokens: Int[np.ndarray, " n"]
@@ -47,6 +51,7 @@ class Speculated(NamedTuple):
     used: list[np.ndarray]
     used_by_one: list[np.ndarray]
     seconds: dict[str, float]
+    predicted: float
 
     @property
     def per_pass(self) -> float:
@@ -94,6 +99,9 @@ def speculate(
       stop: the token that ends the answer.
       temperature: 0: sampling is not offered.
 
+    Warns:
+      UserWarning: at the end, if the passes read more weights for each token than decoding token by token does.
+
     Raises:
       ValueError: several prompts, nothing to do, sampling, or a drafter that guesses tokens which the model has not.
     """
@@ -138,7 +146,51 @@ def speculate(
             active = np.asarray(active)[:, : 1 + len(guesses)]
             used.append(active.any(1).mean(-1))
             alone.append(active[:, 0].mean(-1))
-    return Speculated(np.asarray(text, ids.dtype), accepted, drafted, used, alone, seconds)
+    predicted = gain_of_bytes(float(np.mean(accepted)), *bytes_of(variables), used, alone)
+    if drafter is not None and predicted < 1:
+        warnings.warn(
+            f"speculation cannot pay here: a pass gives {np.mean(accepted):.2f} tokens and reads "
+            f"{np.mean(accepted) / predicted:.2f} times the weights of a token; take a smaller chunk, a better drafter, or none",
+            stacklevel=2,
+        )
+    return Speculated(np.asarray(text, ids.dtype), accepted, drafted, used, alone, seconds, predicted)
+
+
+def bytes_of(variables: Any) -> tuple[int, int]:
+    """(bytes that every pass reads, bytes of all experts) of a decoder's parameters, as arrays or shapes.
+
+    Of a table of tokens a pass reads its rows only, unless it is the head too.
+    """
+    always = experts = 0
+    paths = {flat: leaf for flat, leaf in flatten(variables)}
+    tied = not any("lm_head" in path for path in paths)
+    for path, leaf in paths.items():
+        size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        if path.split("/")[-2:-1] == ["experts"]:
+            experts += size
+        elif tied or "embed/" not in path:
+            always += size
+    return always, experts
+
+
+def gain_of_bytes(
+    per_pass: float, always: float, experts: float, used: Sequence[Any] = (), used_by_one: Sequence[Any] = ()
+) -> float:
+    """How many times as fast as decoding token by token, if time is bytes read; below 1 speculation cannot pay.
+
+        per_pass (always + used_by_one experts) / (always + used experts)
+
+    >>> gain_of_bytes(2.0, always=100, experts=800, used=[0.5], used_by_one=[0.125])
+    0.8
+
+    Args:
+      per_pass: tokens that a pass gives.
+      always, experts: bytes that every pass reads, and of all experts (`bytes_of`).
+      used, used_by_one: shares of the experts of each pass, and of its first token alone; none: a model without experts.
+    """
+    if not len(used):
+        return per_pass
+    return per_pass * (always + float(np.mean(used_by_one)) * experts) / (always + float(np.mean(used)) * experts)
 
 
 def gain(per_pass: float, one: float, chunk: float, draft: float = 0.0) -> float:

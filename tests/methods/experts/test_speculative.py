@@ -1,13 +1,14 @@
 """Speculative decoding gives the tokens of decoding one by one, whatever the drafter does, and leaves no trace of errors."""
 
 import functools
+import warnings
 
 import jax
 import numpy as np
 import pytest
 
 from jprune.methods.experts import speculative
-from jprune.methods.experts.speculative import gain, ngram, speculate
+from jprune.methods.experts.speculative import bytes_of, gain, gain_of_bytes, ngram, speculate
 from jprune.models.decoding import generate
 from jprune.models.llama import Llama, llama_config, stack_layers
 from jprune.models.moe import Experts
@@ -61,9 +62,13 @@ def test_a_perfect_drafter_fills_every_pass_and_a_wrong_one_none():
     def perfect(tokens, count):
         return answer[len(tokens) : len(tokens) + count]
 
-    said = speculate(*model(), PROMPTS[1], STEPS, drafter=perfect, chunk=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        said = speculate(*model(), PROMPTS[1], STEPS, drafter=perfect, chunk=8)
     assert said.accepted == [8, 8, 5] and said.per_pass == 7
-    wrong = speculate(*model(), PROMPTS[1], STEPS, drafter=lambda t, n: (perfect(t, n) + 1) % VOCAB)
+    with pytest.warns(UserWarning, match="cannot pay here: a pass gives 1.00 tokens"):
+        wrong = speculate(*model(), PROMPTS[1], STEPS, drafter=lambda t, n: (perfect(t, n) + 1) % VOCAB)
+    assert wrong.predicted < 1 < said.predicted
     assert set(wrong.accepted) == {1} and wrong.drafted[0] == 7
     np.testing.assert_array_equal(wrong.tokens, answer)
     for row, alone in zip(wrong.used, wrong.used_by_one, strict=True):
@@ -121,3 +126,16 @@ def test_what_it_cannot_do_is_refused(more, why):
     asked = {"ids": PROMPTS[1], "steps": 9, **more}
     with pytest.raises(ValueError, match=why):
         speculate(*model(), asked.pop("ids"), asked.pop("steps"), **asked)
+
+
+def test_what_a_pass_reads():
+    """By hand: 6 experts of two layers, 16 x 8 up and down, in float32; the head but not the table of tokens."""
+    _, v = model()
+    always, experts = bytes_of(v)
+    assert experts == 4 * 2 * 6 * 2 * 16 * 8
+    everything = 4 * sum(x.size for x in jax.tree.leaves(v))
+    assert always == everything - experts - 4 * VOCAB * 16
+    tied = {"params": {k: w for k, w in v["params"].items() if k != "lm_head"}}
+    assert bytes_of(tied) == (always, experts)  # the table is the head, of the same size
+    assert gain_of_bytes(3.0, always, 0) == 3.0
+    assert gain_of_bytes(2.0, 0, experts, [0.5, 0.7], [0.2, 0.4]) == pytest.approx(1.0)
