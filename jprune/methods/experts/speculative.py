@@ -29,7 +29,11 @@ from jprune.models.decoding import Cache, new_cache
 from jprune.tracing.paths import flatten
 
 Drafter: TypeAlias = Callable[[Int[np.ndarray, " n"], int], Any]
-"""(tokens so far, how many to guess) -> at most so many tokens that may follow."""
+"""(tokens so far, how many to guess) -> at most so many tokens that may follow.
+
+One with the methods `begin()` and `saw(hidden, behind)` is also told, before it guesses, what the model's head read at the
+next tokens that stand, (n, stream), and the tokens behind them, (n,); `jprune.methods.experts.eagle` has one.
+"""
 
 
 class Speculated(NamedTuple):
@@ -116,8 +120,14 @@ def speculate(
     vocab, length = module.config.vocab, ids.shape[1]
     dtype = jax.tree.leaves(variables)[0].dtype
     cache = new_cache(module, 1, length + steps + chunk, dtype)
+    watcher: Any = drafter if hasattr(drafter, "saw") else None
+    watches = watcher is not None
+    if watches:
+        watcher.begin()
     if length > 1:  # the last token of the prompt is the first of the first pass
-        cache = _read(module, variables, jnp.asarray(ids[:, :-1]), cache)
+        cache, hidden = _read(module, watches, variables, jnp.asarray(ids[:, :-1]), cache)
+        if watches:
+            watcher.saw(hidden, ids[0, 1:])
     text, end = ids[0].tolist(), length + steps
     accepted, drafted, used, alone, seconds = [], [], [], [], {"draft": 0.0, "passes": 0.0}
     while len(text) < end and not (len(text) > length and text[-1] == stop):
@@ -128,7 +138,8 @@ def speculate(
         row = np.zeros((1, chunk), ids.dtype)
         row[0, : 1 + len(guesses)] = text[-1], *guesses
         start = time.perf_counter()
-        best, cache, active = _pass(module, variables, jnp.asarray(row), jnp.int32(1 + len(guesses)), cache)
+        real = jnp.int32(1 + len(guesses))
+        best, cache, active, hidden = _pass(module, watches, variables, jnp.asarray(row), real, cache)
         best = np.asarray(best)
         if len(accepted) > 1:
             seconds["passes"] += time.perf_counter() - start
@@ -139,7 +150,9 @@ def speculate(
         if stop in new:
             new = new[: new.index(stop) + 1]
         text += new
-        cache = _back_to(cache, jnp.int32(len(text) - 1))
+        cache = cut_cache(cache, jnp.int32(len(text) - 1))
+        if watches:
+            watcher.saw(hidden[: len(new)], np.asarray(new))
         accepted.append(len(new))
         drafted.append(len(guesses))
         if active is not None:
@@ -214,19 +227,30 @@ def _guessed(drafter: Drafter, text: list[int], room: int, vocab: int) -> list[i
     return guesses
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _read(module: Any, variables: Any, ids: Any, cache: Cache) -> Cache:
-    return module.apply(variables, ids, None, cache)[1]
+def hidden_states(module: Any, variables: Any, ids: Any, mask: Any = None, cache: Any = None) -> tuple[Any, Any, Any]:
+    """(what the model returns, what its head reads (batch, tokens, stream), what its routers decided)."""
+    out, state = module.apply(variables, ids, mask, cache, mutable=["routed", "intermediates"],
+                              capture_intermediates=lambda m, _: m.name == "final_norm")  # fmt: skip
+    return out, state["intermediates"]["final_norm"]["__call__"][0], {"routed": state.get("routed", {})}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _pass(module: Any, variables: Any, ids: Any, real: Any, cache: Cache) -> tuple[Any, Cache, Any]:
-    """(likeliest token behind each of the chunk's, cache, (layers, chunk, experts) which run or None)."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read(module: Any, watches: bool, variables: Any, ids: Any, cache: Cache) -> tuple[Cache, Any]:
+    """(cache, (tokens, stream) what the head reads or None)."""
+    if not watches:
+        return module.apply(variables, ids, None, cache)[1], None
+    (_, cache), hidden, _ = hidden_states(module, variables, ids, None, cache)
+    return cache, hidden[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pass(module: Any, watches: bool, variables: Any, ids: Any, real: Any, cache: Cache) -> tuple[Any, Cache, Any, Any]:
+    """(likeliest token behind each of the chunk's, cache, (layers, chunk, experts) which run or None, what the head reads)."""
     mask = jnp.arange(ids.shape[1])[None] < real
-    (logits, cache), state = module.apply(variables, ids, mask, cache, mutable=["routed"])
+    (logits, cache), hidden, state = hidden_states(module, variables, ids, mask, cache)
     found = [leaf.active for leaf in jax.tree.leaves(state, is_leaf=_is_routed) if _is_routed(leaf)]
     active = jnp.concatenate([a.reshape(-1, *a.shape[-2:]) for a in found]) if found else None
-    return jnp.argmax(logits[0], axis=-1), cache, active
+    return jnp.argmax(logits[0], axis=-1), cache, active, hidden[0] if watches else None
 
 
 def _is_routed(x: Any) -> bool:
@@ -234,6 +258,6 @@ def _is_routed(x: Any) -> bool:
 
 
 @jax.jit
-def _back_to(cache: Cache, length: Any) -> Cache:
+def cut_cache(cache: Cache, length: Any) -> Cache:
     """The cache with its first tokens alone; what lies behind them is written over."""
     return cache._replace(valid=cache.valid & (jnp.arange(cache.valid.shape[1]) < length), length=length)

@@ -78,14 +78,14 @@ def test_a_perfect_drafter_fills_every_pass_and_a_wrong_one_none():
 def test_wrong_guesses_leave_no_trace_in_the_cache(monkeypatch):
     """Bit for bit the cache of decoding one by one, up to its length; nothing behind is valid."""
     caches = {}
-    real = speculative._back_to
+    real = speculative.cut_cache
 
     def kept(cache, length):
         out = real(cache, length)
         caches[int(length)] = out
         return out
 
-    monkeypatch.setattr(speculative, "_back_to", kept)
+    monkeypatch.setattr(speculative, "cut_cache", kept)
     one = {}
     for drafter, store in ((None, one), (chance, None)):
         caches.clear()
