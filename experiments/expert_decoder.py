@@ -81,10 +81,14 @@ class Decoders:
         self.kept[name] = module, found.params
         return module, found.params
 
+    def loss(self, module: Llama, variables: Any) -> float:
+        """Nats a byte on held-back text."""
+        return float(window_losses(module, variables, self.held, 32).mean())
+
     def row(self, name: str, experts: Experts | None, losses: ExpertLosses) -> dict[str, Any]:
         """Loss on held-back text, and how sparse the experts are there."""
         module, v = self.trained(name, experts, losses)
-        out = {"loss": float(window_losses(module, v, self.held, 32).mean())}
+        out = {"loss": self.loss(module, v)}
         if experts is None:
             return out
         read = jax.jit(lambda ids: module.apply(v, ids, mutable=["routed"])[1])
