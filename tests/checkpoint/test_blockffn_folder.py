@@ -1,4 +1,4 @@
-"""Released BlockFFN checkpoints: each layout gives the layer that a loop over tokens and experts computes; wrong ones are named."""
+"""Released BlockFFN checkpoints: each layout gives the layer that a loop over tokens and experts computes."""
 
 import json
 
