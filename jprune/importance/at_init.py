@@ -195,9 +195,8 @@ def synflow(
 
             def round_(k: Any, masks: Any) -> Any:
                 s = score(masks)
-                ordered = jnp.sort(jnp.concatenate([v.ravel() for v in s.values()]))
                 cut = jnp.asarray(removed)[k]
-                threshold = jnp.where(cut > 0, ordered[jnp.maximum(cut - 1, 0)], -1.0)
+                threshold = jnp.where(cut > 0, _smallest(list(s.values()), jnp.maximum(cut - 1, 0)), -1.0)
                 return jax.tree.map(lambda v: (v > threshold).astype(jnp.float64), s)
 
             return score(lax.fori_loop(0, rounds - 1, round_, jax.tree.map(jnp.ones_like, w)))
@@ -210,6 +209,21 @@ def synflow(
             "computes in a smaller dtype of its own; pass rescale=True"
         )
     return scores
+
+
+def _smallest(arrays: Sequence[Any], k: Any) -> Any:
+    """The entry with k smaller ones before it, in order, of float64 arrays without negative entries.
+
+    Bit by bit: such numbers are ordered as their bits are. Counting 63 times takes a fraction of sorting.
+    """
+    bits = [lax.bitcast_convert_type(a, jnp.uint64) for a in arrays]
+
+    def with_bit(i: Any, found: Any) -> Any:
+        more = found | (jnp.uint64(1) << (62 - i).astype(jnp.uint64))
+        below = sum(jnp.sum(b < more) for b in bits)
+        return jnp.where(below <= k, more, found)
+
+    return lax.bitcast_convert_type(lax.fori_loop(0, 63, with_bit, jnp.uint64(0)), jnp.float64)
 
 
 def modulus(leaf: Any) -> Any:

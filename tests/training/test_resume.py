@@ -24,6 +24,8 @@ CONFIG = TrainConfig(epochs=4, batch_size=16, checkpoint_every_steps=4)  # 6 ste
 SCRIPT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
+import jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))  # which share the threads, and so order sums
 from conftest import ToyCNN, init, small_dataset
 from jprune.training import TrainConfig, train
 config = TrainConfig(epochs=4, batch_size=16, checkpoint_every_steps=4)
@@ -60,7 +62,7 @@ def whole(tmp_path, finished):
 def test_killed_run_ends_with_the_same_bits(tmp_path, model, variables, dataset, whole):
     out = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(out)],
+        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(out), str(jax.device_count())],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
     )
     while not (out / "metrics.jsonl").exists() or len(lines(out)) < 12:
