@@ -28,13 +28,13 @@ def tile_moe(
     down: Float[Array, "E f d"],
     *,
     tile: int | None = None,
-    backend: str = "auto",
+    impl: str = "auto",
     interpret: Any = False,
 ) -> Float[Array, "T d"]:
     """sum_e (scores[:, e] * silu(x @ up[e])) @ down[e] over the active pairs of a token and an expert.
 
     Work follows the active experts. A token without any gets 0. Sums are kept in float32. Differentiable once in x, scores,
-    up and down (with `backend="reference"` any number of times), exactly: pairs that are not active and experts that no token
+    up and down (with `impl="reference"` any number of times), exactly: pairs that are not active and experts that no token
     uses have gradient 0.
 
     Args:
@@ -43,12 +43,12 @@ def tile_moe(
       active: which experts compute which tokens; of a ReLU router `pattern > 0`, never `scores > 0`.
       tile: tokens computed together, by default what suits the device. On a TPU a tile computes all its tokens by every
         expert that one of them uses, so neighbours should use the same; elsewhere it is how many rows are gathered at once.
-      backend: "xla", "tpu", "reference" (dense), or "auto": the fastest that takes the problem. All mean the same.
+      impl: "xla", "tpu", "reference" (dense), or "auto": the fastest that takes the problem. All mean the same.
       interpret: run the TPU kernels on another device: True or `pltpu.InterpretParams`.
 
     Raises:
       MoEError: arguments that do not fit together.
-      BackendError: an unknown `backend`, or one that cannot take the problem.
+      BackendError: an unknown `impl`, or one that cannot take the problem.
       DerivativeError: a second derivative, other than of the reference.
 
     >>> import jax.numpy as jnp
@@ -61,7 +61,7 @@ def tile_moe(
     if tile is not None and tile < 1:
         raise MoEError(f"tile is {tile}: wanted a number of tokens")
     static = Static(tile, interpret=interpret)
-    chosen = TILES.choose(backend, static, problem, interpret=interpret)
+    chosen = TILES.choose(impl, static, problem, interpret=interpret)
     return _reference(*problem) if chosen == "reference" else _experts(chosen, static, *problem)
 
 
@@ -73,7 +73,7 @@ def union_moe(
     up: Float[Array, "E d f"],
     down: Float[Array, "E f d"],
     *,
-    backend: str = "auto",
+    impl: str = "auto",
     interpret: Any = False,
 ) -> Float[Array, "T d"]:
     """`tile_moe` for the few tokens of a decoding step, without derivative: all of them pass through the union of their experts.
@@ -83,7 +83,7 @@ def union_moe(
 
     Raises:
       MoEError: arguments that do not fit together, or more than 64 tokens.
-      BackendError: an unknown `backend`, or one that cannot take the problem.
+      BackendError: an unknown `impl`, or one that cannot take the problem.
       DerivativeError: differentiation.
 
     >>> import jax.numpy as jnp
@@ -97,7 +97,7 @@ def union_moe(
     if len(problem[0]) > FEW:
         raise MoEError(f"{len(problem[0])} tokens, more than {FEW}: use tile_moe")
     static = Static(trained=False, interpret=interpret)
-    chosen = UNION.choose(backend, static, problem, interpret=interpret)
+    chosen = UNION.choose(impl, static, problem, interpret=interpret)
     return _union(chosen, static, problem)
 
 
@@ -106,7 +106,7 @@ def _union(name: str, static: Static, problem: Any) -> Any:
     return reference.moe(*problem) if name == "reference" else UNION.implementation(name).union(static, *problem)
 
 
-_only_first = no_derivative("a mixture of experts has first derivatives only: use backend='reference' for higher ones")
+_only_first = no_derivative("a mixture of experts has first derivatives only: use impl='reference' for higher ones")
 
 
 @_only_first

@@ -28,14 +28,14 @@ def trained(**options):
     """(y, all four gradients) of the layer."""
 
     def run(x, scores, active, up, down):
-        y, back = jax.vjp(lambda *a: tile_moe(*a[:2], active, *a[2:], backend="tpu", **options), x, scores, up, down)
+        y, back = jax.vjp(lambda *a: tile_moe(*a[:2], active, *a[2:], impl="tpu", **options), x, scores, up, down)
         return y, back(y)
 
     return run
 
 
 def union(*arrays):
-    return union_moe(*arrays, backend="tpu")
+    return union_moe(*arrays, impl="tpu")
 
 
 NOTHING_MOVES = {"parameter", "bitcast", "get-tuple-element", "custom-call"}

@@ -33,7 +33,7 @@ def test_tiles_and_experts_that_nobody_uses_are_written():
     scores = np.where(active, scores, 0)
 
     def run(x, scores, active, up, down, dy):
-        y, back = jax.vjp(lambda *a: tile_moe(*a[:2], active, *a[2:], tile=16, backend="tpu", interpret=CHIP),
+        y, back = jax.vjp(lambda *a: tile_moe(*a[:2], active, *a[2:], tile=16, impl="tpu", interpret=CHIP),
                           x, scores, up, down)  # fmt: skip
         return y, back(dy)
 
@@ -46,4 +46,4 @@ def test_tiles_and_experts_that_nobody_uses_are_written():
 @pytest.mark.parametrize("density", [0, 0.4])
 def test_a_union(density):
     *given, _ = draw(1, 5, 4, 24, 8, density)
-    same(quiet(lambda *a: union_moe(*a, backend="tpu", interpret=CHIP), *given), moe(*given), 1e-5)
+    same(quiet(lambda *a: union_moe(*a, impl="tpu", interpret=CHIP), *given), moe(*given), 1e-5)

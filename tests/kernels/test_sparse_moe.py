@@ -37,7 +37,7 @@ FLAGS = {
 
 
 def options(way):
-    return {"backend": way, "interpret": way == "tpu", **WAYS[way]}
+    return {"impl": way, "interpret": way == "tpu", **WAYS[way]}
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def trained(way):
 
 @functools.cache
 def decoded(way):
-    return jax.jit(lambda *a: union_moe(*a, backend=way, interpret=way == "tpu"), compiler_options=QUICK)
+    return jax.jit(lambda *a: union_moe(*a, impl=way, interpret=way == "tpu"), compiler_options=QUICK)
 
 
 def problem(flags="some", seed=0, tokens=T, width=D, hidden=F, dtype=np.float32):
@@ -125,7 +125,7 @@ def test_weights_of_experts_that_nobody_uses_are_not_read(way):
 
 
 def test_a_union_copies_no_weights():
-    run = jax.jit(lambda *a: union_moe(*a, backend="xla"), compiler_options=QUICK)
+    run = jax.jit(lambda *a: union_moe(*a, impl="xla"), compiler_options=QUICK)
     given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in draw(0, 4, 64, 32, 16)[:5]]
     weights = given[3].size * given[3].dtype.itemsize
     assert run.lower(*given).compile().memory_analysis().temp_size_in_bytes < weights / 4
@@ -159,7 +159,7 @@ def test_wrong_arguments_are_named(run):
         with pytest.raises(MoEError, match=words):
             run(*arguments)
     with pytest.raises(BackendError, match=r"'cuda' is no implementation of a .*: auto, reference, xla, tpu"):
-        run(x, scores, active, up, down, backend="cuda")
+        run(x, scores, active, up, down, impl="cuda")
 
 
 def test_what_cannot_be_asked_for():
@@ -171,8 +171,8 @@ def test_what_cannot_be_asked_for():
         union_moe(*twice, up, down)
     with pytest.raises(DerivativeError, match="use tile_moe"):
         jax.grad(lambda x: union_moe(x, scores, active, up, down).sum())(x)
-    slope = jax.grad(lambda x: tile_moe(x, scores, active, up, down, backend="xla").sum())
-    with pytest.raises(DerivativeError, match="backend='reference'"):
+    slope = jax.grad(lambda x: tile_moe(x, scores, active, up, down, impl="xla").sum())
+    with pytest.raises(DerivativeError, match="impl='reference'"):
         jax.grad(lambda x: slope(x).sum())(x)
 
 
@@ -185,14 +185,14 @@ def test_a_layer_that_vmem_has_no_room_for_is_refused_by_name(run, chip, width, 
         use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
         pytest.raises(BackendError, match=rf"{width} x 1024 with tiles of 64 tokens need .* MB of VMEM of {room}"),
     ):
-        jax.eval_shape(functools.partial(run, backend="tpu"), *spec.arrays)
+        jax.eval_shape(functools.partial(run, impl="tpu"), *spec.arrays)
 
 
 def test_no_kernel_runs_where_there_is_no_tpu():
     with pytest.raises(BackendError, match="the device is cpu, no TPU"):
-        tile_moe(*problem()[:5], backend="tpu")
+        tile_moe(*problem()[:5], impl="tpu")
     with jax.enable_x64(True), pytest.raises(BackendError, match="float64, not float32 or bfloat16"):
-        tile_moe(*problem(dtype=np.float64)[:5], backend="tpu", interpret=True)
+        tile_moe(*problem(dtype=np.float64)[:5], impl="tpu", interpret=True)
 
 
 def test_what_auto_takes_is_said(caplog):
