@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, no_type_check
 
@@ -9,7 +10,7 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.common.backends import Operation, no_derivative
-from pallas_kernels.sparse_moe import reference
+from pallas_kernels.sparse_moe import permuted, reference
 from pallas_kernels.sparse_moe.problem import MoEError, Static, checked
 
 KERNELS = ("tpu",)
@@ -62,7 +63,52 @@ def tile_moe(
         raise MoEError(f"tile is {tile}: wanted a number of tokens")
     static = Static(tile, interpret=interpret)
     chosen = TILES.choose(impl, static, problem, interpret=interpret)
-    return _reference(*problem) if chosen == "reference" else _experts(chosen, static, *problem)
+    return _reference(*problem) if chosen == "reference" else _experts(TILES.implementation(chosen), static, *problem)
+
+
+@no_type_check
+def permuted_moe(
+    x: Float[Array, "T d"],
+    scores: Float[Array, "T E"],
+    active: Bool[Array, "T E"],
+    up: Float[Array, "E d f"],
+    down: Float[Array, "E f d"],
+    *,
+    capacity: int | None = None,
+    tile: int | None = None,
+    impl: str = "auto",
+    interpret: Any = False,
+) -> Float[Array, "T d"]:
+    """`tile_moe` by sorting pairs of a token and an expert: for wide experts, and tokens that are unlike their neighbours.
+
+    On a TPU work follows the active pairs, whoever is beside whom, where `tile_moe` computes tiles of tokens whole; but every
+    pair moves its token's numbers several times. Arguments and derivatives as in `tile_moe`, except:
+
+    Args:
+      capacity: pairs of a token and an expert that there is room for, by default 0.35 of all; tokens times k for k experts a
+        token. Memory grows with it. Where there are more pairs, the loop of `tile_moe(impl="xla")` computes all of them.
+      tile: pairs of an expert that are computed together.
+
+    Raises:
+      MoEError, BackendError, DerivativeError: as `tile_moe`.
+
+    >>> import jax.numpy as jnp
+    >>> one = jnp.ones((1, 1, 1))
+    >>> y = permuted_moe(one[0], 0.5 * one[0], one[0] > 0, one, 2 * one)
+    >>> round(float(y[0, 0]), 6)
+    0.731059
+    """
+    problem = checked(x, scores, active, up, down)
+    for name, value in (("tile", tile), ("capacity", capacity)):
+        if value is not None and value < 1:
+            raise MoEError(f"{name} is {value}: wanted a number of {'tokens' if name == 'tile' else 'pairs'}")
+    tokens, experts = problem[2].shape
+    static = permuted.PermutedStatic("xla", permuted.room(tokens, experts, capacity), tile, interpret)
+    rows = jax.ShapeDtypeStruct((static.capacity, problem[0].shape[1]), problem[0].dtype)
+    chosen = permuted.PERMUTED.choose(impl, static.products(rows.dtype), rows, problem[3], interpret=interpret)
+    if chosen == "reference":
+        return _reference(*problem)
+    return _experts(permuted, dataclasses.replace(static, impl=chosen), *problem)
 
 
 @no_type_check
@@ -110,26 +156,27 @@ _only_first = no_derivative("a mixture of experts has first derivatives only: us
 
 
 @_only_first
-def _forward(name: str, static: Static, problem: Any) -> Any:
-    return TILES.implementation(name).forward(static, *problem)
+def _forward(way: Any, static: Any, problem: Any) -> Any:
+    return way.forward(static, *problem)
 
 
 @_only_first
-def _backward(name: str, static: Static, problem: Any) -> Any:
-    return TILES.implementation(name).gradients(static, *problem)
+def _backward(way: Any, static: Any, problem: Any) -> Any:
+    return way.gradients(static, *problem)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _experts(name: str, static: Static, x: Any, scores: Any, active: Any, up: Any, down: Any) -> Any:
-    return _forward(name, static, (x, scores, active, up, down))
+def _experts(way: Any, static: Any, x: Any, scores: Any, active: Any, up: Any, down: Any) -> Any:
+    """way: a module with `forward` and `gradients`."""
+    return _forward(way, static, (x, scores, active, up, down))
 
 
-def _experts_forward(name: str, static: Static, *problem: Any) -> Any:
-    return _forward(name, static, problem), problem
+def _experts_forward(way: Any, static: Any, *problem: Any) -> Any:
+    return _forward(way, static, problem), problem
 
 
-def _experts_backward(name: str, static: Static, problem: Any, dy: Any) -> Any:
-    dx, dscores, dup, ddown = _backward(name, static, (*problem, dy))
+def _experts_backward(way: Any, static: Any, problem: Any, dy: Any) -> Any:
+    dx, dscores, dup, ddown = _backward(way, static, (*problem, dy))
     return dx, dscores, None, dup, ddown
 
 

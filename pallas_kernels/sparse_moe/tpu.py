@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.tpu import dot
-from pallas_kernels.common.xla import padded
-from pallas_kernels.sparse_moe.problem import Static, gates, weighted
+from pallas_kernels.common.xla import gates, padded
+from pallas_kernels.sparse_moe.problem import Static, weighted
 from pallas_kernels.sparse_moe.work_lists import SUB_TILES, WorkList, tile_activity, tile_worklist
 
 __all__ = ["forward", "gradients", "refusal", "union"]

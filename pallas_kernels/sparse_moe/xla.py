@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.block_lists import pack_lists
-from pallas_kernels.common.xla import accumulator, matmul, padded
-from pallas_kernels.sparse_moe.problem import Static, gates, weighted
+from pallas_kernels.common.xla import accumulator, gates, matmul, padded
+from pallas_kernels.sparse_moe.problem import Static, weighted
 from pallas_kernels.sparse_moe.work_lists import union_ids
 
 __all__ = ["forward", "gradients", "union"]
