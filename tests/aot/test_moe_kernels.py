@@ -1,6 +1,7 @@
 """The kernels of mixtures of experts are accepted by the compilers of real TPU chips, for the layers that models have."""
 
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -10,10 +11,18 @@ from pallas_kernels.common import aot_tpu as aot
 aot.prepare()
 
 import jax  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from pallas_kernels.grouped_matmul import arg_specs as grouped_specs  # noqa: E402
 from pallas_kernels.grouped_matmul import grouped_matmul  # noqa: E402
-from pallas_kernels.sparse_moe import BackendError, arg_specs, permuted_moe, tile_moe, union_moe  # noqa: E402
+from pallas_kernels.sparse_moe import (  # noqa: E402
+    BackendError,
+    arg_specs,
+    expert_parallel_moe,
+    permuted_moe,
+    tile_moe,
+    union_moe,
+)
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="libtpu is not installed")]
 TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
@@ -110,6 +119,22 @@ def test_sorting_compiles_forward_and_backward(topology):
     assert out.kernels() == 7 and ("conditional" in out.text) != whole
     if whole:
         assert makers_of_weights(out, spec) <= NOTHING_MOVES
+
+
+def test_experts_over_devices_compile_with_the_kernels_inside():
+    """Two by two chips: tokens over both axes, experts over one; gradients of weights are summed over the other."""
+    spec = dataclasses.replace(arg_specs.BLOCKFFN_XLARGE, tokens=2048)
+    on = aot.mesh(FIRST, ("data", "expert"), (2, 2))
+    inner = functools.partial(tile_moe, impl="tpu")
+
+    def layer(*arrays, impl):
+        return expert_parallel_moe(*arrays, mesh=on, data="data", inner=inner)
+
+    names = dict(zip(("x", "scores", "active", "up", "down"), spec.arrays, strict=True))
+    args = aot.abstract(names, on, lambda path, _: P("expert") if path in ("up", "down") else P(("data", "expert")))
+    out = aot.compile_for(trained(layer), *(args[name] for name in names))
+    assert out.kernels() == 3
+    assert out.collectives() == {"all-gather": 2, "all-reduce": 1, "all-to-all": 3, "reduce-scatter": 2}
 
 
 def test_what_has_no_room_is_refused_before_the_compiler():
