@@ -6,6 +6,7 @@ inner axis lies in VMEM whole; its columns are split where there is no room. Til
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -123,6 +124,16 @@ def _tile(static: Static, rows: int) -> int:
     return min(-(-(static.tile or ROWS) // SUBLANES), -(-rows // SUBLANES)) * SUBLANES
 
 
+def _for_outer(static: Static, rows: int, groups: int) -> Static:
+    """With more rows a tile where groups are large: every visit adds to sums as large as a group's matrix."""
+    mean = rows // groups
+    return (
+        static
+        if static.tile
+        else dataclasses.replace(static, tile=ROWS * (4 if mean >= 1024 else 2 if mean >= 512 else 1))
+    )
+
+
 class _Blocks(NamedTuple):
     """Sizes of the blocks of a product (tile, inner) x (inner, columns), or of (tile, inner).T x (tile, columns)."""
 
@@ -200,6 +211,7 @@ def outer(static: Static, lhs: Any, dout: Any, sizes: Any) -> Any:
     """lhs[rows of g].T @ dout[rows of g] for every group g, 0 for groups without rows."""
     rows, inner = lhs.shape
     columns = dout.shape[1]
+    static = _for_outer(static, rows, len(sizes))
     tile, k, n, need = _Blocks.of(static, rows, inner, columns, lhs.dtype.itemsize, whole=False)
     visits = Visits.of(sizes, rows, tile, by="group")
     lhs, dout = (padded(x, 0, tile) for x in (lhs, dout))
@@ -225,8 +237,8 @@ def refusal(static: Static, lhs: Any, rhs: Any) -> str | None:
         (rows, _), (groups, *sides) = lhs.shape, rhs.shape
         info, item = pltpu.get_tpu_info(), lhs.dtype.itemsize
         room = int(SHARE * info.vmem_capacity_bytes)
-        ways = [(sides, True), (sides[::-1], True), (sides, False)]
-        need = max(_Blocks.of(static, rows, a, b, item, whole=whole).need for (a, b), whole in ways)
+        ways = [(static, sides, True), (static, sides[::-1], True), (_for_outer(static, rows, groups), sides, False)]
+        need = max(_Blocks.of(s, rows, a, b, item, whole=whole).need for s, (a, b), whole in ways)
         if need > room:
             return (f"matrices of {sides[0]} x {sides[1]} with tiles of {_tile(static, rows)} rows need {need / 2**20:.1f} MB "
                     f"of VMEM of {room / 2**20:.1f}: use a smaller tile, or impl='xla'")  # fmt: skip
