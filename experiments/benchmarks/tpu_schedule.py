@@ -1,14 +1,14 @@
-"""What the inner loops of the attention kernels cost on TPUs, counted in the compiler's own schedule: no chip, no noise.
+"""What the inner loops of attention and of experts cost on TPUs, counted in the compiler's own schedule: no chip, no noise.
 
     python -m experiments.benchmarks.tpu_schedule          # needs the "aot" extra (libtpu); two minutes
 
-Every kernel is compiled for v5e, v5p and v6e, and the instruction bundles of one turn of its innermost loop are counted, on
-the path where every pair of tokens counts. A bundle is at least one cycle. Beside them stands what the matrix units need:
-a product (m, k) x (k, n) is ceil(k / size) * min(m * ceil(n / size), n * ceil(m / size)) rows through a unit of size x size
-numbers, whichever operand it holds, divided by the units of a core and the rows that each takes in a cycle (1, of 256
-columns 2: published operations a second / (2 * units * size^2) is that many times the clock of 1.5 GHz, 1.75 and 1.75).
-A loop of as few bundles as that keeps the units busy. That is an estimate: waits for memory are not in it, and the bundles
-of v5 issue products somewhat faster than units take them (the line "product alone" shows by how much).
+Every kernel is compiled for v5e, v5p and v6e, and the instruction bundles of one turn of its innermost loop are counted (of
+experts: of one step of the grid), on the path where every pair of tokens counts. A bundle is at least one cycle. Beside them
+stands what the matrix units need: a product (m, k) x (k, n) is ceil(k / size) * min(m * ceil(n / size), n * ceil(m / size)) rows
+through a unit of size x size numbers, whichever operand it holds, divided by the units of a core and the rows that each takes in
+a cycle (1, of 256 columns 2: published operations a second / (2 * units * size^2) is that many times the clock of 1.5 GHz, 1.75
+and 1.75). A loop of as few bundles as that keeps the units busy. That is an estimate: waits for memory are not in it, and the
+bundles of v5 issue products somewhat faster than units take them (the line "product alone" shows by how much).
 """
 
 from __future__ import annotations
@@ -141,6 +141,50 @@ def cases(block: int, features: int) -> list[Case]:
     return out
 
 
+def expert_cases() -> list[Case]:
+    """Mixtures of experts of BlockFFN XLarge, 128 tokens a step or a chunk of 32, and a grouped product of DeepSeekMoE's size."""
+    import jax
+
+    from pallas_kernels.grouped_matmul import arg_specs as grouped_specs
+    from pallas_kernels.grouped_matmul import grouped_matmul
+    from pallas_kernels.sparse_moe import arg_specs, tile_moe, union_moe
+
+    spec, rows, few = dataclasses.replace(arg_specs.BLOCKFFN_XLARGE, tokens=512), 128, 32
+    width, hidden, wide = spec.width, spec.hidden, dataclasses.replace(grouped_specs.DEEPSEEK_MOE, rows=1024)
+
+    def gradients(x: Any, scores: Any, active: Any, up: Any, down: Any) -> Any:
+        def layer(x: Any, scores: Any, up: Any, down: Any) -> Any:
+            return tile_moe(x, scores, active, up, down, tile=rows, impl="tpu")
+
+        y, back = jax.vjp(layer, x, scores, up, down)
+        return y, back(y)
+
+    def product(lhs: Any, rhs: Any, sizes: Any, scale: Any) -> Any:
+        return grouped_matmul(lhs, rhs, sizes, row_scale=scale, activation="silu", impl="tpu")
+
+    def outer(lhs: Any, rhs: Any, sizes: Any, dout: Any) -> Any:
+        return jax.vjp(lambda b: grouped_matmul(lhs, b, sizes, impl="tpu"), rhs)[1](dout)
+
+    def step(tokens: int) -> tuple[tuple[int, int, int], ...]:
+        return (tokens, width, hidden), (tokens, hidden, width)
+
+    dw = ((hidden, rows, width),) * 2
+    what, of = f"experts of {width} x {hidden}", f"128 rows of {wide.width} x {wide.hidden}"
+    cotangent = jax.ShapeDtypeStruct((wide.rows, wide.hidden), wide.dtype)
+    return [
+        Case(gradients, spec.arrays, (
+            (f"{what}, forward, 128 tokens", "tile_moe", step(rows)),
+            (f"{what}, gradient of tokens, 128", "tile_moe_dx", (*step(rows), (rows, width, hidden))),
+            (f"{what}, gradient of weights, 128", "tile_moe_dw", ((rows, width, hidden),) * 2 + dw),
+        )),
+        Case(lambda *a: union_moe(*a, impl="tpu"), dataclasses.replace(spec, tokens=few).arrays,
+             ((f"{what}, union, {few} tokens", "union_moe", step(few)),)),
+        Case(product, wide.arrays, ((f"grouped product, {of}", "grouped_matmul", ((128, wide.width, wide.hidden),)),)),
+        Case(outer, (*wide.arrays[:3], cotangent),
+             ((f"its weights' gradient, {of}", "grouped_matmul_outer", ((wide.hidden, 128, wide.width),)),)),
+    ]  # fmt: skip
+
+
 def product_alone() -> Case:
     """A matrix product without anything around it, to see what the compiler makes of the units."""
     import jax
@@ -226,7 +270,7 @@ def main(
         from experiments.benchmarks import RESULTS
 
         results: dict[str, Any] = {}
-        for case in (product_alone(), *(c for d in features for b in blocks for c in cases(b, d))):
+        for case in (product_alone(), *(c for d in features for b in blocks for c in cases(b, d)), *expert_cases()):
             for chip, topology in TOPOLOGIES.items():
                 for title, figures in measure(case, topology, Path(folder)).items():
                     results.setdefault(title, {})[chip] = figures

@@ -1,7 +1,7 @@
 """Which configuration is the fastest here: measured on the present device, kept in a file, never guessed from another one.
 
 `blocks_together` is what can be said without a measurement: how many neighbouring query blocks a TPU program best takes as
-one, from how alike their lists are. `tune` measures; what it tries follows from the backend, and on TPU from that model.
+one, from how alike their lists are. `tune` measures; what it tries follows from the implementation, and on TPU from that model.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def _by_cost(mask: BlockMask, overhead: float = OVERHEAD, ridge: float = 0.0) ->
     return sorted(cost, key=lambda n: (cost[n], n))
 
 
-def candidates(backend: str, mask: BlockMask) -> tuple[KernelConfig, ...]:
+def candidates(impl: str, mask: BlockMask) -> tuple[KernelConfig, ...]:
     """The configurations worth a measurement; the first is what the kernels take by default."""
     default = KernelConfig()
-    if backend == "tpu":
+    if impl == "tpu":
         best = _by_cost(mask)[:2]
         more = [KernelConfig(blocks_together=n, step_tokens=step) for n in best for step in (512, 1024)]
-    elif backend == "xla":
+    elif impl == "xla":
         steps = {min(step, mask.width * mask.block_k) // mask.block_k * mask.block_k for step in (512, 2048)} - {0}
         rows = (1, 4) if jax.default_backend() == "cpu" else (8, 32, 64)
         more = [KernelConfig(step_tokens=s, rows_at_once=r) for s in (None, *sorted(steps)) for r in rows]
@@ -91,7 +91,7 @@ def tune(
     density of the mask (to a tenth).
 
     Args:
-      impl: as in `block_sparse_attention`. configs: what to try; by default `candidates` of the backend.
+      impl: as in `block_sparse_attention`. configs: what to try; by default `candidates` of the implementation.
       gradients: time the gradients of q, k and v as well.
       cache: the folder; ~/.cache/jprune/attention by default.
       options: the other arguments of `block_sparse_attention` (causal, kv_len, layout and so on).
@@ -105,11 +105,11 @@ def tune(
     query, key, value = (to_bhld(x, options.get("layout", "bhld")) for x in (q, k, v))
     scale = default_scale(query, options.get("scale"))
     static = Static(scale, None, mask.block_q, mask.block_k, KernelConfig(), options.get("interpret", False))
-    backend = OPERATION.choose(impl, static, query, key, value, Tokens(), interpret=static.interpret)
-    tried = tuple(configs) if configs is not None else candidates(backend, mask)
+    chosen = OPERATION.choose(impl, static, query, key, value, Tokens(), interpret=static.interpret)
+    tried = tuple(configs) if configs is not None else candidates(chosen, mask)
     if len(tried) == 1:
         return tried[0]
-    problem = _key(backend, (q, k, v), mask, tried, gradients, options)
+    problem = _key(chosen, (q, k, v), mask, tried, gradients, options)
     folder = Path(cache) if cache is not None else Path.home() / ".cache" / "jprune" / "attention"
     path = folder / f"{hashlib.sha256(json.dumps(problem, sort_keys=True).encode()).hexdigest()[:24]}.json"
     known = _read(path, problem, tried)
@@ -119,7 +119,7 @@ def tune(
     jobs: dict[KernelConfig, Callable[[], Any]] = {}
     problems = []
     for config in tried:
-        run = _program(config, gradients, backend, options)
+        run = _program(config, gradients, chosen, options)
         try:
             jax.block_until_ready(run(q, k, v, mask))
         except Exception as error:  # of a compiler that has no room for it: which error that is differs by device
@@ -139,9 +139,9 @@ def tune(
     return best
 
 
-def _program(config: KernelConfig, gradients: bool, backend: str, options: Mapping[str, Any]) -> Callable[..., Any]:
+def _program(config: KernelConfig, gradients: bool, impl: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     def attend(q: Any, k: Any, v: Any, mask: BlockMask) -> Any:
-        return block_sparse_attention(q, k, v, mask, impl=backend, config=config, **options)
+        return block_sparse_attention(q, k, v, mask, impl=impl, config=config, **options)
 
     def both(q: Any, k: Any, v: Any, mask: BlockMask) -> Any:
         out, back = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
@@ -161,14 +161,14 @@ def _in_turns(jobs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, l
     return out
 
 
-def _key(backend: str, arrays: Sequence[Any], mask: BlockMask, tried: Sequence[KernelConfig], gradients: bool,
+def _key(impl: str, arrays: Sequence[Any], mask: BlockMask, tried: Sequence[KernelConfig], gradients: bool,
          options: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
     device = jax.devices()[0]
     plain = (str, bool, type(None))
     return {
         "device": [device.platform, device.device_kind],
         "jax": jax.__version__,
-        "backend": backend,
+        "impl": impl,
         "arrays": [[list(x.shape), str(x.dtype)] for x in arrays],
         "blocks": [mask.block_q, mask.block_k, mask.q_size, mask.kv_size],
         "lists": [list(mask.kv_idx.shape), round(float(mask.density()), 1)],

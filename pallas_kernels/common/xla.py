@@ -1,4 +1,4 @@
-"""What plain XLA code of any operation shares: whole blocks, the type that sums are kept in, products, a loop over a grid."""
+"""What plain XLA code of any operation shares: whole blocks, the type of sums, products, SiLU, a loop over a grid."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ def accumulator(*arrays: Any) -> Any:
 def matmul(a: Any, b: Any, dtype: Any, *, transpose: bool = False) -> Any:
     """a @ b, or a @ b.T, summed in `dtype`."""
     return jax.lax.dot_general(a, b, (((1,), (1 if transpose else 0,)), ((), ())), preferred_element_type=dtype)
+
+
+def gates(h: Any) -> tuple[Any, Any]:
+    """(silu(h), its derivative)."""
+    gate = jax.nn.sigmoid(h)
+    return h * gate, gate * (1 + h * (1 - gate))
 
 
 def leading(index: Any, array: Any, axis: int) -> Any:

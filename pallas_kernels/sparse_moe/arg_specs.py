@@ -46,5 +46,7 @@ class MoESpec:
 BLOCKFFN_SMALL = MoESpec("BlockFFN Small", "0.1B parameters", 768, 64, 48)
 BLOCKFFN_XLARGE = MoESpec("BlockFFN XLarge", "1.2B parameters", 1792, 128, 56)
 BLOCKFFN_2_8B = MoESpec("BlockFFN 2.8B", "the model whose decoding is timed", 2048, 128, 128)
+LARGE = MoESpec("large", "no published model: eight times BlockFFN 2.8B", 4096, 256, 256)
+DEEPSEEK_MOE = MoESpec("DeepSeekMoE 16B", "the size of its experts, which have gates too", 2048, 1408, 64)
 
 COMPILED = (BLOCKFFN_SMALL, BLOCKFFN_XLARGE, BLOCKFFN_2_8B)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common.xla import accumulator
+from pallas_kernels.common.xla import accumulator, gates
 
 
 class MoEError(ValueError):
@@ -57,12 +56,6 @@ def checked(x: Any, scores: Any, active: Any, up: Any, down: Any) -> tuple[Any, 
     if active.dtype != jnp.bool_:
         raise MoEError(f"active is {active.dtype}: wanted bool, of a ReLU router's pattern `pattern > 0`")
     return x, jnp.where(active, scores.astype(accumulator(x)), 0), active, up, down
-
-
-def gates(h: Any) -> tuple[Any, Any]:
-    """(silu(h), its derivative)."""
-    gate = jax.nn.sigmoid(h)
-    return h * gate, gate * (1 + h * (1 - gate))
 
 
 def weighted(h: Any, score: Any) -> Any:

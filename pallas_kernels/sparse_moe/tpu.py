@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.tpu import dot
-from pallas_kernels.common.xla import padded
-from pallas_kernels.sparse_moe.problem import Static, gates, weighted
+from pallas_kernels.common.xla import gates, padded
+from pallas_kernels.sparse_moe.problem import Static, weighted
 from pallas_kernels.sparse_moe.work_lists import SUB_TILES, WorkList, tile_activity, tile_worklist
 
 __all__ = ["forward", "gradients", "refusal", "union"]
@@ -102,12 +102,12 @@ def refusal(static: Static, problem: Sequence[Any]) -> str | None:
         if vmem > room:
             remedy = "a smaller tile, or " if static.trained else "fewer tokens, or "
             return (f"experts of {sizes.width} x {sizes.hidden} with tiles of {tile} tokens need {vmem / 2**20:.1f} MB "
-                    f"of VMEM of {room / 2**20:.1f}: use {remedy}backend='xla'")  # fmt: skip
+                    f"of VMEM of {room / 2**20:.1f}: use {remedy}impl='xla'")  # fmt: skip
         words = 3 * -(-sizes.tokens // tile) * sizes.experts
         if 4 * words > info.smem_capacity_bytes // 2:
             return (f"visits of {-(-sizes.tokens // tile)} tiles to {sizes.experts} experts need {4 * words >> 10} KB of "
                     f"scalar memory of {info.smem_capacity_bytes >> 11}: use a larger tile, fewer tokens a call, or "
-                    "backend='xla'")  # fmt: skip
+                    "impl='xla'")  # fmt: skip
     return None
 
 

@@ -1,6 +1,7 @@
 """The kernels of mixtures of experts are accepted by the compilers of real TPU chips, for the layers that models have."""
 
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -10,8 +11,18 @@ from pallas_kernels.common import aot_tpu as aot
 aot.prepare()
 
 import jax  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
 
-from pallas_kernels.sparse_moe import BackendError, arg_specs, tile_moe, union_moe  # noqa: E402
+from pallas_kernels.grouped_matmul import arg_specs as grouped_specs  # noqa: E402
+from pallas_kernels.grouped_matmul import grouped_matmul  # noqa: E402
+from pallas_kernels.sparse_moe import (  # noqa: E402
+    BackendError,
+    arg_specs,
+    expert_parallel_moe,
+    permuted_moe,
+    tile_moe,
+    union_moe,
+)
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="libtpu is not installed")]
 TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
@@ -24,18 +35,18 @@ def named(specs):
     return [pytest.param(spec, id=spec.name) for spec in specs]
 
 
-def trained(**options):
+def trained(layer=tile_moe, **options):
     """(y, all four gradients) of the layer."""
 
     def run(x, scores, active, up, down):
-        y, back = jax.vjp(lambda *a: tile_moe(*a[:2], active, *a[2:], backend="tpu", **options), x, scores, up, down)
+        y, back = jax.vjp(lambda *a: layer(*a[:2], active, *a[2:], impl="tpu", **options), x, scores, up, down)
         return y, back(y)
 
     return run
 
 
 def union(*arrays):
-    return union_moe(*arrays, backend="tpu")
+    return union_moe(*arrays, impl="tpu")
 
 
 NOTHING_MOVES = {"parameter", "bitcast", "get-tuple-element", "custom-call"}
@@ -78,12 +89,63 @@ def test_small_tiles_compile():
     assert aot.compile_kernel(trained(tile=16), FIRST, *spec.arrays).kernels() == 3
 
 
+@pytest.mark.parametrize(
+    ("topology", "spec"),
+    [
+        *((t, grouped_specs.DEEPSEEK_MOE) for t in TOPOLOGIES[:2]),
+        *((FIRST, spec) for spec in grouped_specs.COMPILED[::2]),
+    ],
+)
+def test_grouped_products_and_their_gradients_compile(topology, spec):
+    def run(lhs, rhs, sizes, scale):
+        def product(a, b, s):
+            return grouped_matmul(a, b, sizes, row_scale=s, activation="silu", impl="tpu")
+
+        out, back = jax.vjp(product, lhs, rhs, scale)
+        return out, back(out)
+
+    out = aot.compile_kernel(run, topology, *spec.arrays)
+    assert out.kernels() == 4
+    assert out.temporary < spec.rows * spec.hidden * 4 + (1 << 20)  # products in float32, and no weights
+
+
+@pytest.mark.parametrize("topology", [FIRST, "v6e:2x2"])
+def test_sorting_compiles_forward_and_backward(topology):
+    """Two products forward; three and two sums of outer products backward. With room for all pairs there is no other branch."""
+    spec = dataclasses.replace(arg_specs.BLOCKFFN_XLARGE, tokens=512)
+    whole = topology != FIRST
+    room = {"capacity": spec.tokens * spec.experts} if whole else {}
+    out = aot.compile_kernel(trained(permuted_moe, **room), topology, *spec.arrays)
+    assert out.kernels() == 7 and ("conditional" in out.text) != whole
+    if whole:
+        assert makers_of_weights(out, spec) <= NOTHING_MOVES
+
+
+def test_experts_over_devices_compile_with_the_kernels_inside():
+    """Two by two chips: tokens over both axes, experts over one; gradients of weights are summed over the other."""
+    spec = dataclasses.replace(arg_specs.BLOCKFFN_XLARGE, tokens=2048)
+    on = aot.mesh(FIRST, ("data", "expert"), (2, 2))
+    inner = functools.partial(tile_moe, impl="tpu")
+
+    def layer(*arrays, impl):
+        return expert_parallel_moe(*arrays, mesh=on, data="data", inner=inner)
+
+    names = dict(zip(("x", "scores", "active", "up", "down"), spec.arrays, strict=True))
+    args = aot.abstract(names, on, lambda path, _: P("expert") if path in ("up", "down") else P(("data", "expert")))
+    out = aot.compile_for(trained(layer), *(args[name] for name in names))
+    assert out.kernels() == 3
+    assert out.collectives() == {"all-gather": 2, "all-reduce": 1, "all-to-all": 3, "reduce-scatter": 2}
+
+
 def test_what_has_no_room_is_refused_before_the_compiler():
     wide = dataclasses.replace(arg_specs.BLOCKFFN_SMALL, width=8192, hidden=1024, experts=8)
     with pytest.raises(BackendError, match=r"8192 x 1024 with tiles of 128 tokens need .* MB of VMEM of 38.4"):
         aot.compile_kernel(trained(), "v5p:2x2x1", *wide.arrays)
     with pytest.raises(BackendError, match=r"tiles of 3072 tokens need .* MB of VMEM of 76.8"):
         aot.compile_kernel(trained(tile=3072), FIRST, *dataclasses.replace(WIDEST, tokens=8192).arrays)
+    mixtral = dataclasses.replace(grouped_specs.MIXTRAL, dtype="float32")
+    with pytest.raises(BackendError, match=r"4096 x 14336 with tiles of 128 rows need .* MB of VMEM of 38.4"):
+        aot.compile_kernel(lambda *a: grouped_matmul(*a[:3], impl="tpu"), "v5p:2x2x1", *mixtral.arrays)
     many = dataclasses.replace(WIDEST, tokens=1 << 20)
     with pytest.raises(BackendError, match="KB of scalar memory of 512"):
         aot.compile_kernel(trained(), FIRST, *many.arrays)

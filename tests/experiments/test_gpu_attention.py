@@ -1,4 +1,4 @@
-"""The GPU benchmark at its smallest, on the CPU with the XLA backend in the kernels' place; without a GPU it runs nothing."""
+"""The GPU benchmark at its smallest, on the CPU with plain XLA in the kernels' place; without a GPU it runs nothing."""
 
 import dataclasses
 

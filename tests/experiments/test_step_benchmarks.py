@@ -1,10 +1,12 @@
 """Benchmarks of whole models at their smallest: they run, both sides agree, and what they write is complete."""
 
 import json
+import os
 
+import numpy as np
 import pytest
 
-from experiments.benchmarks import adaspa_step, token_throughput
+from experiments.benchmarks import adaspa_step, sparse_moe, token_throughput
 
 
 @pytest.mark.reference
@@ -30,3 +32,23 @@ def test_steps_of_a_video_transformer(tmp_path):
         steps = 9 * t["dense"] + t["fused"] + t[f"research {sparsity}"] + 39 * t[f"sparse {sparsity}"]
         assert sample["seconds"] == pytest.approx(steps)
         assert sample["speed_up"] == pytest.approx(50 * t["dense"] / steps)
+
+
+@pytest.mark.slow
+def test_mixtures_of_experts(tmp_path):
+    setting = sparse_moe.Setting(32, 8, 16, tokens=(8,), unions=(0.25,), batch=128, densities=(0.25,))
+    before = os.environ.get("XLA_FLAGS")
+    try:
+        sparse_moe.main(setting, rounds=1, out=tmp_path / "m.json")  # every way has to agree before it is timed
+    finally:
+        os.environ.pop("XLA_FLAGS") if before is None else os.environ.update(XLA_FLAGS=before)
+    r = json.loads((tmp_path / "m.json").read_text())
+    assert set(r["results"]["decoding"]["8"]["0.25"]["ratios"]) == {"dense", "union", "copied weights"}
+    assert set(r["results"]["training"]) == {"alone", "alike"} and len(r["results"]["products"]) == 2
+    for rows in r["results"]["training"].values():
+        assert set(rows["0.25"]["ratios"]) == {"dense", "tiles", "sorted", "ragged_dot"}
+    results = {"decoding": {"8": {"0.25": {"ratios": {"union": 0.6}}}}, "products": {"a": {"ratios": {"grouped_matmul": 1.1}}},
+               "training": {"alone": {"0.1": {"ratios": {"tiles": 0.5, "sorted": 1.2}}}}}  # fmt: skip
+    assert not any(sparse_moe.checks(results).values())
+    with pytest.raises(ValueError, match="b computes something else"):
+        sparse_moe.timed({"a": lambda: np.ones(3), "b": lambda: np.ones(3) + 0.1}, 1, "a")

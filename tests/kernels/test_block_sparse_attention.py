@@ -1,6 +1,6 @@
-"""Every backend against float64 numpy, closed forms, and what must not matter: order, padding, what lies in unvisited blocks.
+"""Every implementation against float64 numpy, closed forms, and what must not matter: order, padding, unvisited blocks.
 
-One program per backend holds all token rules, so that examples with other lengths, offsets and segments compile nothing.
+One program per implementation holds all token rules, so that examples with other lengths, offsets and segments compile nothing.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from pallas_kernels.block_sparse_attention import (
 B, H, G, LQ, LK, D, E = 2, 4, 2, 45, 70, 12, 20
 SIZES = {"block_q": 16, "block_k": 16, "q_size": LQ, "kv_size": LK}
 NQ, NK = 3, 5
-# name: backend and its options; "steps" walks lists two blocks at a time, for four query blocks at once
+# name: impl and its options; "steps" walks lists two blocks at a time, for four query blocks at once
 WAYS = {
     "reference": {"impl": "reference"},
     "xla": {"impl": "xla"},
@@ -102,7 +102,7 @@ def cotangents(seed):
 
 
 def agree(way, active, tokens, seed, q=None, k=None, v=None):
-    """Compare one problem with the definition, gradients included; returns what the backend gave."""
+    """Compare one problem with the definition, gradients included; returns what the implementation gave."""
     q, k, v = (given if given is not None else x for given, x in zip((q, k, v), arrays(seed)))
     dout, dlse = cotangents(seed)
     got = program(way, tokens is not None)(q, k, v, packed(active), tokens or {}, dout, dlse)

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from moe_oracle import draw, moe, same
 from quick import QUICK
 
-from pallas_kernels.sparse_moe import tile_moe, union_moe
+from pallas_kernels.sparse_moe import permuted_moe, tile_moe, union_moe
 
 pytestmark = pytest.mark.slow
 CHIP = pltpu.InterpretParams(out_of_bounds_reads="raise", detect_races=True, uninitialized_memory="nan")
@@ -27,13 +27,14 @@ def quiet(run, *given):
         pltpu.reset_tpu_interpret_mode_state()
 
 
-def test_tiles_and_experts_that_nobody_uses_are_written():
+@pytest.mark.parametrize("layer", [tile_moe, permuted_moe])
+def test_tiles_and_experts_that_nobody_uses_are_written(layer):
     x, scores, active, up, down, dy = draw(0, 48, 4, 24, 8)
     active[16:32], active[:, 2] = False, False
     scores = np.where(active, scores, 0)
 
     def run(x, scores, active, up, down, dy):
-        y, back = jax.vjp(lambda *a: tile_moe(*a[:2], active, *a[2:], tile=16, backend="tpu", interpret=CHIP),
+        y, back = jax.vjp(lambda *a: layer(*a[:2], active, *a[2:], tile=16, impl="tpu", interpret=CHIP),
                           x, scores, up, down)  # fmt: skip
         return y, back(dy)
 
@@ -46,4 +47,4 @@ def test_tiles_and_experts_that_nobody_uses_are_written():
 @pytest.mark.parametrize("density", [0, 0.4])
 def test_a_union(density):
     *given, _ = draw(1, 5, 4, 24, 8, density)
-    same(quiet(lambda *a: union_moe(*a, backend="tpu", interpret=CHIP), *given), moe(*given), 1e-5)
+    same(quiet(lambda *a: union_moe(*a, impl="tpu", interpret=CHIP), *given), moe(*given), 1e-5)

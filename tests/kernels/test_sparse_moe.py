@@ -18,14 +18,23 @@ from pallas_kernels.sparse_moe import (
     DerivativeError,
     MoEError,
     arg_specs,
+    permute_pairs,
+    permuted_moe,
     tile_activity,
     tile_moe,
     union_moe,
 )
 
 T, E, D, F = 37, 5, 24, 64
-WAYS = {"reference": {}, "xla": {"tile": 4}, "tpu": {"tile": 16}}
-SPARSE = ["xla", "tpu"]
+WAYS = {
+    "reference": {},
+    "xla": {"tile": 4},
+    "tpu": {"tile": 16},
+    "permuted xla": {"tile": 4},
+    "permuted tpu": {"tile": 16},
+}
+FEW = ["xla", "tpu"]
+SPARSE = [way for way in WAYS if way != "reference"]
 FLAGS = {
     "none": lambda a: a & False,
     "one pair": lambda a: (np.arange(T) == 20)[:, None] & (np.arange(E) == 3),
@@ -37,7 +46,12 @@ FLAGS = {
 
 
 def options(way):
-    return {"backend": way, "interpret": way == "tpu", **WAYS[way]}
+    impl = way.removeprefix("permuted ")
+    return {"impl": impl, "interpret": impl == "tpu", **WAYS[way]}
+
+
+def layer(way):
+    return permuted_moe if "permuted" in way else tile_moe
 
 
 @functools.cache
@@ -45,8 +59,8 @@ def trained(way):
     """Jitted (x, scores, active, up, down, cotangent) -> (y, (dx, dscores, dup, ddown))."""
 
     def run(x, scores, active, up, down, dy):
-        config = options(way) | ({"tile": 256} if len(x) > T else {})
-        y, back = jax.vjp(lambda *a: tile_moe(*a[:2], active, *a[2:], **config), x, scores, up, down)
+        config = options(way) | ({"tile": 256} if len(x) > T and "permuted" not in way else {})
+        y, back = jax.vjp(lambda *a: layer(way)(*a[:2], active, *a[2:], **config), x, scores, up, down)
         return y, back(dy)
 
     return jax.jit(run, compiler_options=QUICK)
@@ -54,7 +68,7 @@ def trained(way):
 
 @functools.cache
 def decoded(way):
-    return jax.jit(lambda *a: union_moe(*a, backend=way, interpret=way == "tpu"), compiler_options=QUICK)
+    return jax.jit(lambda *a: union_moe(*a, impl=way, interpret=way == "tpu"), compiler_options=QUICK)
 
 
 def problem(flags="some", seed=0, tokens=T, width=D, hidden=F, dtype=np.float32):
@@ -105,7 +119,7 @@ def test_bfloat16(way):
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("way", ["reference", *SPARSE])
+@pytest.mark.parametrize("way", ["reference", *FEW])
 def test_union(way, flags):
     *given, _ = problem(flags, seed=2)
     y = decoded(way)(*given)
@@ -116,22 +130,26 @@ def test_union(way, flags):
 @pytest.mark.parametrize("way", ["reference", *SPARSE])
 def test_weights_of_experts_that_nobody_uses_are_not_read(way):
     x, scores, active, up, down, dy = problem("one expert nobody uses", seed=3)
-    clean = jax.tree.leaves((trained(way)(x, scores, active, up, down, dy), decoded(way)(x, scores, active, up, down)))
+
+    def run():
+        few = decoded(way)(x, scores, active, up, down) if "permuted" not in way else ()
+        return jax.tree.leaves((trained(way)(x, scores, active, up, down, dy), few))
+
+    clean = run()
     up[2], down[2] = np.nan, np.inf
     scores = np.where(active, scores, 9)  # nor scores of pairs that are not active
-    dirty = jax.tree.leaves((trained(way)(x, scores, active, up, down, dy), decoded(way)(x, scores, active, up, down)))
-    for ours, wanted in zip(dirty, clean):
+    for ours, wanted in zip(run(), clean, strict=True):
         np.testing.assert_array_equal(ours, wanted)
 
 
 def test_a_union_copies_no_weights():
-    run = jax.jit(lambda *a: union_moe(*a, backend="xla"), compiler_options=QUICK)
+    run = jax.jit(lambda *a: union_moe(*a, impl="xla"), compiler_options=QUICK)
     given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in draw(0, 4, 64, 32, 16)[:5]]
     weights = given[3].size * given[3].dtype.itemsize
     assert run.lower(*given).compile().memory_analysis().temp_size_in_bytes < weights / 4
 
 
-@pytest.mark.parametrize("way", SPARSE)
+@pytest.mark.parametrize("way", FEW)
 def test_a_token_of_a_union_has_the_same_bits_whoever_is_beside_it(way):
     """Without which a draft that is verified in one chunk could end otherwise than token by token."""
     x, scores, active, up, down, _ = (a[:8] if i < 3 else a for i, a in enumerate(problem(seed=5)))
@@ -142,7 +160,7 @@ def test_a_token_of_a_union_has_the_same_bits_whoever_is_beside_it(way):
         np.testing.assert_array_equal(np.asarray(decoded(way)(*others, up, down))[7 - t], together[t])
 
 
-@pytest.mark.parametrize("run", [tile_moe, union_moe])
+@pytest.mark.parametrize("run", [tile_moe, union_moe, permuted_moe])
 def test_wrong_arguments_are_named(run):
     x, scores, active, up, down, _ = problem()
     for arguments, words in (
@@ -159,20 +177,53 @@ def test_wrong_arguments_are_named(run):
         with pytest.raises(MoEError, match=words):
             run(*arguments)
     with pytest.raises(BackendError, match=r"'cuda' is no implementation of a .*: auto, reference, xla, tpu"):
-        run(x, scores, active, up, down, backend="cuda")
+        run(x, scores, active, up, down, impl="cuda")
+
+
+@pytest.mark.parametrize("way", ["permuted xla", "permuted tpu"])
+def test_no_pair_is_lost_where_there_is_no_room(way):
+    """One program: with room for all pairs it sorts, with one pair more it loops, and both mean the same."""
+    x, scores, active, up, down, dy = problem("all", seed=6)
+    room = 40
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(x, scores, active, up, down, dy):
+        y, back = jax.vjp(
+            lambda *a: permuted_moe(*a[:2], active, *a[2:], capacity=room, **options(way)), x, scores, up, down
+        )
+        return y, back(dy), permute_pairs(active, scores, room)
+
+    for pairs in (room, room + 1, active.size):
+        used = active & (np.cumsum(active.T) <= pairs).reshape(E, T).T
+        given = x, np.where(used, scores, 0).astype(np.float32), used, up, down, dy
+        *got, listed = run(*given)
+        assert bool(listed.overflow) == (pairs > room) and listed.group_sizes.sum() == min(pairs, room)
+        check(got, given, 1e-5)
+
+
+def test_pairs_are_sorted_by_expert_and_then_by_token():
+    _, scores, active, *_ = problem(seed=7)
+    pairs = permute_pairs(active, scores, active.size)
+    experts, tokens = np.nonzero(active.T)
+    np.testing.assert_array_equal(pairs.group_sizes, active.sum(0))
+    np.testing.assert_array_equal(pairs.row_token[: len(tokens)], tokens)
+    np.testing.assert_array_equal(pairs.row_score[: len(tokens)], scores[tokens, experts])
+    assert not np.asarray(pairs.row_score[len(tokens) :]).any() and not pairs.overflow
 
 
 def test_what_cannot_be_asked_for():
     x, scores, active, up, down, _ = problem()
     with pytest.raises(MoEError, match="tile is 0"):
         tile_moe(x, scores, active, up, down, tile=0)
+    with pytest.raises(MoEError, match="capacity is 0: wanted a number of pairs"):
+        permuted_moe(x, scores, active, up, down, capacity=0)
     twice = [np.concatenate([a, a]) for a in (x, scores, active)]
     with pytest.raises(MoEError, match="74 tokens, more than 64: use tile_moe"):
         union_moe(*twice, up, down)
     with pytest.raises(DerivativeError, match="use tile_moe"):
         jax.grad(lambda x: union_moe(x, scores, active, up, down).sum())(x)
-    slope = jax.grad(lambda x: tile_moe(x, scores, active, up, down, backend="xla").sum())
-    with pytest.raises(DerivativeError, match="backend='reference'"):
+    slope = jax.grad(lambda x: tile_moe(x, scores, active, up, down, impl="xla").sum())
+    with pytest.raises(DerivativeError, match="impl='reference'"):
         jax.grad(lambda x: slope(x).sum())(x)
 
 
@@ -185,14 +236,14 @@ def test_a_layer_that_vmem_has_no_room_for_is_refused_by_name(run, chip, width, 
         use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
         pytest.raises(BackendError, match=rf"{width} x 1024 with tiles of 64 tokens need .* MB of VMEM of {room}"),
     ):
-        jax.eval_shape(functools.partial(run, backend="tpu"), *spec.arrays)
+        jax.eval_shape(functools.partial(run, impl="tpu"), *spec.arrays)
 
 
 def test_no_kernel_runs_where_there_is_no_tpu():
     with pytest.raises(BackendError, match="the device is cpu, no TPU"):
-        tile_moe(*problem()[:5], backend="tpu")
+        tile_moe(*problem()[:5], impl="tpu")
     with jax.enable_x64(True), pytest.raises(BackendError, match="float64, not float32 or bfloat16"):
-        tile_moe(*problem(dtype=np.float64)[:5], backend="tpu", interpret=True)
+        tile_moe(*problem(dtype=np.float64)[:5], impl="tpu", interpret=True)
 
 
 def test_what_auto_takes_is_said(caplog):
@@ -202,5 +253,7 @@ def test_what_auto_takes_is_said(caplog):
     with caplog.at_level("INFO", logger="pallas_kernels.common.backends"):
         tile_moe(*problem()[:5])
         union_moe(*problem()[:5])
+        permuted_moe(*problem()[:5])
     assert [r.getMessage() for r in caplog.records] == [
-        "a block-sparse mixture of experts runs on plain XLA", "a union of experts runs on plain XLA"]  # fmt: skip
+        "a block-sparse mixture of experts runs on plain XLA", "a union of experts runs on plain XLA",
+        "a permuted mixture of experts runs on plain XLA"]  # fmt: skip

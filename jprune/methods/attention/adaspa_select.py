@@ -34,7 +34,7 @@ class AdaSpaConfig:
       text_start, text_len: where the text tokens stand among all tokens: at the start or at the end.
       min_tokens: shorter sequences stay dense, where sparsity does not pay.
       dense_layers: layers that stay dense.
-      impl: backend of the kernels.
+      impl: implementation of the kernels.
     """
 
     sparsity: float = 0.8
