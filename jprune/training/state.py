@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jprune.training.forward import Forward
@@ -103,7 +104,7 @@ def _copy(tree: Any) -> Any:
 
     def one(x: Any) -> jax.Array:
         x = x if hasattr(x, "dtype") else jnp.asarray(x)
-        if isinstance(x, jax.core.Tracer):  # only its shape is asked for: there is no buffer that a step could take
+        if isinstance(x, Tracer):  # only its shape is asked for: there is no buffer that a step could take
             return x
         return jax.device_put(x, x.sharding if getattr(x, "committed", False) else None, may_alias=False)
 
