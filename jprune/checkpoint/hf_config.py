@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jprune.files.json_files import Fields
-from jprune.models.llama_config import FAMILIES, LlamaConfig
+from jprune.files.json_files import REQUIRED, Fields
+from jprune.models.llama_config import FAMILIES, WITH_EXPERTS, LlamaConfig
+from jprune.models.moe.routers import Experts, TopK
 from jprune.models.rope import Rope
 
 OWN = "jprune_"  # before the model type of folders whose layers differ, in versions up to 0.1
 PER_LAYER = {"intermediate_size": "ffn", "num_attention_heads": "q_heads", "num_key_value_heads": "kv_heads"}
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CLASSES = {
+    "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral",
+}  # fmt: skip
 MOST_LAYERS = 100_000  # more than any model has; each costs time, also where there are no files to compare with
 _ROPE_KEYS = {
     "default": (),
@@ -53,9 +56,10 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "float32", *, layers: int
             f"num_hidden_layers is {depth}, and the files hold {layers} layers: one of them is another model's"
         )
     head = f.integer("head_dim", None, least=1) or (128 if family == "qwen3" else d // heads)
-    bias = f.flag("attention_bias", False) and family in ("llama", "qwen3")
+    bias = f.flag("attention_bias", False) and family in ("llama", "qwen3", "qwen3_moe")
+    width = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
     widths = {
-        "ffn": [f.integer("intermediate_size", least=1)] * depth,
+        "ffn": [f.integer(width, least=1)] * depth,
         "q_heads": [heads] * depth,
         "kv_heads": [f.integer("num_key_value_heads", None, least=1) or heads] * depth,
     }
@@ -80,11 +84,29 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "float32", *, layers: int
         qkv_bias=bias or family == "qwen2",
         o_bias=bias,
         mlp_bias=f.flag("mlp_bias", False) and family == "llama",
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        experts=_experts(f, family),
         family=family,
         max_positions=f.integer("max_position_embeddings", 2048, least=1),
         dtype=(f.text("dtype", None) or f.text("torch_dtype", None) or dtype).removeprefix("torch."),
     )
+
+
+def _experts(f: Fields, family: str) -> Experts | None:
+    """Of a family that has them, in every layer."""
+    if family not in WITH_EXPERTS:
+        return None
+    if family == "qwen3_moe" and (f.integer("decoder_sparse_step", 1) != 1 or f.integers("mlp_only_layers", [])):
+        raise ValueError("some layers have an MLP in place of experts (decoder_sparse_step, mlp_only_layers): only models "
+                         "with experts in every layer are read")  # fmt: skip
+    local = f.integer("num_local_experts", None, least=1)
+    count = f.integer("num_experts", local, least=1) if family == "qwen3_moe" else local
+    if count is None:
+        raise ValueError("num_local_experts is missing" if family == "mixtral" else "num_experts is missing")
+    if local is not None and local != count:
+        raise ValueError(f"num_experts is {count} and num_local_experts {local}: correct one of them")
+    k = f.integer("num_experts_per_tok", 2 if family == "mixtral" else REQUIRED, least=1, most=count)
+    return Experts(count, TopK(k, family == "mixtral" or f.flag("norm_topk_prob", False)), gated=True)
 
 
 def _is_layer(text: str, depth: int) -> bool:
@@ -94,10 +116,11 @@ def _is_layer(text: str, depth: int) -> bool:
 def _windows(f: Fields, family: str, depth: int) -> tuple[int | None, ...] | None:
     """How far every layer looks back."""
     window = f.integer("sliding_window", None, least=1)
-    if family == "llama" or window is None or (family != "mistral" and not f.flag("use_sliding_window", False)):
+    always = family in ("mistral", "mixtral")
+    if family == "llama" or window is None or not (always or f.flag("use_sliding_window", False)):
         return None
     kinds = f.texts("layer_types", None, among=("sliding_attention", "full_attention"))
-    if family == "mistral":
+    if always:
         own = [True] * depth
     elif kinds is None:
         first = f.integer("max_window_layers", 28)
@@ -138,7 +161,7 @@ def export_family(config: LlamaConfig) -> str:
     Raises:
       ValueError: no stock family has this mixture of biases, norms and windows.
     """
-    families = [config.family, *(f for f in ("llama", "mistral", "qwen2", "qwen3") if f != config.family)]
+    families = [config.family, *(f for f in FAMILIES if f != config.family)]
     reasons = [(f, _unfit(f, config)) for f in families]
     fit = next((f for f, why in reasons if why is None), None)
     if fit is None:
@@ -149,21 +172,29 @@ def export_family(config: LlamaConfig) -> str:
 def _unfit(family: str, c: LlamaConfig) -> str | None:
     """Why a family's stock classes cannot be this model."""
     windows = set(c.windows or (None,))
+    if (c.experts is not None) != (family in WITH_EXPERTS):
+        return "has no experts" if c.experts is not None else "always has experts"
+    if c.experts is not None:
+        router = c.experts.router
+        if not c.experts.gated or not isinstance(router, TopK):
+            return "has gated experts and a top-k router"
+        if family == "mixtral" and not router.renormalised:
+            return "has weights that are divided by their sum"
     if len(windows - {None}) > 1:
         return "has one window size"
     if family == "llama" and windows != {None}:
         return "has no window"
-    if family == "mistral" and len(windows) > 1:
+    if family in ("mistral", "mixtral", "qwen3_moe") and len(windows) > 1:
         return "has one window for all layers"
     if family == "llama" and c.stream % max(c.q_heads):
         return f"needs a number of heads that divides {c.stream}"
-    if c.qk_norm != (family == "qwen3"):
+    if c.qk_norm != (family in ("qwen3", "qwen3_moe")):
         return "has no qk_norm" if c.qk_norm else "always has qk_norm"
     if c.mlp_bias and family != "llama":
         return "has no mlp_bias"
-    if family in ("llama", "qwen3") and c.qkv_bias != c.o_bias:
+    if family in ("llama", "qwen3", "qwen3_moe") and c.qkv_bias != c.o_bias:
         return "has biases on q, k, v and o together"
-    if family == "mistral" and (c.qkv_bias or c.o_bias):
+    if family in ("mistral", "mixtral") and (c.qkv_bias or c.o_bias):
         return "has no attention biases"
     if family == "qwen2" and (not c.qkv_bias or c.o_bias):
         return "has biases on q, k, v and not on o"
@@ -179,7 +210,7 @@ def hf_from_config(config: LlamaConfig, family: str, base: Mapping[str, Any] | N
         "model_type": family,
         "vocab_size": c.vocab,
         "hidden_size": c.stream,
-        "intermediate_size": max(c.ffn),
+        "intermediate_size": max(c.ffn) if family != "qwen3_moe" else (base or {}).get("intermediate_size", max(c.ffn)),
         "num_hidden_layers": c.depth,
         "num_attention_heads": max(c.q_heads),
         "num_key_value_heads": max(c.kv_heads),
@@ -192,14 +223,16 @@ def hf_from_config(config: LlamaConfig, family: str, base: Mapping[str, Any] | N
         "tie_word_embeddings": c.tied,
         "torch_dtype": c.dtype,
     }
-    if family in ("llama", "qwen3"):
+    if family in ("llama", "qwen3", "qwen3_moe"):
         out["attention_bias"] = c.qkv_bias
+    if c.experts is not None:
+        out |= _said_of_experts(c, family)
     if family == "llama":
         out["mlp_bias"] = c.mlp_bias
     window = next((w for w in c.windows or () if w is not None), None)
-    if family == "mistral":
+    if family in ("mistral", "mixtral"):
         out["sliding_window"] = window
-    elif family in ("qwen2", "qwen3"):
+    elif family in ("qwen2", "qwen3", "qwen3_moe"):
         own = [w is not None for w in c.windows or (None,) * c.depth]
         out |= {"use_sliding_window": window is not None, "sliding_window": window}
         out["max_window_layers"] = own.index(True) if any(own) else c.depth
@@ -211,6 +244,21 @@ def hf_from_config(config: LlamaConfig, family: str, base: Mapping[str, Any] | N
 def _scaling(rope: Rope) -> dict[str, Any]:
     values = (rope.factor, rope.low, rope.high, rope.original)
     return {"rope_type": rope.kind, **dict(zip(_ROPE_KEYS[rope.kind], values, strict=False))}
+
+
+def _said_of_experts(c: LlamaConfig, family: str) -> dict[str, Any]:
+    """The entries that a family with experts has besides."""
+    assert c.experts is not None and isinstance(c.experts.router, TopK)
+    count = c.experts.count
+    out = {"num_local_experts": count, "num_experts_per_tok": c.experts.router.k}
+    if family == "qwen3_moe":  # older programs read num_experts, newer ones write num_local_experts
+        out |= {
+            "num_experts": count,
+            "moe_intermediate_size": max(c.ffn),
+            "norm_topk_prob": c.experts.router.renormalised,
+        }
+        out |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    return out
 
 
 _REPLACED = (

@@ -15,6 +15,7 @@ import numpy as np
 
 from jprune.checkpoint.hf_config import CLASSES, PER_LAYER, hf_from_config
 from jprune.models.llama_config import LlamaConfig
+from jprune.models.moe.routers import ReluNorm
 
 CODE_FILE = "modeling_jprune.py"
 
@@ -183,18 +184,24 @@ class JpruneStockForCausalLM(StockForCausalLM):
 
 
 def count(config: LlamaConfig) -> dict[str, int]:
-    """Numbers of a model: ffn channels, query and kv heads, linear weights of all layers, all parameters."""
+    """Numbers of a model: ffn channels, query and kv heads, linear weights of all layers, all parameters; experts."""
     c, d, h = config, config.stream, config.head_dim
     linear = other = 0
+    count = 1 if c.experts is None else c.experts.count
     for f, q, kv, v in zip(c.ffn, c.q_heads, c.kv_heads, c.value_dims, strict=True):
-        linear += 3 * d * f + d * (q * h + kv * h + kv * v + q * v)
+        linear += (3 if c.experts is None or c.experts.gated else 2) * count * d * f + d * (
+            q * h + kv * h + kv * v + q * v
+        )
         other += 2 * d + (2 * h if c.qk_norm else 0)
+        if c.experts is not None:
+            other += count * d + (count if isinstance(c.experts.router, ReluNorm) else 0)
         other += (q * h + kv * h + kv * v if c.qkv_bias else 0) + (d if c.o_bias else 0) + c.mlp_bias * (2 * f + d)
     outside = c.vocab * d * (1 if c.tied else 2) + d
     return {
-        "ffn_channels": sum(c.ffn),
+        "ffn_channels": count * sum(c.ffn),
         "query_heads": sum(c.q_heads),
         "key_value_heads": sum(c.kv_heads),
+        **({} if c.experts is None else {"experts": count * c.depth}),
         "block_linear_weights": linear,
         "parameters": linear + other + outside,
     }

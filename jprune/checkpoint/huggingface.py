@@ -22,6 +22,7 @@ from jax.sharding import Sharding
 
 from jprune.checkpoint.folder import Placement
 from jprune.checkpoint.hf_config import config_from_hf, export_family, hf_from_config
+from jprune.checkpoint.hf_experts import StackedExperts, split_experts
 from jprune.checkpoint.hf_export import (
     CODE_FILE,
     hetero_config,
@@ -39,7 +40,7 @@ from jprune.checkpoint.layouts.layout import from_logical, views
 from jprune.files.atomic import whole_folder, write_json
 from jprune.files.json_files import REQUIRED, Fields, read_json, said_of
 from jprune.models.llama import Llama, LlamaConfig, unstack_layers
-from jprune.models.llama_config import FAMILIES
+from jprune.models.llama_config import FAMILIES, WITH_EXPERTS
 from jprune.models.shapes import check_tree
 from jprune.version import __version__
 
@@ -149,6 +150,8 @@ def read_decoder(
     Raises:
       ValueError: as for `load_hf`.
     """
+    if stored.experts is not None:
+        files = StackedExperts(files, stored)
     names = _names(stored)
     _check_tensors(files, stored, names)
     own = jnp.dtype(dtype or files.dtype(names["embed", None]))
@@ -241,7 +244,8 @@ def save_hf(
         for name in TOKENIZER_FILES if tokenizer_from is not None else ():
             if (Path(tokenizer_from) / name).is_file():  # pyright: ignore[reportArgumentType]
                 shutil.copy(Path(tokenizer_from) / name, unfinished / name)  # pyright: ignore[reportArgumentType]
-        write_tensors(unfinished, _tensors(variables, config, stored), shard_bytes)
+        tensors = _tensors(variables, config, stored)
+        write_tensors(unfinished, tensors if config.experts is None else split_experts(tensors, stored), shard_bytes)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -276,7 +280,8 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 def _names(config: LlamaConfig) -> dict[tuple[str, int | None], str]:
     """{(logical name, layer): tensor name} of everything a checkpoint of this model holds, in the order of the layers."""
     c = config
-    layer = ["input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down"]
+    mlp = ["gate", "up", "down"] if c.experts is None else ["router", "expert_gate", "expert_up", "expert_down"]
+    layer = ["input_norm", "q", "k", "v", "o", "post_norm", *mlp]
     layer += ["q_bias", "k_bias", "v_bias"] * c.qkv_bias + ["o_bias"] * c.o_bias + ["q_norm", "k_norm"] * c.qk_norm
     layer += ["gate_bias", "up_bias", "down_bias"] * c.mlp_bias
     keys: list[tuple[str, int | None]] = [("embed", None)]
@@ -341,8 +346,10 @@ def _placed(path: str, x: np.ndarray, dtype: Any, sharding: Placement | None) ->
 
 
 def _check_mode(config: LlamaConfig, mode: str) -> None:
-    if config.experts is not None:
-        raise ValueError("decoders with experts are not written as Hugging Face folders: use jprune.checkpoint.save")
+    if config.experts is not None and mode != "uniform":
+        raise ValueError(f"decoders with experts are only written with mode='uniform', not {mode!r}")
+    if config.experts is not None and config.family not in WITH_EXPERTS:
+        raise ValueError(f"a {config.family} with experts fits no Hugging Face model: use jprune.checkpoint.save")
     if mode == "uniform" and not config.uniform:
         raise ValueError("the layers differ in width: choose mode='padded' (zeros, any program) or 'hetero'")
     if config.norm_width not in (None, config.stream):

@@ -26,6 +26,7 @@ from jprune.checkpoint.huggingface import read_config
 from jprune.checkpoint.layouts import LINEN, kept_of_plan
 from jprune.checkpoint.masks import save_masks
 from jprune.data.text import sample_windows
+from jprune.files.atomic import write_json
 from jprune.graph import trace
 from jprune.jobs.decoder_text import Texts, load_texts
 from jprune.jobs.outputs import write_report
@@ -158,6 +159,11 @@ class DecoderRun(PruningRun):
             raise ValueError("recover merges low-rank updates into all weights, which fills the zeros again: leave it out, or "
                              "give --refit-kept, which moves the kept weights alone")  # fmt: skip
         self.config = read_config(options.model)
+        if self.config.experts is not None and self.method.widths and not self.method.whole:
+            raise ValueError(f"method {options.method!r} removes channels of MLPs, and {options.model} has experts in their "
+                             "place: choose reap or another method for experts, or one for single weights")  # fmt: skip
+        if self.config.experts is not None and options.recover:
+            raise ValueError("recover is not offered for models with experts: leave it out")
         self.model = Llama(self.config)
         ids = jax.ShapeDtypeStruct((2, options.length), jnp.int32)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), ids)
@@ -195,7 +201,7 @@ class DecoderRun(PruningRun):
                 outcome = self.method.find(task, self.settings)
             for text in outcome.warnings:
                 self.warn(text)
-            if outcome.masks is None and (outcome.keep is None or outcome.graph is None):
+            if outcome.masks is None and outcome.units is None and (outcome.keep is None or outcome.graph is None):
                 raise ValueError(f"method {o.method!r} gives no keep set, which a model's folder is made of")
             gone = outcome.keep if outcome.masks is None else outcome.masks
             if task.amount is not None and task.amount.sparsity and gone and all(k.all() for k in gone.values()):
@@ -286,6 +292,8 @@ class DecoderRun(PruningRun):
             kept = kept_of_plan(plan, LINEN, self.config)
         if outcome.masks is not None:
             save_masks(out / "masks.safetensors", outcome.masks)
+        if outcome.units is not None:
+            write_json(out / "units.json", dict(outcome.units))
         text = f"{o.sequences} windows of {o.length} tokens of {o.calibration}"
         asked = 0.0 if task.amount is None else task.amount.sparsity
         record = PruningRecord(o.method, o.seed, text, asked, o.model, self.config, kept)
@@ -336,6 +344,9 @@ def _widths(dense: LlamaConfig, small: LlamaConfig) -> tuple[list[str], list[int
     kinds = ["ffn", *(k for k in ("q_heads", "kv_heads") if getattr(dense, k) != getattr(small, k))]
     names = [f"{i} {k}" for k in kinds for i in range(dense.depth)]
     one, two = ([n for k in kinds for n in getattr(c, k)] for c in (dense, small))
+    if dense.experts is not None and small.experts is not None and dense.experts.count != small.experts.count:
+        names = [f"{i} experts" for i in range(dense.depth)]
+        one, two = ([n] * dense.depth for n in (dense.experts.count, small.experts.count))
     return names, one, two
 
 
@@ -348,8 +359,12 @@ def _weights(masks: Mapping[str, Any]) -> tuple[list[str], list[int], list[int]]
 def _layers(dense: LlamaConfig, small: LlamaConfig) -> list[tuple[str, ...]]:
     """The table of layers."""
     out: list[tuple[str, ...]] = [("layer", "MLP channels", "query heads", "key-value heads")]
+    if dense.experts is not None and small.experts is not None:
+        out = [("layer", "channels of an expert", "query heads", "key-value heads", "experts")]
     for i in range(dense.depth):
         pairs = [(getattr(dense, k)[i], getattr(small, k)[i]) for k in ("ffn", "q_heads", "kv_heads")]
+        if dense.experts is not None and small.experts is not None:
+            pairs.append((dense.experts.count, small.experts.count))
         out.append((str(i), *(f"{b:,} of {a:,} ({b / a:.0%})" for a, b in pairs)))
     return out
 

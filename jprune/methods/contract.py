@@ -165,6 +165,7 @@ class Outcome:
       figures: (caption, file name without ending, draw(path)).
       warnings: what a user would not expect.
       masks: {leaf path: True where a weight stays}, where single weights went and all widths stay.
+      units: {layer: which of its units stay, by number}, where neither groups of a graph were cut nor single weights went.
     """
 
     model: Any
@@ -179,6 +180,7 @@ class Outcome:
     figures: tuple[tuple[str, str, Callable[[Path], None]], ...] = ()
     warnings: tuple[str, ...] = ()
     masks: Mapping[str, Any] | None = None
+    units: Mapping[str, list[int]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +230,7 @@ class Method:
       trains: it prunes while it trains; nothing is left to recover afterwards.
       even: it keeps equally much in every layer.
       widths: it changes widths; a method for single weights does not.
+      whole: it removes whole experts.
     """
 
     name: str
@@ -242,6 +245,7 @@ class Method:
     trains: bool = False
     even: bool = False
     widths: bool = True
+    whole: bool = False
 
     def amount(self, quantity: str | None, keep: float | None, sparsity: float | None, usual: float) -> Amount | None:
         """How much is to go, from what a user gave; `usual` is the share to remove where nothing was given.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from jprune.methods.channels import for_classifiers, for_decoders
 from jprune.methods.contract import Method
+from jprune.methods.experts import for_decoders as experts
 from jprune.methods.tokens import llava_answer, reducers_by_name
 from jprune.methods.weights import methods as weights
 
@@ -14,19 +15,20 @@ METHODS: Mapping[str, Mapping[str, Method]] = {
     kind: {m.name: m for m in methods}
     for kind, methods in (
         ("classifiers", (*for_classifiers.METHODS, *weights.FOR_CLASSIFIERS)),
-        ("decoders", (*for_decoders.METHODS, *weights.FOR_DECODERS)),
+        ("decoders", (*for_decoders.METHODS, *weights.FOR_DECODERS, *experts.METHODS)),
     )
 }
 
 
 def _listed(models: str, widths: bool) -> dict[str, str]:
-    return {n: m.about for n, m in METHODS[models].items() if m.widths == widths}
+    return {n: m.about for n, m in METHODS[models].items() if m.widths == widths and not m.whole}
 
 
 TABLE: Mapping[str, Mapping[str, str]] = {
     "channels of a classifier (jprune prune)": _listed("classifiers", True),
     "channels and heads of a language model (jprune prune --model FOLDER)": _listed("decoders", True),
     "single weights of a classifier or a language model (jprune prune)": _listed("decoders", False),
+    "whole experts of a language model (jprune prune --model FOLDER)": {m.name: m.about for m in experts.METHODS},
     "tokens of a vision transformer (jprune eval)": reducers_by_name.ABOUT,
     "visual tokens of a LLaVA (jprune chat)": llava_answer.ABOUT,
 }

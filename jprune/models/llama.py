@@ -244,8 +244,9 @@ class Block(nn.Module):
         if c.experts is None:
             return x + MLP(c, self.layer, name="mlp")(norm(x)), *rest
         layer = BlockFFN(
-            c.experts.count, c.ffn[self.layer], c.experts.router, self.experts_fn, dtype=c.dtype, name="experts"
-        )
+            c.experts.count, c.ffn[self.layer], c.experts.router, self.experts_fn, c.experts.gated, dtype=c.dtype,
+            name="experts",
+        )  # fmt: skip
         y, routed = layer(norm(x), own_tokens(at, x.shape[1]))
         if not self.is_initializing():  # which would make it a part of the variables
             self.sow("routed", "layer", routed, reduce_fn=_newest)

@@ -9,7 +9,8 @@ from typing import Any
 from jprune.models.moe.routers import Experts
 from jprune.models.rope import Rope
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
+WITH_EXPERTS = ("qwen3_moe", "mixtral")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class LlamaConfig:
       tied: the logits reuse the embedding.
       qkv_bias, o_bias, mlp_bias, qk_norm: which extra parameters there are; qk_norm is an RMS norm within each head.
       norm_width: divisor of the norms' mean square; the width of the stream before pruning. None: its width.
-      family: whose `transformers` classes the model is written for: "llama", "mistral", "qwen2", "qwen3".
+      family: whose `transformers` classes the model is written for: "llama", "mistral", "qwen2", "qwen3",
+        "qwen3_moe", "mixtral".
       max_positions: longest context it was trained for; nothing here depends on it.
       dtype: of freshly initialised parameters.
       experts: how many experts stand in place of each MLP, each `ffn` wide, and their router; None: MLPs.

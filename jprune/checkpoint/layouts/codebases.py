@@ -25,6 +25,11 @@ def _hf() -> Layout:
         **sites,
         "q_norm": (Site(f"{_HF_LAYER}self_attn.q_norm.weight", ("h",)),),
         "k_norm": (Site(f"{_HF_LAYER}self_attn.k_norm.weight", ("h",)),),
+        # as `jprune.checkpoint.hf_experts` puts a layer's experts side by side
+        "router": (Site(f"{_HF_LAYER}mlp.gate.weight", ("E", "d")),),
+        "expert_gate": (Site(f"{_HF_LAYER}mlp.experts.gate", ("E.F", "d")),),
+        "expert_up": (Site(f"{_HF_LAYER}mlp.experts.up", ("E.F", "d")),),
+        "expert_down": (Site(f"{_HF_LAYER}mlp.experts.down", ("d", "E.F")),),
         "input_norm": (Site(f"{_HF_LAYER}input_layernorm.weight", ("d",)),),
         "post_norm": (Site(f"{_HF_LAYER}post_attention_layernorm.weight", ("d",)),),
         "embed": (Site("model.embed_tokens.weight", ("vocab", "d")),),
@@ -65,6 +70,9 @@ def _linen(stacked: bool) -> Layout:
         sites[name] = (Site(f"{layer}/attn/{name}/scale", (*lead, "h")),)
     for name in ("input_norm", "post_norm"):
         sites[name] = (Site(f"{layer}/{name}/scale", (*lead, "d")),)
+    sites["router"] = (Site(f"{layer}/experts/router/kernel", (*lead, "d", "E")),)
+    for name, own in {"gate": ("E", "d", "F"), "up": ("E", "d", "F"), "down": ("E", "F", "d")}.items():
+        sites[f"expert_{name}"] = (Site(f"{layer}/experts/{name}", (*lead, *own)),)
     sites["embed"] = (Site("embed/embedding", ("vocab", "d")),)
     sites["final_norm"] = (Site("final_norm/scale", ("d",)),)
     sites["lm_head"] = (Site("lm_head/kernel", ("d", "vocab")),)

@@ -20,6 +20,8 @@ def sizes(config: LlamaConfig, layer: int | None) -> dict[str, int]:
         q, kv = config.q_heads[layer], config.kv_heads[layer]
         out |= {"F": config.ffn[layer], "q_head": q, "kv_head": kv, "q_in_group": q // kv}
         out["hv"] = config.value_dims[layer]
+        if config.experts is not None:
+            out["E"] = config.experts.count
     return out
 
 

@@ -6,7 +6,7 @@ what every axis is. The logical tensor itself is always the matrix (outputs, inp
 that code written once on logical matrices works on all trees. Only permutations, reshapes and slices happen here.
 
 Roles of axes: d (stream), F (ffn channels), q_head, kv_head, q_in_group (a query head within its key-value head), h
-(channels of a query or key head), hv (of a value head), vocab, r (rank of a low-rank factor), layer, and fused:i
+(channels of a query or key head), E (experts), hv (of a value head), vocab, r (rank of a low-rank factor), layer, and fused:i
 (position i of an axis that lays several logical tensors side by side). "q_head.h" is one axis that merges the two.
 """
 
@@ -42,6 +42,10 @@ ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # logical name: r
     **{f"{name}_lora_mask": (rows, ()) for name, (rows, _) in MATRICES.items()},  # 0 at rows that are pruned
     "q_norm": (("h",), ()),
     "k_norm": (("h",), ()),
+    "router": (("E",), ("d",)),
+    "expert_gate": (("E", "F"), ("d",)),
+    "expert_up": (("E", "F"), ("d",)),
+    "expert_down": (("d",), ("E", "F")),
     "input_norm": (("d",), ()),
     "post_norm": (("d",), ()),
     "embed": (("vocab",), ("d",)),

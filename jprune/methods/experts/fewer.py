@@ -1,4 +1,4 @@
-"""Fewer experts, or the same ones in another order: pure functions of a BlockFFN layer's parameters."""
+"""Fewer experts, or the same ones in another order: pure functions of a layer's parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jprune.models.moe.routers import ReluNorm
+from jprune.models.moe.routers import DSMoE, Grin, ReluNorm, Router, TopK
 
 
 def prune_experts(
@@ -36,6 +36,25 @@ def prune_experts(
         scale = new["router_norm"]["scale"]
         new["router_norm"] = {"scale": (scale.astype(jnp.float32) * ratio**0.5).astype(scale.dtype)}
     return new, dataclasses.replace(router, eps=router.eps * ratio)
+
+
+def take_experts(params: Mapping[str, Any], keep: Sequence[int], router: Router) -> tuple[dict[str, Any], Router]:
+    """(parameters with these experts alone, the router that goes with them), whatever the router.
+
+    Where weights are divided by their sum (`TopK`), a token whose experts all stay gets exactly what it got. With
+    `ReluNorm` this is `prune_experts`.
+
+    Raises:
+      ValueError: no expert, one twice, one that there is not, or fewer than a token goes to.
+    """
+    if isinstance(router, ReluNorm):
+        return prune_experts(params, keep, router)
+    index = _checked(keep, params["up"].shape[0])
+    if isinstance(router, DSMoE) and list(index[: router.shared]) != list(range(router.shared)):
+        raise ValueError(f"the first {router.shared} experts always run: keep them, in their places")
+    if isinstance(router, TopK | DSMoE | Grin) and len(index) < router.k:
+        raise ValueError(f"{len(index)} experts stay, but a token goes to {router.k}: keep at least so many")
+    return _taken(params, index), router
 
 
 def reorder_experts(params: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
@@ -83,6 +102,8 @@ def _taken(params: Mapping[str, Any], index: Any) -> dict[str, Any]:
         "up": params["up"][index],
         "down": params["down"][index],
     }
+    if "gate" in params:
+        new["gate"] = params["gate"][index]
     if "router_norm" in params:
         new["router_norm"] = {"scale": params["router_norm"]["scale"][index]}
     return new

@@ -1,6 +1,7 @@
-"""A feed-forward layer of many small experts without gates (BlockFFN, Song et al. 2025), in plain form and as a module.
+"""A feed-forward layer of many small experts (BlockFFN, Song et al. 2025; gated as in Mixtral), plain and as a module.
 
     router/kernel (d, experts)    router_norm/scale (experts,)    up (experts, d, f)    down (experts, f, d)
+    gate (experts, d, f), where experts are gated
 
 How the experts are computed is a hook: `experts_fn(x, routed, up, down)`, by default all of them. `tile_experts` and
 `union_experts` leave out what is not active, by the kernels of `pallas_kernels.sparse_moe`, with the same result.
@@ -20,25 +21,46 @@ from jprune.models.moe.routers import Grin, ReluNorm, Routed, Router
 from pallas_kernels.sparse_moe import tile_moe, union_moe
 from pallas_kernels.sparse_moe.api import FEW
 
-Experts: TypeAlias = Callable[[Any, Routed, Any, Any], Any]
+Experts: TypeAlias = Callable[..., Any]
 
 
 def all_experts(
-    x: Float[Array, "tokens d"], routed: Routed, up: Float[Array, "experts d f"], down: Float[Array, "experts f d"]
+    x: Float[Array, "tokens d"],
+    routed: Routed,
+    up: Float[Array, "experts d f"],
+    down: Float[Array, "experts f d"],
+    gate: Float[Array, "experts d f"] | None = None,
 ) -> Float[Array, "tokens d"]:
-    """y_t = sum_e score_te silu(x_t up_e) down_e, every expert for every token; sums in float32."""
+    """y_t = sum_e score_te silu(x_t up_e) down_e, every expert for every token; sums in float32.
+
+    With a gate it is silu(x_t gate_e) * (x_t up_e) in place of silu(x_t up_e).
+    """
     h = jnp.einsum("td,edf->tef", x, up, preferred_element_type=jnp.float32)
-    h = (jax.nn.silu(h) * routed.scores[:, :, None]).astype(x.dtype)
+    if gate is None:
+        h = jax.nn.silu(h)
+    else:
+        h = jax.nn.silu(jnp.einsum("td,edf->tef", x, gate, preferred_element_type=jnp.float32)) * h
+    h = (h * routed.scores[:, :, None]).astype(x.dtype)
     return jnp.einsum("tef,efd->td", h, down, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def tile_experts(x: Any, routed: Routed, up: Any, down: Any) -> Any:
-    """Only what is active, with gradients: for training, and for reading many tokens."""
+def tile_experts(x: Any, routed: Routed, up: Any, down: Any, gate: Any = None) -> Any:
+    """Only what is active, with gradients: for training, and for reading many tokens; raises ValueError with a gate."""
+    _without(gate)
     return tile_moe(x, routed.scores, routed.active, up, down)
 
 
-def union_experts(x: Any, routed: Routed, up: Any, down: Any) -> Any:
-    """Only experts that some of at most 64 tokens use, without gradients: for decoding; more tokens by `tile_experts`."""
+def _without(gate: Any) -> None:
+    if gate is not None:
+        raise ValueError("these kernels are for experts without gates: leave experts_fn out, which runs all experts")
+
+
+def union_experts(x: Any, routed: Routed, up: Any, down: Any, gate: Any = None) -> Any:
+    """Only experts that some of at most 64 tokens use, without gradients: for decoding; more tokens by `tile_experts`.
+
+    Raises ValueError with a gate.
+    """
+    _without(gate)
     if len(x) > FEW:
         return tile_experts(x, routed, up, down)
     return union_moe(x, routed.scores, routed.active, up, down)
@@ -64,15 +86,17 @@ def blockffn(
       key: of `Grin` in training.
 
     Raises:
-      ValueError: up, down and the router are of different numbers of experts, or of another width than x.
+      ValueError: up, down, gate and the router are of different numbers of experts, or of another width than x.
     """
-    kernel, up, down = params["router"]["kernel"], params["up"], params["down"]
+    kernel, up, down, gate = params["router"]["kernel"], params["up"], params["down"], params.get("gate")
     experts, d, f = up.shape
     if kernel.shape != (d, experts) or down.shape != (experts, f, d) or x.shape[-1:] != (d,):
         raise ValueError(
             f"x {x.shape}, router {kernel.shape}, up {up.shape} and down {down.shape} do not fit: they are (tokens, d), "
             "(d, experts), (experts, d, f) and (experts, f, d)"
         )
+    if gate is not None and gate.shape != up.shape:
+        raise ValueError(f"gate has shape {gate.shape}: it must be that of up, {up.shape}")
     logits = jnp.matmul(x.astype(jnp.float32), kernel.astype(jnp.float32), precision="highest")
     if isinstance(router, ReluNorm):
         routed = router(logits, params["router_norm"]["scale"])
@@ -80,7 +104,8 @@ def blockffn(
         routed = router(logits, key) if isinstance(router, Grin) else router(logits)
     if valid is not None:
         routed = only(routed, valid)
-    return experts_fn(x, routed, up, down), routed
+    more = {} if gate is None else {"gate": gate}
+    return experts_fn(x, routed, up, down, **more), routed
 
 
 def only(routed: Routed, valid: Any) -> Routed:
@@ -97,6 +122,7 @@ class BlockFFN(nn.Module):
       experts: how many. width: f of each.
       router: which of them run.
       experts_fn: how they are computed.
+      gated: whether they have gates.
       kernel_init: of all matrices.
     """
 
@@ -104,6 +130,7 @@ class BlockFFN(nn.Module):
     width: int
     router: Router = ReluNorm()
     experts_fn: Experts = all_experts
+    gated: bool = False
     kernel_init: Any = nn.initializers.normal(0.02)
     dtype: str = "float32"
 
@@ -116,6 +143,8 @@ class BlockFFN(nn.Module):
             "up": self.param("up", self.kernel_init, (self.experts, d, self.width), dtype),
             "down": self.param("down", self.kernel_init, (self.experts, self.width, d), dtype),
         }
+        if self.gated:
+            params["gate"] = self.param("gate", self.kernel_init, (self.experts, d, self.width), dtype)
         if isinstance(self.router, ReluNorm):
             params["router_norm"] = _Leaf("scale", nn.initializers.ones, (self.experts,), name="router_norm")()
         flat = None if valid is None else valid.reshape(-1)

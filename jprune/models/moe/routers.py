@@ -60,9 +60,11 @@ class TopK:
 
     Attributes:
       k: experts of a token
+      renormalised: divide by their sum; else the weights are those of the softmax over all experts
     """
 
     k: int
+    renormalised: bool = True
 
     def __call__(self, logits: Float[Array, "tokens experts"]) -> Routed:
         """The balance loss is E sum_e mean_t(p) load_e (Fedus et al. 2022)."""
@@ -71,7 +73,7 @@ class TopK:
         p = jax.nn.softmax(z, axis=-1)
         active = _largest(p, self.k)
         chosen = jnp.where(active, p, 0.0)
-        scores = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
+        scores = chosen / jnp.sum(chosen, axis=-1, keepdims=True) if self.renormalised else chosen
         load = jnp.mean(active.astype(jnp.float32), axis=0) / self.k
         balance = z.shape[-1] * jnp.sum(jnp.mean(p, axis=0) * load)
         return Routed(z, scores, scores, active, balance)
@@ -222,10 +224,12 @@ class Experts:
     Attributes:
       count: how many
       router: which of them run
+      gated: an expert is (silu(x gate) * (x up)) down, as in most released models; else silu(x up) down
     """
 
     count: int
     router: Router = ReluNorm()
+    gated: bool = False
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -233,9 +237,9 @@ class Experts:
 
 
 def _largest(p: Any, k: int) -> Any:
-    """True for the k largest of every row; ties to the first."""
+    """True for the k largest of every row; ties to the first. Without a scatter, through which no trace sees."""
     _, index = jax.lax.top_k(p, k)
-    return jnp.zeros(p.shape, bool).at[jnp.arange(len(p))[:, None], index].set(True)
+    return (index[:, :, None] == jnp.arange(p.shape[-1])).any(axis=1)
 
 
 def _check_k(k: int, experts: int) -> None:
