@@ -105,8 +105,15 @@ def test_a_tile_is_visited_by_the_groups_that_have_rows_in_it():
         visits = of(np.array([2, 0, 3]), 8, 2, by=by)
         assert int(visits.n) == 4
         assert [a[:4].tolist() for a in visits[:3]] == [tiles, groups, valid]
-    shared = of(np.array([0, 3, 3]), 8, 2, by="tile")  # of the tile of rows 2 and 3 each group has one
+    shared = of(np.array([3, 3, 0]), 8, 2, by="tile")  # of the tile of rows 2 and 3 each group has one
     assert int(shared.n) == 5 and shared.tile[:5].tolist() == [0, 1, 1, 2, 3]
+    assert shared.group[:5].tolist() == [
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]  # for the last tile, which is nobody's, no other matrix is fetched
 
 
 def test_columns_are_split_where_vmem_has_no_room(monkeypatch):
