@@ -22,7 +22,7 @@ from pallas_kernels.common.block_lists import pack_lists
 from pallas_kernels.common.xla import accumulator, gates
 from pallas_kernels.grouped_matmul.problem import Static as ProductStatic
 from pallas_kernels.sparse_moe import xla
-from pallas_kernels.sparse_moe.problem import Static
+from pallas_kernels.sparse_moe.problem import Static, weighted
 
 __all__ = ["PERMUTED", "Pairs", "PermutedStatic", "forward", "gradients", "permute_pairs", "room"]
 PERMUTED = Operation("a permuted mixture of experts", "pallas_kernels.grouped_matmul", kernels=("tpu",))
@@ -36,12 +36,14 @@ class PermutedStatic:
 
     Attributes:
       impl: of the grouped products. capacity: pairs that there is room for. tile, interpret: of the grouped products.
+      save_hidden: whether x @ up of the pairs is kept for the gradients.
     """
 
     impl: str
     capacity: int
     tile: int | None = None
     interpret: Any = False
+    save_hidden: bool = False
 
     def products(self, dtype: Any, *, transpose: bool = False, activation: str | None = None) -> ProductStatic:
         """The settings of grouped products with this result."""
@@ -130,25 +132,31 @@ def _unless(
     return jax.lax.cond(overflow, other, run, *problem)
 
 
-def forward(static: PermutedStatic, x: Any, scores: Any, active: Any, up: Any, down: Any) -> Any:
-    """The layer's output."""
+def forward(static: PermutedStatic, x: Any, scores: Any, active: Any, up: Any, down: Any) -> tuple[Any, Any]:
+    """(the layer's output, x @ up of the sorted pairs if it is to be kept)."""
     dtype, run = accumulator(x), PERMUTED.implementation(static.impl)
     pairs = permute_pairs(active, scores, static.capacity)
 
     def sorted_(x: Any, scores: Any, active: Any, up: Any, down: Any) -> Any:
-        silu = static.products(x.dtype, activation="silu")
-        hidden = run.product(silu, _rows(x, pairs.row_token), up, pairs.group_sizes, pairs.row_score)
+        own, h = _rows(x, pairs.row_token), None
+        if static.save_hidden:
+            h = run.product(static.products(x.dtype), own, up, pairs.group_sizes)
+            hidden = weighted(h.astype(dtype), pairs.row_score[:, None]).astype(x.dtype)
+        else:
+            silu = static.products(x.dtype, activation="silu")
+            hidden = run.product(silu, own, up, pairs.group_sizes, pairs.row_score)
         out = run.product(static.products(x.dtype), hidden, down, pairs.group_sizes)
-        return _Places.of(active, pairs.group_sizes, static.capacity).summed(out, dtype).astype(x.dtype)
+        return _Places.of(active, pairs.group_sizes, static.capacity).summed(out, dtype).astype(x.dtype), h
 
     def loop(*problem: Any) -> Any:
-        return xla.forward(Static(static.tile), *problem)
+        y, _ = xla.forward(Static(static.tile), *problem)
+        return y, jnp.zeros((static.capacity, up.shape[2]), x.dtype) if static.save_hidden else None
 
     return _unless(pairs.overflow, static, sorted_, loop, x, scores, active, up, down)
 
 
 def gradients(
-    static: PermutedStatic, x: Any, scores: Any, active: Any, up: Any, down: Any, dy: Any
+    static: PermutedStatic, x: Any, scores: Any, active: Any, up: Any, down: Any, dy: Any, kept: Any = None
 ) -> tuple[Any, Any, Any, Any]:
     """Gradients of x, scores (which mean nothing at pairs that are not active), up and down (0 of experts that nobody uses)."""
     dtype, run = accumulator(x), PERMUTED.implementation(static.impl)
@@ -157,7 +165,8 @@ def gradients(
     def sorted_(x: Any, scores: Any, active: Any, up: Any, down: Any, dy: Any) -> Any:
         sizes, score = pairs.group_sizes, pairs.row_score[:, None]
         own, dout = _rows(x, pairs.row_token), _rows(dy, pairs.row_token)
-        silu, slope = gates(run.product(static.products(dtype), own, up, sizes))
+        h = run.product(static.products(dtype), own, up, sizes) if kept is None else kept.astype(dtype)
+        silu, slope = gates(h)
         g = run.product(static.products(dtype, transpose=True), dout, down, sizes)
         dh, hidden = (jnp.where(score != 0, score * a, 0).astype(x.dtype) for a in (g * slope, silu))
         back = run.product(static.products(x.dtype, transpose=True), dh, up, sizes)

@@ -20,12 +20,13 @@ class Static:
 
     Attributes:
       tile: tokens that are computed together; None: what suits the device. trained: whether gradients are to be possible.
-      interpret: as kernels get it; false: on the device.
+      interpret: as kernels get it; false: on the device. save_hidden: whether x @ up is kept for the gradients.
     """
 
     tile: int | None = None
     trained: bool = True
     interpret: Any = False
+    save_hidden: bool = False
 
 
 def checked(x: Any, scores: Any, active: Any, up: Any, down: Any) -> tuple[Any, Any, Any, Any, Any]:

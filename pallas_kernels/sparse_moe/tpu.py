@@ -61,12 +61,13 @@ def need(static: Static, sizes: _Sizes, tile: int) -> int:
     part = _part(tile)
     work = 2 * _bytes(part, width, 4) + 8 * _bytes(part, hidden, 4)
     sums = _bytes(tile, width, 4)
+    kept = 2 * 2 * _bytes(tile, hidden, item) if static.save_hidden else 0
     kernels = [2 * (2 * tokens + scores + weights) + sums]
     if static.trained:
         kernels.append(2 * (3 * tokens + 2 * scores + weights) + sums)
         kernels.append(2 * (2 * tokens + scores + 2 * weights) + 2 * _bytes(hidden, width, 4))
         work += _bytes(width, hidden, 4)  # weights' gradients are turned once
-    return max(kernels) + work
+    return max(kernels) + kept + work
 
 
 def tile_of(static: Static, sizes: _Sizes) -> int:
@@ -131,8 +132,8 @@ class _Visit:
         return jnp.where(mine, scores, 0).sum(1, keepdims=True)
 
 
-def _forward_kernel(part: int, turned: bool, *refs: Any) -> None:
-    *lists, x, scores, up, down, y, total = refs
+def _forward_kernel(part: int, turned: bool, _: bool, *refs: Any) -> None:
+    lists, (x, scores, up, down, y, *kept, total) = refs[:4], refs[4:]
     visit = _Visit(lists[0], lists, part)
 
     @pl.when(visit.first)
@@ -140,8 +141,10 @@ def _forward_kernel(part: int, turned: bool, *refs: Any) -> None:
         total[...] = jnp.zeros_like(total)
 
     def add(rows: Any) -> None:
-        hidden = weighted(dot(x[rows, :], up[...], transpose=turned), visit.score(scores[rows, :]))
-        total[rows, :] += dot(hidden.astype(x.dtype), down[...])
+        h = dot(x[rows, :], up[...], transpose=turned)
+        for place in kept:
+            place[rows, :] = h.astype(place.dtype)
+        total[rows, :] += dot(weighted(h, visit.score(scores[rows, :])).astype(x.dtype), down[...])
 
     visit.parts(x.shape[0], add)
 
@@ -150,19 +153,18 @@ def _forward_kernel(part: int, turned: bool, *refs: Any) -> None:
         y[...] = total[...].astype(y.dtype)
 
 
-def _slopes(
-    visit: _Visit, turned: bool, rows: Any, x: Any, dy: Any, scores: Any, up: Any, down: Any
-) -> tuple[Any, Any, Any]:
-    """(gradient of h, weighted hidden, gradient of the score) for some rows of a tile."""
+def _slopes(visit: _Visit, rows: Any, h: Any, dy: Any, scores: Any, down: Any) -> tuple[Any, Any, Any]:
+    """(gradient of h, weighted hidden, gradient of the score) for some rows of a tile and their h in float32."""
     score = visit.score(scores[rows, :])
-    silu, slope = gates(dot(x[rows, :], up[...], transpose=turned))
+    silu, slope = gates(h)
     g = dot(dy[rows, :], down[...], transpose=True)
-    dh, hidden = (jnp.where(score != 0, score * a, 0).astype(x.dtype) for a in (g * slope, silu))
+    dh, hidden = (jnp.where(score != 0, score * a, 0).astype(dy.dtype) for a in (g * slope, silu))
     return dh, hidden, (silu * g).sum(1, keepdims=True)
 
 
-def _token_kernel(part: int, turned: bool, *refs: Any) -> None:
-    *lists, x, dy, scores, up, down, dx, dscores, total = refs
+def _token_kernel(part: int, turned: bool, saved: bool, *refs: Any) -> None:
+    """Where h was saved it stands in the place of x, and its gradient is saved as well."""
+    lists, (x, dy, scores, up, down, dx, dscores, *kept, total) = refs[:4], refs[4:]
     visit = _Visit(lists[0], lists, part)
 
     @pl.when(visit.first)
@@ -171,20 +173,24 @@ def _token_kernel(part: int, turned: bool, *refs: Any) -> None:
         dscores[...] = jnp.zeros_like(dscores)
 
     def add(rows: Any) -> None:
-        dh, _, dscore = _slopes(visit, turned, rows, x, dy, scores, up, down)
+        h = x[rows, :].astype(jnp.float32) if saved else dot(x[rows, :], up[...], transpose=turned)
+        dh, _, dscore = _slopes(visit, rows, h, dy, scores, down)
+        for place in kept:
+            place[rows, :] = dh
         total[rows, :] += dot(dh, up[...], transpose=not turned)
         mine = jax.lax.broadcasted_iota(jnp.int32, (part, dscores.shape[1]), 1) == visit.expert
         dscores[rows, :] += jnp.where(mine, dscore, 0)
 
-    visit.parts(x.shape[0], add)
+    visit.parts(dy.shape[0], add)
 
     @pl.when(visit.last)
     def _() -> None:
         dx[...] = total[...].astype(dx.dtype)
 
 
-def _weight_kernel(part: int, turned: bool, *refs: Any) -> None:
-    *lists, x, dy, scores, up, down, dup, ddown, up_total, down_total = refs
+def _weight_kernel(part: int, turned: bool, saved: bool, *refs: Any) -> None:
+    """Where h and its gradient were saved they stand in the places of up and down."""
+    lists, (x, dy, scores, up, down, dup, ddown, up_total, down_total) = refs[:4], refs[4:]
     visit = _Visit(lists[1], lists, part)
 
     @pl.when(visit.first)
@@ -193,7 +199,14 @@ def _weight_kernel(part: int, turned: bool, *refs: Any) -> None:
         down_total[...] = jnp.zeros_like(down_total)
 
     def add(rows: Any) -> None:
-        dh, hidden, _ = _slopes(visit, turned, rows, x, dy, scores, up, down)
+        if saved:
+            dh, hidden = (
+                down[rows, :],
+                weighted(up[rows, :].astype(jnp.float32), visit.score(scores[rows, :])).astype(x.dtype),
+            )
+        else:
+            h = dot(x[rows, :], up[...], transpose=turned)
+            dh, hidden, _ = _slopes(visit, rows, h, dy, scores, down)
         up_total[...] += dot(dh.T, x[rows, :])  # (hidden, width): of the two factors the narrow one is turned
         down_total[...] += dot(hidden.T, dy[rows, :])
 
@@ -207,18 +220,22 @@ def _weight_kernel(part: int, turned: bool, *refs: Any) -> None:
 
 def _call(static: Static, name: str, kernel: Callable[..., None], sizes: _Sizes, tile: int, work: WorkList,
           inputs: Sequence[Any], out: Sequence[Any], scratch: Sequence[tuple[int, int]], products: int) -> Any:  # fmt: skip
-    """One step a visit; arrays of two axes come by tiles of tokens, of three by experts."""
+    """One step a visit; arrays of two axes come by tiles of tokens, of three by experts, of four by both."""
 
     def spec(array: Any) -> pl.BlockSpec:
         if len(array.shape) == 2:
             return pl.BlockSpec((tile, array.shape[1]), lambda w, tiles, experts, *_: (tiles[w], 0))
+        if len(array.shape) == 4:
+            return pl.BlockSpec(
+                (None, None, *array.shape[2:]), lambda w, tiles, experts, *_: (tiles[w], experts[w], 0, 0)
+            )
         return pl.BlockSpec((None, *array.shape[1:]), lambda w, tiles, experts, *_: (experts[w], 0, 0))
 
-    every = sizes.experts * inputs[0].shape[0]  # at full lists
+    every = len(work.tile) * tile  # pairs at full lists
     size = sum(a.size * a.dtype.itemsize for a in (*inputs, *out))
     capacity = pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else 64 << 20
     return pl.pallas_call(
-        functools.partial(kernel, _part(tile), sizes.turned),
+        functools.partial(kernel, _part(tile), sizes.turned, static.save_hidden),
         list(out),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4, grid=(work.n,), in_specs=[spec(a) for a in inputs], out_specs=[spec(a) for a in out],
@@ -262,28 +279,38 @@ def _like(array: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype)
 
 
-def forward(static: Static, x: Any, scores: Any, active: Any, up: Any, down: Any) -> Any:
-    """The layer's output."""
+def forward(static: Static, x: Any, scores: Any, active: Any, up: Any, down: Any) -> tuple[Any, Any]:
+    """(the layer's output, x @ up if it is to be kept: (tiles, experts, tokens of a tile, hidden), of visits alone)."""
     sizes, tile, parts, arrays = _Layout.of(static, active, x, scores, up, down)
     name = "tile_moe" if static.trained else "union_moe"
-    (y,) = _call(static, name, _forward_kernel, sizes, tile, tile_worklist(parts), arrays, [_like(arrays[0])],
-                 [(tile, sizes.width)], 2)  # fmt: skip
-    return y[: x.shape[0], : x.shape[1]]
+    h = (len(parts), sizes.experts, tile, sizes.hidden)
+    y, *kept = _call(static, name, _forward_kernel, sizes, tile, tile_worklist(parts), arrays,
+                     [_like(arrays[0]), *([jax.ShapeDtypeStruct(h, x.dtype)] if static.save_hidden else [])],
+                     [(tile, sizes.width)], 2)  # fmt: skip
+    return y[: x.shape[0], : x.shape[1]], kept[0] if kept else None
 
 
-union = forward  # all tokens are one tile
+def union(static: Static, *problem: Any) -> Any:
+    """The output alone: all tokens are one tile."""
+    return forward(static, *problem)[0]
 
 
 def gradients(
-    static: Static, x: Any, scores: Any, active: Any, up: Any, down: Any, dy: Any
+    static: Static, x: Any, scores: Any, active: Any, up: Any, down: Any, dy: Any, kept: Any = None
 ) -> tuple[Any, Any, Any, Any]:
     """Gradients of x, scores (which mean nothing at pairs that are not active), up and down (0 of experts that nobody uses)."""
     sizes, tile, parts, arrays = _Layout.of(static, active, x, dy, scores, up, down)
     call = functools.partial(_call, static)
-    dx, dscores = call("tile_moe_dx", _token_kernel, sizes, tile, tile_worklist(parts), arrays,
-                       [_like(arrays[0]), _like(arrays[2])], [(tile, sizes.width)], 3)  # fmt: skip
-    dup, ddown = call("tile_moe_dw", _weight_kernel, sizes, tile, tile_worklist(parts, order="expert"), arrays,
-                      [_like(a) for a in arrays[3:]], [(sizes.hidden, sizes.width)] * 2, 4)  # fmt: skip
+    own, dout, score, *weights = arrays
+    dx, dscores, *slopes = call(
+        "tile_moe_dx", _token_kernel, sizes, tile, tile_worklist(parts), [own if kept is None else kept, dout, score, *weights],
+        [_like(own), _like(score), *(() if kept is None else [_like(kept)])], [(tile, sizes.width)], 3 if kept is None else 2,
+    )  # fmt: skip
+    factors = weights if kept is None else [kept, *slopes]
+    dup, ddown = call(
+        "tile_moe_dw", _weight_kernel, sizes, tile, tile_worklist(parts, order="expert"), [own, dout, score, *factors],
+        [_like(a) for a in weights], [(sizes.hidden, sizes.width)] * 2, 4 if kept is None else 2,
+    )  # fmt: skip
     rows, width = x.shape
     dup = dup.swapaxes(1, 2) if sizes.turned else dup
     return dx[:rows, :width], dscores[:rows], dup[:, :width], ddown[:, :, :width]

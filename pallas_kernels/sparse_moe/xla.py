@@ -85,25 +85,36 @@ def _added(array: Any, at: Any, more: Any) -> Any:
     return array.at[at].add(more, mode="drop", indices_are_sorted=True, unique_indices=True)
 
 
-def forward(static: Static, x: Any, scores: Any, active: Any, up: Any, down: Any) -> Any:
-    """The layer's output."""
+def _placed(array: Any, at: Any, new: Any) -> Any:
+    return new if at is None else array.at[at].set(new, mode="drop", indices_are_sorted=True, unique_indices=True)
+
+
+def forward(static: Static, x: Any, scores: Any, active: Any, up: Any, down: Any) -> tuple[Any, Any]:
+    """(the layer's output, x @ up of the active pairs if it is to be kept: (experts, tokens, hidden))."""
     dtype, columns = accumulator(x), scores.T
     tokens = _Tokens(active, static.tile or ROWS)
 
-    def expert(e: Any, y: Any) -> Any:
+    def expert(e: Any, carry: Any) -> Any:
+        y, kept = carry
         u, d, score = _of(up, e), _of(down, e), _of(columns, e)
 
-        def step(at: Any, y: Any) -> Any:
-            hidden = weighted(matmul(_rows(x, at), u, dtype), _rows(score, at)[:, None])
-            return _added(y, at, matmul(hidden.astype(x.dtype), d, dtype))
+        def step(at: Any, carry: Any) -> Any:
+            y, own = carry
+            h = matmul(_rows(x, at), u, dtype)
+            out = matmul(weighted(h, _rows(score, at)[:, None]).astype(x.dtype), d, dtype)
+            return _added(y, at, out), None if own is None else _placed(own, at, h.astype(own.dtype))
 
-        return tokens.fold(e, step, y)
+        own = jnp.zeros((len(x), up.shape[2]), x.dtype) if static.save_hidden else None
+        y, own = tokens.fold(e, step, (y, own))
+        return y, None if own is None else jax.lax.dynamic_update_index_in_dim(kept, own, e, 0)
 
-    return tokens.each(expert, jnp.zeros(x.shape, dtype)).astype(x.dtype)
+    kept = jnp.zeros((len(up), len(x), up.shape[2]), x.dtype) if static.save_hidden else None
+    y, kept = tokens.each(expert, (jnp.zeros(x.shape, dtype), kept))
+    return y.astype(x.dtype), kept
 
 
 def gradients(
-    static: Static, x: Any, scores: Any, active: Any, up: Any, down: Any, dy: Any
+    static: Static, x: Any, scores: Any, active: Any, up: Any, down: Any, dy: Any, kept: Any = None
 ) -> tuple[Any, Any, Any, Any]:
     """Gradients of x, scores (which mean nothing at pairs that are not active), up and down (0 of experts that nobody uses)."""
     dtype, columns = accumulator(x), scores.T
@@ -112,11 +123,13 @@ def gradients(
     def expert(e: Any, carry: Any) -> Any:
         dx, dcolumns, dup, ddown = carry
         u, d, score = _of(up, e), _of(down, e), _of(columns, e)
+        saved = None if kept is None else _of(kept, e)
 
         def step(at: Any, carry: Any) -> Any:
             dx, dscore, du, dd = carry
             own, dout, s = _rows(x, at), _rows(dy, at), _rows(score, at)[:, None]
-            h, g = matmul(own, u, dtype), matmul(dout, d, dtype, transpose=True)
+            h = matmul(own, u, dtype) if saved is None else _rows(saved, at).astype(dtype)
+            g = matmul(dout, d, dtype, transpose=True)
             silu, slope = gates(h)
             dh = jnp.where(s != 0, s * g * slope, 0).astype(x.dtype)
             hidden = jnp.where(s != 0, s * silu, 0).astype(x.dtype)

@@ -9,7 +9,7 @@ import pytest
 from moe_oracle import same
 from quick import QUICK
 
-from pallas_kernels.grouped_matmul import BackendError, DerivativeError, GroupError, grouped_matmul
+from pallas_kernels.grouped_matmul import BackendError, DerivativeError, GroupError, grouped_matmul, tpu
 
 P, K, N = 37, 24, 40
 SIZES = {
@@ -95,9 +95,28 @@ def test_it_means_what_ragged_dot_means():
     same(*run(lhs, rhs, sizes), 1e-5)
 
 
-def test_columns_are_split_where_vmem_has_no_room(monkeypatch):
-    from pallas_kernels.grouped_matmul import tpu
+def test_a_tile_is_visited_by_the_groups_that_have_rows_in_it():
+    """Rows 0 and 1 are the first group's, 2 to 4 the third's, the last tile of two is nobody's; as many steps, no more."""
+    of = jax.jit(tpu.Visits.of, static_argnums=(1, 2), static_argnames="by", compiler_options=QUICK)
+    for by, tiles, groups, valid in (
+        ("tile", [0, 1, 2, 3], [0, 2, 2, 2], [1, 1, 1, 0]),
+        ("group", [0, 1, 1, 2], [0, 1, 2, 2], [1, 0, 1, 1]),
+    ):
+        visits = of(np.array([2, 0, 3]), 8, 2, by=by)
+        assert int(visits.n) == 4
+        assert [a[:4].tolist() for a in visits[:3]] == [tiles, groups, valid]
+    shared = of(np.array([3, 3, 0]), 8, 2, by="tile")  # of the tile of rows 2 and 3 each group has one
+    assert int(shared.n) == 5 and shared.tile[:5].tolist() == [0, 1, 1, 2, 3]
+    assert shared.group[:5].tolist() == [
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]  # for the last tile, which is nobody's, no other matrix is fetched
 
+
+def test_columns_are_split_where_vmem_has_no_room(monkeypatch):
     shape = (40, 160, 300)
     given = draw([7, 0, 30], shape=shape)
     monkeypatch.setattr(tpu, "SHARE", 0.0)  # blocks are as small as they can be

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from moe_oracle import draw, moe, same
 from quick import QUICK
 
@@ -62,6 +63,7 @@ def test_values_and_all_four_gradients(grid, inner):
         same(got[0], y, 1e-5)
         for ours, wanted in zip(got[1], grads, strict=True):
             same(ours, wanted, 2e-5)
+        assert all(a.sharding.spec == P("expert") for a in got[1][2:])  # each stays where its expert is
 
 
 def test_bfloat16_is_summed_in_float32_between_devices():

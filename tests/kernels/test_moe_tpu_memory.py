@@ -3,6 +3,8 @@
 Uninitialised memory is not-a-number there, reads out of bounds raise, and accesses that no semaphore orders are races.
 """
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ def quiet(run, *given):
         pltpu.reset_tpu_interpret_mode_state()
 
 
-@pytest.mark.parametrize("layer", [tile_moe, permuted_moe])
+@pytest.mark.parametrize("layer", [tile_moe, permuted_moe, functools.partial(tile_moe, save_hidden=True)])
 def test_tiles_and_experts_that_nobody_uses_are_written(layer):
     x, scores, active, up, down, dy = draw(0, 48, 4, 24, 8)
     active[16:32], active[:, 2] = False, False
