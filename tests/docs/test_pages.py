@@ -22,7 +22,21 @@ def run_page(text):
     return out
 
 
-LONG = {"adaspa.md", "algebra.md", "loraprune.md", "models.md", "sparse_training.md", "zero_tprune.md", "divprune.md"}
+LONG = {
+    f"{n}.md"
+    for n in (
+        "adaspa",
+        "algebra",
+        "divprune",
+        "experts",
+        "icbs",
+        "lapp",
+        "loraprune",
+        "models",
+        "sparse_training",
+        "zero_tprune",
+    )
+}
 NAMES = sorted(p.name for p in PAGES.glob("*.md") if "```python" in p.read_text())
 
 

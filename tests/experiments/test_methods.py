@@ -9,12 +9,36 @@ from pathlib import Path
 
 import pytest
 
-from experiments import adaspa, cfsp, divprune, grouping, lapp, loraprune, masksparsity, precropping, token_pruning
+from experiments import (
+    adaspa,
+    blockffn,
+    cfsp,
+    divprune,
+    expert_pruning,
+    grouping,
+    lapp,
+    loraprune,
+    masksparsity,
+    precropping,
+    token_pruning,
+)
 from experiments.benchmarks import adaspa_roofline
 from experiments.record import over_seeds
 from jprune.files.json_files import read_json
 
-MODULES = (adaspa, cfsp, divprune, grouping, lapp, loraprune, masksparsity, precropping, token_pruning)
+MODULES = (
+    adaspa,
+    blockffn,
+    cfsp,
+    divprune,
+    expert_pruning,
+    grouping,
+    lapp,
+    loraprune,
+    masksparsity,
+    precropping,
+    token_pruning,
+)
 STUDIES = {m.STUDY.name: m.STUDY for m in MODULES}
 
 
@@ -140,3 +164,12 @@ def test_adaspa_at_its_smallest(tmp_path, monkeypatch):
     assert set(runs) == {"adaspa", "window"} and all(len(found) == 2 for found in runs.values())
     for found in (*runs["adaspa"], *runs["window"]):
         assert found["psnr"] > 0 and -1 <= found["ssim"] <= 1 and 0 < found["recall"] < 1
+
+
+def test_demands_of_expert_pruning_can_fail():
+    rows = {name: {"8": {"loss": {"mean": loss}}} for name, loss in
+            (("REAP", 2.1), ("frequency", 2.2), ("router weight", 2.1), ("random", 2.5))}  # fmt: skip
+    stored = {"setting": {"experts": 16}, "results": {"pruned": rows}}
+    assert all(d.holds for d in expert_pruning.demands(stored).values())
+    rows["frequency"]["8"]["loss"]["mean"] = 2.0
+    assert [d.holds for d in expert_pruning.demands(stored).values()] == [False, True, True]

@@ -89,6 +89,7 @@ def test_the_answers_are_those_of_the_model(done, place):
     assert page.count("data:image/png;base64,") == 1 and rows(summary)[1][1] in page
 
 
+@pytest.mark.slow
 def test_pictures_without_labels_are_compared_with_the_whole_model(place, tmp_path):
     found = evaluate_tokens(options(place, "flat", tokens="tome", images=3, pictures=0), tmp_path / "o", quiet=True)
     assert found["images"] == 3 and found["before"]["accuracy"] is None and "no labels" in found["note"]

@@ -327,10 +327,9 @@ def test_later_steps_score_the_smaller_network_by_its_own_loss(name, task):
     ("name", "settings"),
     [("wanda",
       {"pattern": "2:4", "leaves": "params/stage*/conv2/kernel"}), 
-     ("icbs", {"steps": 2, "solver": "descent", "samples": 16}),
      ("obert", {"samples": 8, "leaves": "params/stage*/conv2/kernel", "pattern": "leaf"}),
      *[pytest.param(*case, marks=pytest.mark.slow) for case in (
-         ("sparsegpt", {}), ("wanda", {"by_share": True}),
+         ("sparsegpt", {}), ("wanda", {"by_share": True}), ("icbs", {"steps": 2, "solver": "descent", "samples": 16}),
          ("woodfisher", {"samples": 8, "taylor": True, "pattern": "leaf", "stages": 2}),
          ("icbs", {"steps": 2, "samples": 16, "solver": "descent", "selection": "wanda", "start": "wanda"}),
          ("cap", {"samples": 8, "pattern": "2:4", "fisher_block": 32, "leaves": "params/stage*/conv2/kernel"}),

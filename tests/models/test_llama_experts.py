@@ -88,5 +88,5 @@ def test_other_routers_and_what_is_refused(tmp_path):
     assert (np.asarray(state["routed"]["layer1"]["layer"].active).sum(-1) == 2).all()
     with pytest.raises(ValueError, match="at least one expert"):
         Experts(0, ReluNorm())
-    with pytest.raises(ValueError, match="with experts are not written"):
+    with pytest.raises(ValueError, match="with experts fits no Hugging Face model"):
         save_hf(VARIABLES, CONFIG, tmp_path / "x")

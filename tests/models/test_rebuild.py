@@ -66,7 +66,17 @@ def check_rebuilt(module, image, groups=None):
     return rebuilt, small, keep
 
 
-LONG = {"resnet18", "resnet50", "mobilenet", "mobilenet_projection", "shufflenet", "densenet", "vgg16"}
+LONG = {
+    "resnet18",
+    "resnet18_small_stem",
+    "resnet50",
+    "mobilenet",
+    "mobilenet_projection",
+    "shufflenet",
+    "densenet",
+    "vgg16",
+    "unet_resize",
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in CASES])

@@ -3,6 +3,7 @@
 from jprune.models.moe.blockffn import BlockFFN as BlockFFN
 from jprune.models.moe.blockffn import all_experts as all_experts
 from jprune.models.moe.blockffn import blockffn as blockffn
+from jprune.models.moe.blockffn import sorted_experts as sorted_experts
 from jprune.models.moe.blockffn import tile_experts as tile_experts
 from jprune.models.moe.blockffn import union_experts as union_experts
 from jprune.models.moe.routers import DSMoE as DSMoE

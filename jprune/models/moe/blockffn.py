@@ -9,6 +9,7 @@ How the experts are computed is a hook: `experts_fn(x, routed, up, down)`, by de
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -18,7 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jprune.models.moe.routers import Grin, ReluNorm, Routed, Router
-from pallas_kernels.sparse_moe import tile_moe, union_moe
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.sparse_moe import permute_pairs, tile_moe, union_moe
 from pallas_kernels.sparse_moe.api import FEW
 
 Experts: TypeAlias = Callable[..., Any]
@@ -48,6 +50,33 @@ def tile_experts(x: Any, routed: Routed, up: Any, down: Any, gate: Any = None) -
     """Only what is active, with gradients: for training, and for reading many tokens; raises ValueError with a gate."""
     _without(gate)
     return tile_moe(x, routed.scores, routed.active, up, down)
+
+
+@functools.cache
+def sorted_experts(k: int) -> Experts:
+    """Of a router by which a token goes to k experts at most: each expert computes its own tokens alone, gated or not.
+
+    Pairs of a token and an expert are sorted by expert for grouped products (`pallas_kernels.grouped_matmul`), with gradients.
+    """
+
+    def run(x: Any, routed: Routed, up: Any, down: Any, gate: Any = None) -> Any:
+        if k * len(x) > routed.active.size:
+            raise ValueError(f"k is {k}: there are {routed.active.shape[1]} experts")
+        pairs = permute_pairs(routed.active, routed.scores, k * len(x))
+        own, sizes = x[pairs.row_token], pairs.group_sizes
+        if gate is None:
+            h = grouped_matmul(own, up, sizes, activation="silu", row_scale=pairs.row_score)
+        else:
+            h = grouped_matmul(own, gate, sizes, activation="silu") * grouped_matmul(
+                own, up, sizes, row_scale=pairs.row_score
+            )
+        out = grouped_matmul(h.astype(x.dtype), down, sizes, preferred_element_type=jnp.float32)
+        whole = jax.ops.segment_sum(out, pairs.row_token, len(x)).astype(x.dtype)
+        return jnp.where(
+            pairs.overflow, jnp.nan, whole
+        )  # a token with more than k experts is never computed without some
+
+    return run
 
 
 def _without(gate: Any) -> None:

@@ -579,6 +579,7 @@ def test_a_run_meets_its_target_and_resumes(kind, tmp_path):
     assert (again.kept, again.offset, again.thresholds) == (result.kept, result.offset, result.thresholds)
 
 
+@pytest.mark.slow
 def test_thresholds_that_do_not_learn_are_reported():
     model, variables, data = ingredients()
     config = LappRunConfig(LappConfig(0.5, "none", threshold_rate=1e-4), dataclasses.replace(RECIPE, epochs=4), 1, 3)
@@ -589,6 +590,7 @@ def test_thresholds_that_do_not_learn_are_reported():
     assert [str(w.message) for w in seen if "offset" in str(w.message)] and abs(result.offset) > 0.5
 
 
+@pytest.mark.slow
 def test_baselines_choose_their_thresholds_and_train_with_open_masks():
     model, variables, data = ingredients()
     config = LappRunConfig(

@@ -14,7 +14,7 @@ from jprune.methods.experts.fewer import take_experts
 from jprune.methods.experts.for_decoders import METHODS, ExpertConfig, lowest
 from jprune.methods.experts.scores import expert_stats, frequency, reap, router_weight, sums_of_layer
 from jprune.models.llama import Llama, llama_config
-from jprune.models.moe import Experts, ReluNorm, TopK, blockffn
+from jprune.models.moe import Experts, ReluNorm, TopK, all_experts, blockffn, sorted_experts
 
 E, K, D, F, VOCAB = 5, 2, 16, 6, 11
 RNG = np.random.default_rng(0)
@@ -68,6 +68,27 @@ def test_a_layer_is_a_loop_over_tokens_and_so_are_its_sums(gated):
     room = int(routed.active.sum(0).max())
     for r in (room, room + 2):  # more room than tokens changes nothing
         np.testing.assert_allclose(sums_of_layer(params, x, routed.scores, routed.active, r), sums, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_sorted_experts_are_all_experts(gated):
+    """Values and gradients, for a router that takes k; where a token has more of them nothing is left out in silence."""
+    params, x = layer(gated), RNG.normal(size=(9, D)).astype(np.float32)
+
+    def loss(params, x, fn, router):
+        y, _ = blockffn(params, x, router, experts_fn=fn)
+        return (y * np.arange(D)).sum(), y
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=(2, 3))
+    (_, wanted), slopes = run(params, x, all_experts, TopK(K))
+    (_, y), found = run(params, x, sorted_experts(K), TopK(K))
+    same_numbers(y, wanted, terms=K * F)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(slopes), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4 * float(np.abs(b).max()) + 1e-6)
+    (_, short), _ = run(params, x, sorted_experts(K - 1), TopK(K))
+    assert np.isnan(short).all()
+    with pytest.raises(ValueError, match="k is 6: there are 5 experts"):
+        blockffn(params, jnp.asarray(x), TopK(K), experts_fn=sorted_experts(6))
 
 
 def test_scores_follow_their_definitions_however_the_text_is_cut():

@@ -163,6 +163,7 @@ def test_the_best_of_all_states_is_that_of_an_integer_program():
     np.testing.assert_array_equal(found.x, best.x[:n].round())
 
 
+@pytest.mark.slow
 def test_low_rank_is_the_same_problem():
     w0, dw, g, gbar = instance(5, 40, rank=6)
     form, _ = block_form(*map(jnp.asarray, (w0, dw, g, gbar)), 0.75, 1e-3)
@@ -326,6 +327,7 @@ def test_a_step_says_what_it_does_and_without_a_gradient_nothing_moves():
         np.testing.assert_array_equal(still.masks["one"], masks["one"])
 
 
+@pytest.mark.slow
 def test_the_exact_hessian_and_that_of_the_mean_gradient():
     state, orders, masks = started()
     now = apply(PARAMS, masks)

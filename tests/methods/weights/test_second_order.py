@@ -166,6 +166,7 @@ def test_on_a_quadratic_loss_the_joint_update_is_best():
         assert loss["joint"] <= min(loss["summed"], loss["mask"]) and loss["joint"] < 0.9 * loss["mask"]
 
 
+@pytest.mark.slow
 def test_counts_per_leaf_and_weights_that_are_already_gone():
     w, g = a_case()
     both_w, both_g = {**w, "v": 10 * w["w"][:, 0]}, {**g, "v": g["w"][:, :, 0]}
