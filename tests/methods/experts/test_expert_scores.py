@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from laws import same_numbers
 
 from jprune.methods.contract import Amount, DecoderTask
@@ -14,7 +15,9 @@ from jprune.methods.experts.fewer import take_experts
 from jprune.methods.experts.for_decoders import METHODS, ExpertConfig, lowest
 from jprune.methods.experts.scores import expert_stats, frequency, reap, router_weight, sums_of_layer
 from jprune.models.llama import Llama, llama_config
+from jprune.models.llama_placement import placement
 from jprune.models.moe import Experts, ReluNorm, TopK, all_experts, blockffn, sorted_experts
+from jprune.tracing.paths import flatten, path_str
 
 E, K, D, F, VOCAB = 5, 2, 16, 6, 11
 RNG = np.random.default_rng(0)
@@ -178,3 +181,17 @@ def test_experts_that_nobody_uses_go_without_a_trace():
     nothing = {m.name: m for m in METHODS}["expert-idle"].find(task(), None)
     assert nothing.model.config.experts.count == E and "nothing is removed" in nothing.warnings[0]
     assert (lowest(np.array([[3.0, 1.0, 1.0, 2.0]]), 2) == [[True, False, False, True]]).all()
+
+
+def test_four_devices_see_what_one_sees():
+    """Experts divided by their channels, rows by the data axis."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    module, v = model()
+    place = placement(mesh)
+    shapes = {path: place(path, leaf) for path, leaf in flatten(v)}
+    assert shapes["params/layer0/experts/up"].spec == PartitionSpec(None, None, "model")
+    assert shapes["params/layer0/experts/down"].spec == PartitionSpec(None, "model", None)
+    spread = jax.tree_util.tree_map_with_path(lambda path, x: jax.device_put(x, place(path_str(path), x)), v)
+    ids = jax.device_put(IDS, NamedSharding(mesh, PartitionSpec("data")))
+    for one, four in zip(expert_stats(module, v, [IDS]), expert_stats(module, spread, [ids]), strict=True):
+        np.testing.assert_allclose(four, one, rtol=1e-4)
