@@ -25,6 +25,7 @@ from jprune.methods.channels import decoder_baselines as baselines
 from jprune.methods.contract import Amount
 from jprune.methods.names import METHODS
 from jprune.models.llama import Llama, llama_config
+from jprune.models.moe import Experts, TopK
 from jprune.surgery.kernels import weight_matrices
 from jprune.surgery.patterns import check
 from jprune.tracing.paths import flatten
@@ -110,12 +111,55 @@ def test_heads_and_channels_go_while_adapters_train(place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", [n for n, m in METHODS["decoders"].items() if m.widths and n not in ("cfsp", "loraprune")]
+    "method", [n for n, m in METHODS["decoders"].items() if m.widths and not m.whole and n not in ("cfsp", "loraprune")]
 )
 def test_every_method_removes_what_was_asked(place, method):
     summary = run(place, method, method=method, sparsity=0.5)
     assert summary["removed"]["block_linear_weights"] > 0.2
     assert summary["after"]["params"] < summary["before"]["params"]
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A folder with a model of bytes whose MLPs are experts, and a text."""
+    place = tmp_path_factory.mktemp("experts")
+    config = llama_config(256, 32, 12, 2, 4, kv_heads=2, experts=Experts(6, TopK(2), gated=True), family="mixtral")
+    v = jax.jit(Llama(config).init)(jax.random.key(0), np.zeros((1, 4), np.int32))
+    save_hf(jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, v), config, place / "dense")
+    (place / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(900)))
+    return place, v["params"]
+
+
+@pytest.mark.parametrize("method", [
+    "reap", *(pytest.param(n, marks=pytest.mark.slow) for n, m in METHODS["decoders"].items() if m.whole and n != "reap")
+])  # fmt: skip
+def test_whole_experts_go(experts, method):
+    place, before = experts
+    summary = run(place, method, method=method, **({} if method == "expert-idle" else {"experts": 0.5}))
+    config, params, meta = load_hf(place / method / "model")
+    left = config.experts.count
+    assert (left == 3 or method == "expert-idle") and summary["removed"]["experts"] == 1 - left / 6
+    assert summary["kept"]["units"] == left / 6 and meta["record"]["method"] == method
+    units = json.loads((place / method / "units.json").read_text())
+    for i, (layer, kept) in enumerate(units.items()):
+        assert layer == f"layer{i}" and len(kept) == left
+        np.testing.assert_array_equal(
+            params["params"][layer]["experts"]["down"], 3 * np.asarray(before[layer]["experts"]["down"])[kept]
+        )
+    assert f"{left} of 6" in (place / method / "report.html").read_text()
+
+
+def test_what_experts_do_not_allow_is_said_first(experts):
+    place, _ = experts
+    for message, more in {
+        "method 'cfsp' removes channels of MLPs, and .* has experts": {"method": "cfsp"},
+        "recover is not offered": {"method": "reap", "recover": 3},
+        "leaves 1, but a token goes to 2": {"method": "reap", "sparsity": 0.9},
+        "not both": {"method": "reap", "sparsity": 0.5, "experts": 0.5},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ready(place, "refused", **more)
+    assert not (place / "refused").exists()
 
 
 WEIGHTS = [("wanda", {"pattern": "2:4"})] + [
