@@ -33,7 +33,7 @@ from jprune.methods.experts.speculative import ngram, speculate
 from jprune.models.llama import Llama
 from jprune.models.moe.blockffn import all_experts, union_experts
 
-LARGER = Setting(stream=512, heads=8, experts=64, width=64, prompts=6, answer=128)
+LARGER = Setting(stream=256, heads=8, experts=64, width=32, prompts=4, answer=128)
 PROGRAMS = {  # name: (how experts are computed, bytes of a pass, drafter)
     "dense": (all_experts, 1, None), "union": (union_experts, 1, None), "dense, n-grams": (all_experts, 8, "n-grams"),
     "union, n-grams": (union_experts, 8, "n-grams"), "dense, trained drafter": (all_experts, 8, "trained"),
@@ -98,7 +98,7 @@ def table(results: dict[str, Any], prompts: int) -> Table:
 
 def main(
     setting: Setting = LARGER,
-    drafter_steps: Annotated[int, tyro.conf.arg(help="of training the drafter")] = 300,
+    drafter_steps: Annotated[int, tyro.conf.arg(help="of training the drafter")] = 200,
     rounds: Annotated[int, tyro.conf.arg(help="rounds that count")] = 5,
     seed: int = 0,
     out: Path = RESULTS / "expert-decoding.json",
