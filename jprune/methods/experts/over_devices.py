@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jprune.methods.experts.fewer import reorder_experts, spread_by_load
+from jprune.models.moe.blockffn import Experts, refuse_gate
 from jprune.models.moe.routers import Routed
 from pallas_kernels.sparse_moe import expert_parallel_moe, tile_moe
 
@@ -34,13 +35,15 @@ def spread_experts(params: Mapping[str, Any], load: Any, devices: int) -> tuple[
 
 def experts_over(
     mesh: Mesh, axis: str = "expert", data: str | Sequence[str] = (), inner: Callable[..., Any] = tile_moe
-) -> Callable[[Any, Routed, Any, Any], Any]:
+) -> Experts:
     """The hook `experts_fn` of a layer whose experts lie over one axis of a mesh; arguments as `expert_parallel_moe` has them.
 
     The router is small and is computed where its tokens are, over all experts, as its mean square demands.
+    Raises ValueError for experts with gates.
     """
 
-    def compute(x: Any, routed: Routed, up: Any, down: Any) -> Any:
+    def compute(x: Any, routed: Routed, up: Any, down: Any, gate: Any = None) -> Any:
+        refuse_gate(gate)
         return expert_parallel_moe(
             x, routed.scores, routed.active, up, down, mesh=mesh, axis=axis, data=data, inner=inner
         )

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from jprune.models.moe.routers import Grin, ReluNorm, Routed, Router
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.sparse_moe import permute_pairs, tile_moe, union_moe
+from pallas_kernels.sparse_moe import permute_pairs, permuted_moe, tile_moe, union_moe
 from pallas_kernels.sparse_moe.api import FEW
 
 Experts: TypeAlias = Callable[..., Any]
@@ -48,40 +48,44 @@ def all_experts(
 
 def tile_experts(x: Any, routed: Routed, up: Any, down: Any, gate: Any = None) -> Any:
     """Only what is active, with gradients: for training, and for reading many tokens; raises ValueError with a gate."""
-    _without(gate)
+    refuse_gate(gate)
     return tile_moe(x, routed.scores, routed.active, up, down)
 
 
 @functools.cache
 def sorted_experts(k: int) -> Experts:
-    """Of a router by which a token goes to k experts at most: each expert computes its own tokens alone, gated or not.
+    """Of a router by which a token goes to k experts: each expert computes its own tokens alone, gated or not.
 
-    Pairs of a token and an expert are sorted by expert for grouped products (`pallas_kernels.grouped_matmul`), with gradients.
+    Pairs of a token and an expert are sorted by expert for grouped products (`pallas_kernels`), with gradients. Where a token
+    goes to more, all experts are computed: none is lost.
     """
 
     def run(x: Any, routed: Routed, up: Any, down: Any, gate: Any = None) -> Any:
-        if k * len(x) > routed.active.size:
+        if k > routed.active.shape[1]:
             raise ValueError(f"k is {k}: there are {routed.active.shape[1]} experts")
-        pairs = permute_pairs(routed.active, routed.scores, k * len(x))
-        own, sizes = x[pairs.row_token], pairs.group_sizes
         if gate is None:
-            h = grouped_matmul(own, up, sizes, activation="silu", row_scale=pairs.row_score)
-        else:
-            h = grouped_matmul(own, gate, sizes, activation="silu") * grouped_matmul(
-                own, up, sizes, row_scale=pairs.row_score
-            )
-        out = grouped_matmul(h.astype(x.dtype), down, sizes, preferred_element_type=jnp.float32)
-        whole = jax.ops.segment_sum(out, pairs.row_token, len(x)).astype(x.dtype)
-        return jnp.where(
-            pairs.overflow, jnp.nan, whole
-        )  # a token with more than k experts is never computed without some
+            return permuted_moe(x, routed.scores, routed.active, up, down, capacity=k * len(x))
+        pairs = permute_pairs(routed.active, routed.scores, k * len(x))
+
+        def few(x: Any, up: Any, down: Any, gate: Any) -> Any:
+            own, sizes = x[pairs.row_token], pairs.group_sizes
+            h = grouped_matmul(own, up, sizes, row_scale=pairs.row_score)
+            h = (grouped_matmul(own, gate, sizes, activation="silu") * h).astype(x.dtype)
+            out = grouped_matmul(h, down, sizes, preferred_element_type=jnp.float32)
+            return jax.ops.segment_sum(out, pairs.row_token, len(x)).astype(x.dtype)
+
+        def all_of_them(x: Any, up: Any, down: Any, gate: Any) -> Any:
+            return all_experts(x, routed, up, down, gate)
+
+        return jax.lax.cond(pairs.overflow, all_of_them, few, x, up, down, gate)
 
     return run
 
 
-def _without(gate: Any) -> None:
+def refuse_gate(gate: Any) -> None:
+    """For hooks whose kernels are for experts without gates: raise ValueError where there is one."""
     if gate is not None:
-        raise ValueError("these kernels are for experts without gates: leave experts_fn out, which runs all experts")
+        raise ValueError("these kernels are for experts without gates: take all_experts or sorted_experts(k)")
 
 
 def union_experts(x: Any, routed: Routed, up: Any, down: Any, gate: Any = None) -> Any:
@@ -89,7 +93,7 @@ def union_experts(x: Any, routed: Routed, up: Any, down: Any, gate: Any = None) 
 
     Raises ValueError with a gate.
     """
-    _without(gate)
+    refuse_gate(gate)
     if len(x) > FEW:
         return tile_experts(x, routed, up, down)
     return union_moe(x, routed.scores, routed.active, up, down)

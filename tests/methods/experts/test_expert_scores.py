@@ -13,10 +13,20 @@ from laws import same_numbers
 from jprune.methods.contract import Amount, DecoderTask
 from jprune.methods.experts.fewer import take_experts
 from jprune.methods.experts.for_decoders import METHODS, ExpertConfig, lowest
+from jprune.methods.experts.over_devices import experts_over
 from jprune.methods.experts.scores import expert_stats, frequency, reap, router_weight, sums_of_layer
 from jprune.models.llama import Llama, llama_config
 from jprune.models.llama_placement import placement
-from jprune.models.moe import Experts, ReluNorm, TopK, all_experts, blockffn, sorted_experts
+from jprune.models.moe import (
+    Experts,
+    ReluNorm,
+    TopK,
+    all_experts,
+    blockffn,
+    sorted_experts,
+    tile_experts,
+    union_experts,
+)
 from jprune.tracing.paths import flatten, path_str
 
 E, K, D, F, VOCAB = 5, 2, 16, 6, 11
@@ -75,7 +85,7 @@ def test_a_layer_is_a_loop_over_tokens_and_so_are_its_sums(gated):
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_sorted_experts_are_all_experts(gated):
-    """Values and gradients, for a router that takes k; where a token has more of them nothing is left out in silence."""
+    """Values and gradients, for a router that takes k, and where a token goes to more."""
     params, x = layer(gated), RNG.normal(size=(9, D)).astype(np.float32)
 
     def loss(params, x, fn, router):
@@ -88,10 +98,15 @@ def test_sorted_experts_are_all_experts(gated):
     same_numbers(y, wanted, terms=K * F)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(slopes), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4 * float(np.abs(b).max()) + 1e-6)
-    (_, short), _ = run(params, x, sorted_experts(K - 1), TopK(K))
-    assert np.isnan(short).all()
+    (_, y), found = run(params, x, sorted_experts(K - 1), TopK(K))  # more pairs than room: all experts
+    same_numbers(y, wanted, terms=K * F)
+    same_numbers(found[0]["up"], slopes[0]["up"], terms=9 * D)
     with pytest.raises(ValueError, match="k is 6: there are 5 experts"):
         blockffn(params, jnp.asarray(x), TopK(K), experts_fn=sorted_experts(6))
+    if gated:
+        for fn in (tile_experts, union_experts, experts_over(Mesh(np.array(jax.devices()[:1]), ("expert",)))):
+            with pytest.raises(ValueError, match="for experts without gates"):
+                blockffn(params, jnp.asarray(x), TopK(K), experts_fn=fn)
 
 
 def test_scores_follow_their_definitions_however_the_text_is_cut():
