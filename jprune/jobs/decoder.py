@@ -155,11 +155,11 @@ class DecoderRun(PruningRun):
         if options.form == "uniform" and not even:
             way = "give --scope uniform too, or" if hasattr(self.settings, "scope") else "give"
             raise ValueError(f"form 'uniform' needs layers of equal width: {way} --form padded")
-        if options.recover and not self.method.widths:
+        if options.recover and self.method.removes == "weights":
             raise ValueError("recover merges low-rank updates into all weights, which fills the zeros again: leave it out, or "
                              "give --refit-kept, which moves the kept weights alone")  # fmt: skip
         self.config = read_config(options.model)
-        if self.config.experts is not None and self.method.widths and not self.method.whole:
+        if self.config.experts is not None and self.method.removes == "channels":
             raise ValueError(f"method {options.method!r} removes channels of MLPs, and {options.model} has experts in their "
                              "place: choose reap or another method for experts, or one for single weights")  # fmt: skip
         if self.config.experts is not None and options.recover:

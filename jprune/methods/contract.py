@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -229,8 +229,7 @@ class Method:
       training: (task, config) -> steps of training that `find` will take.
       trains: it prunes while it trains; nothing is left to recover afterwards.
       even: it keeps equally much in every layer.
-      widths: it changes widths; a method for single weights does not.
-      whole: it removes whole experts.
+      removes: "channels" (and heads: it changes widths), "weights" (single ones) or "experts" (whole ones).
     """
 
     name: str
@@ -244,8 +243,7 @@ class Method:
     training: Callable[[Any, Any], int] = lambda task, config: 0
     trains: bool = False
     even: bool = False
-    widths: bool = True
-    whole: bool = False
+    removes: Literal["channels", "weights", "experts"] = "channels"
 
     def amount(self, quantity: str | None, keep: float | None, sparsity: float | None, usual: float) -> Amount | None:
         """How much is to go, from what a user gave; `usual` is the share to remove where nothing was given.

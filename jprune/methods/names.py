@@ -20,15 +20,15 @@ METHODS: Mapping[str, Mapping[str, Method]] = {
 }
 
 
-def _listed(models: str, widths: bool) -> dict[str, str]:
-    return {n: m.about for n, m in METHODS[models].items() if m.widths == widths and not m.whole}
+def _listed(models: str, removes: str) -> dict[str, str]:
+    return {n: m.about for n, m in METHODS[models].items() if m.removes == removes}
 
 
 TABLE: Mapping[str, Mapping[str, str]] = {
-    "channels of a classifier (jprune prune)": _listed("classifiers", True),
-    "channels and heads of a language model (jprune prune --model FOLDER)": _listed("decoders", True),
-    "single weights of a classifier or a language model (jprune prune)": _listed("decoders", False),
-    "whole experts of a language model (jprune prune --model FOLDER)": {m.name: m.about for m in experts.METHODS},
+    "channels of a classifier (jprune prune)": _listed("classifiers", "channels"),
+    "channels and heads of a language model (jprune prune --model FOLDER)": _listed("decoders", "channels"),
+    "single weights of a classifier or a language model (jprune prune)": _listed("decoders", "weights"),
+    "whole experts of a language model (jprune prune --model FOLDER)": _listed("decoders", "experts"),
     "tokens of a vision transformer (jprune eval)": reducers_by_name.ABOUT,
     "visual tokens of a LLaVA (jprune chat)": llava_answer.ABOUT,
 }

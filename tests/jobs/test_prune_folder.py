@@ -111,7 +111,7 @@ def test_heads_and_channels_go_while_adapters_train(place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", [n for n, m in METHODS["decoders"].items() if m.widths and not m.whole and n not in ("cfsp", "loraprune")]
+    "method", [n for n, m in METHODS["decoders"].items() if m.removes == "channels" and n not in ("cfsp", "loraprune")]
 )
 def test_every_method_removes_what_was_asked(place, method):
     summary = run(place, method, method=method, sparsity=0.5)
@@ -130,9 +130,10 @@ def experts(tmp_path_factory):
     return place, v["params"]
 
 
-@pytest.mark.parametrize("method", [
-    "reap", *(pytest.param(n, marks=pytest.mark.slow) for n, m in METHODS["decoders"].items() if m.whole and n != "reap")
-])  # fmt: skip
+EXPERTS = [n for n, m in METHODS["decoders"].items() if m.removes == "experts"]
+
+
+@pytest.mark.parametrize("method", [n if n == "reap" else pytest.param(n, marks=pytest.mark.slow) for n in EXPERTS])
 def test_whole_experts_go(experts, method):
     place, before = experts
     summary = run(place, method, method=method, **({} if method == "expert-idle" else {"experts": 0.5}))

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jprune.graph import trace
-from jprune.methods.contract import DecoderTask, Method, Outcome, checked
+from jprune.methods.contract import DecoderTask, Method, NoConfig, Outcome, checked
 from jprune.methods.experts import scores as of
 from jprune.methods.experts.fewer import take_experts
 from jprune.models.layers import params_of
@@ -40,11 +40,6 @@ class ExpertConfig:
             "experts": (self.experts is None or 0 <= self.experts < 1, "at least 0 and below 1"),
             "gate": (self.gate in ("combine", "official"), "combine or official"),
         })  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class IdleConfig:
-    """The method that removes what is never used has no settings."""
 
 
 def lowest(scores: Float[np.ndarray, "layers experts"], remove: int) -> Bool[np.ndarray, "layers experts"]:
@@ -86,7 +81,7 @@ def _random(task: DecoderTask, config: ExpertConfig) -> Outcome:
     return _without(task, lowest(drawn, _number(task, config)), None)
 
 
-def _idle(task: DecoderTask, config: IdleConfig) -> Outcome:
+def _idle(task: DecoderTask, config: NoConfig) -> Outcome:
     stats = of.expert_stats(task.model, task.variables, task.inputs())
     count, least = _experts(task)
     remove = min(int((stats.tokens == 0).sum(axis=1).min()), count - least)
@@ -130,13 +125,22 @@ def _check(task: DecoderTask, config: ExpertConfig) -> None:
     _number(task, config)
 
 
-def _check_idle(task: DecoderTask, config: IdleConfig) -> None:
+def _check_idle(task: DecoderTask, config: NoConfig) -> None:
     _experts(task)
 
 
 def _method(name: str, about: str, find: Any) -> Method:
     return Method(
-        name, about, "decoders", find, ExpertConfig, (EXPERTS,), optional=True, check=_check, even=True, whole=True
+        name,
+        about,
+        "decoders",
+        find,
+        ExpertConfig,
+        (EXPERTS,),
+        optional=True,
+        check=_check,
+        even=True,
+        removes="experts",
     )
 
 
@@ -149,5 +153,5 @@ METHODS = (
             functools.partial(_by_scores, score=of.router_weight)),
     _method("expert-random", "experts by lot", _random),
     Method("expert-idle", "experts that no token of the calibration text is routed to, equally many in every layer", "decoders",
-           _idle, IdleConfig, (), optional=True, check=_check_idle, even=True, whole=True),
+           _idle, NoConfig, (), optional=True, check=_check_idle, even=True, removes="experts"),
 )  # fmt: skip

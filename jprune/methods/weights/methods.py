@@ -114,7 +114,7 @@ def _random(task: Task, config: WeightConfig) -> Outcome:
 def _method(name: str, about: str, models: str, find: Any, config: type, matrices: bool, **more: Any) -> Method:
     checks = functools.partial(check, matrices=matrices)
     return Method(name, about, models, find, config, (QUANTITY,), optional=True, check=checks, even=True,
-                  widths=False, **more)  # fmt: skip
+                  removes="weights", **more)  # fmt: skip
 
 
 SECOND_ORDER = (
