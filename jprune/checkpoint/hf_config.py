@@ -19,6 +19,10 @@ PER_LAYER = {"intermediate_size": "ffn", "num_attention_heads": "q_heads", "num_
 CLASSES = {
     "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral",
 }  # fmt: skip
+LIKE = {
+    "qwen3_moe": "qwen3",
+    "mixtral": "mistral",
+}  # families with experts: the one whose attention and norms they have
 MOST_LAYERS = 100_000  # more than any model has; each costs time, also where there are no files to compare with
 _ROPE_KEYS = {
     "default": (),
@@ -56,7 +60,8 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "float32", *, layers: int
             f"num_hidden_layers is {depth}, and the files hold {layers} layers: one of them is another model's"
         )
     head = f.integer("head_dim", None, least=1) or (128 if family == "qwen3" else d // heads)
-    bias = f.flag("attention_bias", False) and family in ("llama", "qwen3", "qwen3_moe")
+    like = LIKE.get(family, family)
+    bias = f.flag("attention_bias", False) and like in ("llama", "qwen3")
     width = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
     widths = {
         "ffn": [f.integer(width, least=1)] * depth,
@@ -84,7 +89,7 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "float32", *, layers: int
         qkv_bias=bias or family == "qwen2",
         o_bias=bias,
         mlp_bias=f.flag("mlp_bias", False) and family == "llama",
-        qk_norm=family in ("qwen3", "qwen3_moe"),
+        qk_norm=like == "qwen3",
         experts=_experts(f, family),
         family=family,
         max_positions=f.integer("max_position_embeddings", 2048, least=1),
@@ -116,7 +121,7 @@ def _is_layer(text: str, depth: int) -> bool:
 def _windows(f: Fields, family: str, depth: int) -> tuple[int | None, ...] | None:
     """How far every layer looks back."""
     window = f.integer("sliding_window", None, least=1)
-    always = family in ("mistral", "mixtral")
+    always = LIKE.get(family, family) == "mistral"
     if family == "llama" or window is None or not (always or f.flag("use_sliding_window", False)):
         return None
     kinds = f.texts("layer_types", None, among=("sliding_attention", "full_attention"))
@@ -171,7 +176,7 @@ def export_family(config: LlamaConfig) -> str:
 
 def _unfit(family: str, c: LlamaConfig) -> str | None:
     """Why a family's stock classes cannot be this model."""
-    windows = set(c.windows or (None,))
+    windows, like = set(c.windows or (None,)), LIKE.get(family, family)
     if (c.experts is not None) != (family in WITH_EXPERTS):
         return "has no experts" if c.experts is not None else "always has experts"
     if c.experts is not None:
@@ -184,17 +189,17 @@ def _unfit(family: str, c: LlamaConfig) -> str | None:
         return "has one window size"
     if family == "llama" and windows != {None}:
         return "has no window"
-    if family in ("mistral", "mixtral", "qwen3_moe") and len(windows) > 1:
+    if (like == "mistral" or family == "qwen3_moe") and len(windows) > 1:
         return "has one window for all layers"
     if family == "llama" and c.stream % max(c.q_heads):
         return f"needs a number of heads that divides {c.stream}"
-    if c.qk_norm != (family in ("qwen3", "qwen3_moe")):
+    if c.qk_norm != (like == "qwen3"):
         return "has no qk_norm" if c.qk_norm else "always has qk_norm"
     if c.mlp_bias and family != "llama":
         return "has no mlp_bias"
-    if family in ("llama", "qwen3", "qwen3_moe") and c.qkv_bias != c.o_bias:
+    if like in ("llama", "qwen3") and c.qkv_bias != c.o_bias:
         return "has biases on q, k, v and o together"
-    if family in ("mistral", "mixtral") and (c.qkv_bias or c.o_bias):
+    if like == "mistral" and (c.qkv_bias or c.o_bias):
         return "has no attention biases"
     if family == "qwen2" and (not c.qkv_bias or c.o_bias):
         return "has biases on q, k, v and not on o"
@@ -223,16 +228,17 @@ def hf_from_config(config: LlamaConfig, family: str, base: Mapping[str, Any] | N
         "tie_word_embeddings": c.tied,
         "torch_dtype": c.dtype,
     }
-    if family in ("llama", "qwen3", "qwen3_moe"):
+    like = LIKE.get(family, family)
+    if like in ("llama", "qwen3"):
         out["attention_bias"] = c.qkv_bias
     if c.experts is not None:
         out |= _said_of_experts(c, family)
     if family == "llama":
         out["mlp_bias"] = c.mlp_bias
     window = next((w for w in c.windows or () if w is not None), None)
-    if family in ("mistral", "mixtral"):
+    if like == "mistral":
         out["sliding_window"] = window
-    elif family in ("qwen2", "qwen3", "qwen3_moe"):
+    elif like in ("qwen2", "qwen3"):
         own = [w is not None for w in c.windows or (None,) * c.depth]
         out |= {"use_sliding_window": window is not None, "sliding_window": window}
         out["max_window_layers"] = own.index(True) if any(own) else c.depth
@@ -252,12 +258,8 @@ def _said_of_experts(c: LlamaConfig, family: str) -> dict[str, Any]:
     count = c.experts.count
     out = {"num_local_experts": count, "num_experts_per_tok": c.experts.router.k}
     if family == "qwen3_moe":  # older programs read num_experts, newer ones write num_local_experts
-        out |= {
-            "num_experts": count,
-            "moe_intermediate_size": max(c.ffn),
-            "norm_topk_prob": c.experts.router.renormalised,
-        }
-        out |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+        out |= {"num_experts": count, "moe_intermediate_size": max(c.ffn)}
+        out |= {"norm_topk_prob": c.experts.router.renormalised, "decoder_sparse_step": 1, "mlp_only_layers": []}
     return out
 
 
