@@ -125,7 +125,7 @@ def _windows(f: Fields, family: str, depth: int) -> tuple[int | None, ...] | Non
     if family == "llama" or window is None or not (always or f.flag("use_sliding_window", False)):
         return None
     kinds = f.texts("layer_types", None, among=("sliding_attention", "full_attention"))
-    if always:
+    if always or family == "qwen3_moe":
         own = [True] * depth
     elif kinds is None:
         first = f.integer("max_window_layers", 28)

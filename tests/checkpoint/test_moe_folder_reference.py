@@ -16,7 +16,7 @@ from jprune.models.decoding import generate
 from jprune.models.llama import Llama
 
 pytestmark = pytest.mark.reference
-KINDS = ("qwen3_moe", "qwen3_moe as it is", "mixtral")
+KINDS = ("qwen3_moe", "qwen3_moe as it is, window", "mixtral", "mixtral, window")
 IDS = np.random.default_rng(0).integers(0, 256, (2, 9))
 
 
@@ -29,12 +29,15 @@ def folders(tmp_path_factory):
     out = {}
     for kind in KINDS:
         torch.manual_seed(0)
-        if kind == "mixtral":
-            own = hub.MixtralForCausalLM(hub.MixtralConfig(intermediate_size=12, num_local_experts=8, **same))
+        window = 4 if "window" in kind else None
+        if kind.startswith("mixtral"):
+            own = hub.MixtralForCausalLM(
+                hub.MixtralConfig(intermediate_size=12, num_local_experts=8, sliding_window=window, **same)
+            )
         else:
             own = hub.Qwen3MoeForCausalLM(hub.Qwen3MoeConfig(
                 intermediate_size=48, moe_intermediate_size=12, head_dim=8, num_experts=8, norm_topk_prob=kind == "qwen3_moe",
-                **same))  # fmt: skip
+                use_sliding_window=window is not None, sliding_window=window, **same))  # fmt: skip
         for p in own.parameters():
             if p.ndim > 1:
                 torch.nn.init.normal_(p, std=0.3)
