@@ -4,42 +4,23 @@ import copy
 import dataclasses
 import itertools
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from experiments import (
-    adaspa,
-    blockffn,
-    cfsp,
-    divprune,
-    expert_pruning,
-    grouping,
-    lapp,
-    loraprune,
-    masksparsity,
-    precropping,
-    token_pruning,
-)
+import experiments
+from experiments import adaspa, expert_pruning, lapp, masksparsity, precropping
 from experiments.benchmarks import adaspa_roofline
 from experiments.record import over_seeds
 from jprune.files.json_files import read_json
 
-MODULES = (
-    adaspa,
-    blockffn,
-    cfsp,
-    divprune,
-    expert_pruning,
-    grouping,
-    lapp,
-    loraprune,
-    masksparsity,
-    precropping,
-    token_pruning,
-)
-STUDIES = {m.STUDY.name: m.STUDY for m in MODULES}
+STUDIES = {
+    p.stem: import_module(f"experiments.{p.stem}").STUDY
+    for p in sorted(Path(experiments.__file__).parent.glob("*.py"))
+    if "\nSTUDY = Study(" in p.read_text()
+}
 
 
 @pytest.mark.parametrize("name", STUDIES)

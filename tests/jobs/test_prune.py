@@ -138,9 +138,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         time.sleep(0.05)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(
-        timeout=300
-    )  # a program that is being compiled is compiled to its end, however long it takes
+    _, err = process.communicate(timeout=300)  # what is being compiled is compiled to its end
     assert process.returncode == 130
     assert err.strip().endswith("--resume") and "Traceback" not in err
 
