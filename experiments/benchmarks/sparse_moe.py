@@ -1,6 +1,11 @@
 """A mixture of experts whose work follows the active experts, beside the dense layer and `jax.lax.ragged_dot`, on this CPU.
 
-    python -m experiments.benchmarks.sparse_moe          # ten minutes; tokamax's grouped product only where it is installed
+    python -m experiments.benchmarks.sparse_moe          # ten minutes
+
+With tokamax's grouped product too, in an environment of its own, since it wants an older typeguard than the command line does:
+
+    python -m pip install -e . && python -m pip install tokamax
+    python -c "from experiments.benchmarks.sparse_moe import main; main()"
 
 The dense layer is two matrix products over all experts with the weights already laid out as it likes them: (width, experts x
 hidden) and back. Decoding: a few tokens, whose experts together are a share of all. Training: output and all gradients, at shares
@@ -279,8 +284,9 @@ def main(
     found = checks(results)
     for what, holds in found.items():
         console.print(f"{'holds' if holds else 'DOES NOT HOLD'}: {what}")
+    command = 'python -c "from experiments.benchmarks.sparse_moe import main; main()"'
     record.write(out, {
-        "command": "python -m experiments.benchmarks.sparse_moe", "machine": record.machine(),
+        "command": command if tokamax_product() else "python -m experiments.benchmarks.sparse_moe", "machine": record.machine(),
         "note": "processor time of this process, one thread a product; the machine was shared, so read ratios",
         "tokamax": importlib.metadata.version("tokamax") if tokamax_product() else "not installed",
         "setting": dataclasses.asdict(setting), "rounds": rounds, "results": results, "checks": found,

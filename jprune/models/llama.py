@@ -1,4 +1,4 @@
-"""LLaMA-family decoders (LLaMA 1 to 3, Mistral, Qwen2, Qwen3) as Flax linen, every width free, per layer.
+"""LLaMA-family decoders (LLaMA 1 to 3, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE) as Flax linen, every width free, per layer.
 
 One tree of parameters in two arrangements: unrolled (`layer0`, `layer1`, ...; the layers may differ in width) and
 scanned (`layers`, a leading axis over equally wide layers; compiles once). `stack_layers` and `unstack_layers` convert.
