@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from laws import same_numbers
+from laws import check_laws, same_numbers
 
 import jprune
 from jprune.checkpoint import save_hf
@@ -79,6 +79,21 @@ def test_experts_and_their_widths_are_groups_that_are_cut_like_any_other():
     cut = jax.tree.map(jnp.asarray, VARIABLES)
     cut["params"]["layer0"]["experts"]["down"] = cut["params"]["layer0"]["experts"]["down"].at[:, 5:].set(0)
     same_numbers(got, Llama(CONFIG).apply(cut, IDS), 64)
+
+
+def test_channels_inside_gated_experts_obey_the_laws():
+    """One group for all experts of a layer: gate, up and down; and a number of rows that stays free."""
+    gated = dataclasses.replace(CONFIG, experts=Experts(6, TopK(2), gated=True))
+    v = jax.tree.map(lambda x: x * 12 if x.ndim > 1 else x, jax.jit(Llama(gated).init)(jax.random.key(0), IDS))
+    group = "params/layer0/experts/gate:2"
+    graph = check_laws(Llama(gated).apply, v, (IDS,), {group: np.arange(12) < 5}, gradients=False, tolerance=1e-4)
+    assert {(m.path, m.axis) for m in graph.groups[group].members} == {
+        (f"params/layer0/experts/{name}", axis) for name, axis in (("gate", 2), ("up", 2), ("down", 1))
+    }
+    small = graph.compact(v, {group: np.arange(12) < 5})
+    assert config_from_params(small, gated).ffn == (5, 12)
+    run = jax.jit(graph.replay({group: np.arange(12) < 5}))
+    assert run(small, np.concatenate([IDS, IDS])).shape == (4, 7, 19)
 
 
 def test_other_routers_and_what_is_refused(tmp_path):
